@@ -1,0 +1,235 @@
+"""The one place that wires everything: from a configuration to a running server, and back to nothing.
+
+Owns: the order of start and stop, and what is told about it. Knows nothing of the command line's looks (it reports
+through a callback) and of what the parts do.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import importlib
+import os
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import IO, Any
+
+import ray
+
+from phi_cluster.cluster import ray_cluster
+from phi_cluster.cluster.actors import CONTROLLER, NAMESPACE, create, detached_options, keeper_name, weight_store_name
+from phi_cluster.cluster.config import Config
+from phi_cluster.cluster.controller import Controller
+from phi_cluster.cluster.errors import StartError
+from phi_cluster.cluster.preflight import Machine, check_config, check_platform, inspect_machine, kv_budget
+from phi_cluster.cluster.runtime_dir import clear_dead_servers, remove_runtime_dir
+from phi_cluster.cluster.served_model import ServedModel, describe_model
+from phi_cluster.cluster.session.keeper import Keeper
+from phi_cluster.cluster.weight_store import WeightStore, ensure_packed
+from phi_cluster.model.hub import resolve_model
+from phi_cluster.model.model_cache import ProgressEvent
+
+# Room for large messages. With the weights, the store stays below the share at which Ray begins to spill it to disk.
+_OBJECT_STORE_EXTRA_NBYTES = 200 * 10**6
+_SPILL_SHARE = 0.7
+
+
+class Report:
+    """What a start tells whoever watches. The methods may be overridden."""
+
+    def checked(self, machine: Machine) -> None:
+        """The machine and the configuration are fit."""
+
+    def cleared(self, what: str) -> None:
+        """Something that a killed server left was removed."""
+
+    def progress(self, event: ProgressEvent) -> None:
+        """Long work goes on."""
+
+    def started(self, part: str, seconds: float) -> None:
+        """A part is up."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """All that is known before anything is started."""
+
+    config: Config
+    machine: Machine
+    served: ServedModel
+    weights_nbytes: int
+    budget_nbytes: int
+
+    @property
+    def num_threads(self) -> int:
+        return self.config.engine.num_threads or max(self.machine.cores // self.config.replicas, 1)
+
+
+def prepare(config: Config, report: Report) -> Prepared:
+    """Checks machine, configuration and model, and fetches, converts and packs what is not in the cache yet.
+
+    Raises StartError with the one sentence that a user needs.
+    """
+    check_platform()
+    for what in clear_dead_servers():
+        report.cleared(what)
+    machine = inspect_machine()
+    check_config(config, machine)
+    report.checked(machine)
+    try:
+        folder = resolve_model(
+            config.model, config.cache_path, report.progress, config.hub_token or os.environ.get("HF_TOKEN")
+        )
+    except (ValueError, OSError) as error:
+        raise StartError(str(error)) from None
+    served = describe_model(config, folder)
+
+    def packing(done: int, total: int) -> None:
+        report.progress(ProgressEvent("packing", done, total, f"{served.names[0]} {served.dtype}"))
+
+    weights, _ = ensure_packed(served, config.cache_path, packing)
+    weights_nbytes = weights.stat().st_size
+    return Prepared(config, machine, served, weights_nbytes, kv_budget(config, machine, weights_nbytes))
+
+
+class Server:
+    """A running server. `stop` ends all of it."""
+
+    def __init__(self, prepared: Prepared, runtime_dir: Path, report: Report):
+        """Starts everything and returns when requests can be served; `runtime_dir` goes with the server.
+
+        Ray's environment must have been set (ray_environment.py). Raises StartError, with nothing left behind.
+        """
+        self._lock = _lock_state(prepared.config.state_path)
+        self._runtime_dir = runtime_dir
+        self._node_id = ""
+        self.timeline: dict[str, float] = {}
+        try:
+            self._start(prepared, report)
+        except BaseException:
+            self.stop()
+            raise
+
+    @property
+    def keeper(self) -> Any:
+        return ray.get_actor(keeper_name(self._node_id), namespace=NAMESPACE)
+
+    def stop(self) -> int:
+        """Drains streams, ends all processes and removes the runtime folder. Returns how many sessions are kept."""
+        kept = 0
+        if ray.is_initialized():
+            try:
+                ray_cluster.stop_serve()
+                if self._node_id:
+                    kept = ray.get(self.keeper.close.remote(), timeout=10)
+            except Exception:
+                # Parts may be dead already; the rest is ended all the same.
+                kept = 0
+            ray_cluster.stop_ray()
+        remove_runtime_dir(self._runtime_dir)
+        self._lock.close()
+        return kept
+
+    def _start(self, prepared: Prepared, report: Report) -> None:
+        config = prepared.config
+        # What can be done at once is: cores idle while Ray's processes wait for each other.
+        with ThreadPoolExecutor(4) as pool:
+            loading = pool.submit(importlib.import_module, "phi_cluster.cluster.replica")
+            with self._timed("ray", report):
+                num_cpus = prepared.num_threads * config.replicas
+                store_nbytes = int(prepared.weights_nbytes / _SPILL_SHARE) + _OBJECT_STORE_EXTRA_NBYTES
+                ray_cluster.start_ray(self._runtime_dir, num_cpus, store_nbytes)
+            self._node_id = ray.get_runtime_context().get_node_id()
+            parts = [
+                pool.submit(self._start_actors, prepared, report),
+                pool.submit(self._start_edge, config, report),
+                pool.submit(self._start_replicas, prepared, loading, report),
+            ]
+            for part in parts:
+                part.result()
+        _wait_ready(config)
+
+    def _start_actors(self, prepared: Prepared, report: Report) -> None:
+        config, served = prepared.config, prepared.served
+        with self._timed("weights", report):
+            store = create(
+                WeightStore,
+                detached_options(weight_store_name(self._node_id), self._node_id),
+                served,
+                config.cache_path,
+            )
+            keeper = create(
+                Keeper,
+                detached_options(keeper_name(self._node_id), self._node_id),
+                served.layout,
+                served.fingerprint,
+                config.state_path,
+                config.sessions,
+                config.kv,
+                prepared.budget_nbytes,
+            )
+            controller = create(
+                Controller,
+                detached_options(CONTROLLER, self._node_id),
+                config.sessions,
+                config.recycler,
+                config.server.host,
+                config.server.metrics_port,
+                prepared.weights_nbytes,
+            )
+            ray.get([store.weights.remote(), keeper.start.remote(), controller.start.remote()])
+
+    def _start_edge(self, config: Config, report: Report) -> None:
+        with self._timed("edge", report):
+            ray_cluster.start_serve(config)
+
+    def _start_replicas(self, prepared: Prepared, loading: Future[ModuleType], report: Report) -> None:
+        config, threads = prepared.config, prepared.num_threads
+        with self._timed("engine", report):
+            ray_cluster.wait_serve_controller()
+            replica = loading.result().Replica
+            ray_cluster.run_app(replica, config, threads, prepared.served, config, self._runtime_dir, threads)
+
+    @contextmanager
+    def _timed(self, part: str, report: Report) -> Iterator[None]:
+        begin = time.monotonic()
+        yield
+        self.timeline[part] = time.monotonic() - begin
+        report.started(part, self.timeline[part])
+
+
+def _lock_state(state_path: Path) -> IO[str]:
+    """One server for a state directory: two keepers would hold the same sessions. Raises StartError."""
+    state_path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    lock = open(state_path / "lock", "w")  # noqa: SIM115 -- held for as long as the server runs
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        lock.close()
+        raise StartError(
+            f"state_dir: another phi-cluster uses {state_path}; end it or set another state_dir"
+        ) from None
+    return lock
+
+
+def _wait_ready(config: Config, timeout: float = 300.0, poll: Callable[[], None] = lambda: time.sleep(0.1)) -> None:
+    """Asks /ready until it says yes. Raises StartError."""
+    import httpx
+
+    deadline = time.monotonic() + timeout
+    last = "no answer"
+    with httpx.Client(base_url=f"http://{config.server.host}:{config.server.port}", timeout=5.0) as client:
+        while time.monotonic() < deadline:
+            try:
+                answer = client.get("/ready")
+                if answer.status_code == 200:
+                    return
+                last = answer.text[:200]
+            except httpx.HTTPError as error:
+                last = type(error).__name__
+            poll()
+    raise StartError(f"the server did not get ready in {timeout:.0f} s: {last}")

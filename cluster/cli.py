@@ -1,0 +1,238 @@
+"""The command line: `phi-cluster serve | check | chat | sessions`.
+
+Owns: arguments, what is printed, exit statuses, and signals. Knows nothing of how serving is done: `app` does it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TextIO
+
+from phi_cluster.cluster.client import ChatAnswer, Client
+from phi_cluster.cluster.config import Config, describe_config, load_config
+from phi_cluster.cluster.errors import PhiError, StartError
+from phi_cluster.cluster.ray_environment import set_environment
+from phi_cluster.cluster.runtime_dir import create_runtime_dir, remove_runtime_dir
+
+_DEFAULT_CONFIG = Path(__file__).parent.parent / "configs" / "smollm2.yaml"
+_DEFAULT_URL = "http://127.0.0.1:8000"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Returns the exit status: 0, 1 for an error (one sentence on stderr), 130 after Ctrl-C."""
+    parsed = _parser().parse_args(arguments)
+    try:
+        return parsed.run(parsed)
+    except PhiError as error:
+        print(f"error: {error.message}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # The reader of our output (head, a pager) has left.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="phi-cluster", description="Serves Phi-3 models from KV caches that conversations own."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    serve = _with_config(commands.add_parser("serve", help="start a server; Ctrl-C drains and stops it"))
+    serve.add_argument("--print-config", action="store_true", help="print every field, its value and meaning, and end")
+    serve.set_defaults(run=_serve)
+
+    check = _with_config(commands.add_parser("check", help="find everything that would stop a start, without serving"))
+    check.set_defaults(run=_check)
+
+    chat = _with_url(commands.add_parser("chat", help="talk to a running server"))
+    chat.add_argument("--session", default="chat", help="the session's name (default: chat)")
+    chat.add_argument("--temperature", type=float, default=0.0)
+    chat.set_defaults(run=_chat)
+
+    sessions = _with_url(commands.add_parser("sessions", help="list sessions, or act on one"))
+    sessions.add_argument("action", nargs="?", default="list", choices=["list", "show", "clear", "recycle", "delete"])
+    sessions.add_argument("id", nargs="?", help="the session, for all actions but list")
+    sessions.set_defaults(run=_sessions)
+    return parser
+
+
+def _with_config(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    parser.add_argument("config", nargs="?", type=Path, default=_DEFAULT_CONFIG, help="a YAML file")
+    parser.add_argument("--model", help="folder, .gguf file, hub id, or smollm2")
+    parser.add_argument("--host")
+    parser.add_argument("--port", type=int)
+    return parser
+
+
+def _with_url(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    parser.add_argument("--url", default=os.environ.get("PHI_CLUSTER_URL", _DEFAULT_URL))
+    parser.add_argument("--api-key", default=os.environ.get("PHI_CLUSTER_API_KEY"))
+    return parser
+
+
+def _config(parsed: argparse.Namespace) -> Config:
+    return load_config(
+        parsed.config, {"model": parsed.model, "server": {"host": parsed.host, "port": parsed.port}}
+    )
+
+
+def _serve(parsed: argparse.Namespace) -> int:
+    config = _config(parsed)
+    if parsed.print_config:
+        print(describe_config(config))
+        return 0
+    out = sys.stdout
+    runtime_dir = create_runtime_dir()
+    try:
+        # Ray prints its workers' deaths to the driver's stdout, whatever one asks of it: they are our business.
+        with open(runtime_dir / "driver.log", "w") as log, contextlib.redirect_stdout(log):
+            return _run_server(config, runtime_dir, out)
+    finally:
+        remove_runtime_dir(runtime_dir)
+
+
+def _run_server(config: Config, runtime_dir: Path, out: TextIO) -> int:
+    begin = time.monotonic()
+    stop = threading.Event()
+    # Until it serves, a signal ends the start at once.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    set_environment(config, runtime_dir)
+    # Only now: Ray reads its environment when it is imported (and the client commands need not wait for it).
+    from phi_cluster.cluster.app import Server, prepare
+    from phi_cluster.cluster.terminal import TerminalReport
+
+    report = TerminalReport(out)
+    server = Server(prepare(config, report), runtime_dir, report)
+    try:
+        _on_signals(stop)
+        report.ready()
+        base = f"http://{config.server.host}"
+        print(
+            f"Ready in {time.monotonic() - begin:.1f}s   {base}:{config.server.port}/v1  (loopback, no keys)   "
+            f"metrics {base}:{config.server.metrics_port}/metrics   state {config.state_path}   Ctrl-C drains",
+            file=out,
+            flush=True,
+        )
+        stop.wait()
+    finally:
+        print("\ndraining …", end=" ", file=out, flush=True)
+        kept = server.stop()
+        print(f"{kept} session{'' if kept == 1 else 's'} kept … stopped clean", file=out, flush=True)
+    return 0
+
+
+def _on_signals(stop: threading.Event) -> None:
+    """The first SIGINT or SIGTERM ends the serving, a second one the draining too."""
+
+    def handle(number: int, frame: object) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+
+    signal.signal(signal.SIGINT, handle)
+    signal.signal(signal.SIGTERM, handle)
+
+
+def _check(parsed: argparse.Namespace) -> int:
+    config = _config(parsed)
+    from phi_cluster.cluster.app import prepare
+    from phi_cluster.cluster.terminal import TerminalReport
+
+    report = TerminalReport()
+    prepared = prepare(config, report)
+    served = prepared.served
+    print(
+        f"model        {served.names[0]}, {served.dtype}, {prepared.weights_nbytes / 1e6:.0f} MB of weights, "
+        f"up to {served.max_model_len} tokens"
+    )
+    print(f"memory       {prepared.budget_nbytes / 1e9:.1f} GB for KV caches, {prepared.num_threads} threads an engine")
+    print("ok: phi-cluster serve would start")
+    return 0
+
+
+def _chat(parsed: argparse.Namespace, ask: Callable[[str], str] = input) -> int:
+    messages: list[dict[str, str]] = []
+    with Client(parsed.url, parsed.api_key) as client:
+        client.ask("GET", "/health")
+        while True:
+            try:
+                said = ask("> ").strip()
+            except EOFError:
+                print()
+                return 0
+            if not said:
+                continue
+            messages.append({"role": "user", "content": said})
+            reply = ""
+            for piece in client.chat(messages, parsed.session, parsed.temperature):
+                if isinstance(piece, ChatAnswer):
+                    print(f"    {piece.summary()}", flush=True)
+                else:
+                    reply += piece
+                    print(piece, end="", flush=True)
+            messages.append({"role": "assistant", "content": reply})
+
+
+_COLUMNS = ("ID", "STATE", "TOKENS", "KV", "PROCESS", "TURNS", "ACTOR", "ENGINE")
+
+
+def _sessions(parsed: argparse.Namespace) -> int:
+    with Client(parsed.url, parsed.api_key) as client:
+        if parsed.action == "list":
+            _print_table([_row(d) for d in _all_sessions(client)])
+            return 0
+        if not parsed.id:
+            raise StartError(f"phi-cluster sessions {parsed.action} needs a session's id")
+        if parsed.action == "delete":
+            client.ask("DELETE", f"/v1/sessions/{parsed.id}")
+            print(f"deleted {parsed.id}")
+        elif parsed.action == "show":
+            for name, value in client.ask("GET", f"/v1/sessions/{parsed.id}").items():
+                print(f"{name:<16} {value}")
+        else:
+            _print_table([_row(client.ask("POST", f"/v1/sessions/{parsed.id}/{parsed.action}"))])
+    return 0
+
+
+def _all_sessions(client: Client) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = []
+    while True:
+        after = f"&after={found[-1]['id']}" if found else ""
+        page = client.ask("GET", f"/v1/sessions?limit=100{after}")
+        found += page["data"]
+        if not page.get("has_more"):
+            return found
+
+
+def _row(description: dict[str, Any]) -> tuple[str, ...]:
+    return (
+        description["id"],
+        description["state"],
+        str(description["num_tokens"]),
+        f"{description['kv_cache_bytes'] / 1e6:.1f} MB",
+        f"{description['process_bytes'] / 1e6:.0f} MB" if description["process_bytes"] else "-",
+        str(description["turns"]),
+        str(description["actor_pid"] or "-"),
+        str(description["engine_pid"] or "-"),
+    )
+
+
+def _print_table(rows: list[tuple[str, ...]]) -> None:
+    widths = [max(map(len, column)) for column in zip(_COLUMNS, *rows, strict=True)]
+    for row in (_COLUMNS, *rows):
+        print("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

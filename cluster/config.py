@@ -1,0 +1,228 @@
+"""The one configuration file: every field, its default and its meaning.
+
+Owns: the pydantic models, durations and byte sizes in words (`10m`, `2GiB`), loading from YAML, and printing.
+Knows nothing of what the fields do to Ray, the engine or HTTP.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from phi_cluster.cluster.errors import StartError
+
+_NUMBER = r"[0-9]+(?:\.[0-9]+)?"
+_DURATION = {"ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+_SIZE = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def _seconds(value: object) -> object:
+    """`90`, `1.5` (seconds), `"2s"`, `"10m"`, `"6h"`, `"30d"` -> seconds."""
+    if isinstance(value, str):
+        match = re.fullmatch(rf"\s*({_NUMBER})\s*(ms|s|m|h|d)?\s*", value)
+        if not match:
+            raise ValueError(f"{value!r} is not a duration; write for example 30s, 10m or 6h")
+        return float(match[1]) * _DURATION[match[2] or "s"]
+    return value
+
+
+def _bytes(value: object) -> object:
+    """`1000`, `"64MB"`, `"2GiB"` -> bytes."""
+    if isinstance(value, str):
+        match = re.fullmatch(rf"\s*({_NUMBER})\s*([A-Za-z]*)\s*", value)
+        if not match or match[2].upper() not in _SIZE:
+            raise ValueError(f"{value!r} is not a size; write for example 64MB or 2GiB")
+        return int(float(match[1]) * _SIZE[match[2].upper()])
+    return value
+
+
+Seconds = Annotated[float, BeforeValidator(_seconds), Field(gt=0, allow_inf_nan=False)]
+Bytes = Annotated[int, BeforeValidator(_bytes), Field(ge=0)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class EngineConfig(_Section):
+    """One engine: how much it does in a step."""
+
+    num_threads: int | None = Field(
+        None, ge=1, le=1024, description="CPU threads of an engine; unset: the cores this machine (cgroup) allows"
+    )
+    max_num_seqs: int = Field(64, ge=1, le=4096, description="sequences that may run at once in one engine")
+    max_num_batched_tokens: int = Field(
+        256, ge=1, le=65536, description="tokens computed in one step, over all sequences (prefill is chunked to it)"
+    )
+    max_waiting: int = Field(
+        256, ge=1, le=100_000, description="turns that may wait in one replica; more get 429 with Retry-After"
+    )
+
+
+class SessionsConfig(_Section):
+    """Sessions, their actors and when these are renewed."""
+
+    max_actors: int = Field(64, ge=0, le=10_000, description="session actors alive at once on a node")
+    warm_actors: int = Field(1, ge=0, le=64, description="session actors kept ready for the next session")
+    spawn_interval: Seconds = Field(1.0, description="least time between two spawned session actors")
+    turn_wait: Seconds = Field(30.0, description="how long a second turn of a session waits before it gets 409")
+    idle_timeout: Seconds | None = Field(
+        600.0, description="a session idle for so long gives its actor back; its cache stays with the keeper"
+    )
+    max_age: Seconds | None = Field(6 * 3600.0, description="a session actor older than this is renewed")
+    max_turns: int | None = Field(1000, ge=1, description="a session actor that served so many turns is renewed")
+    max_private_growth: Bytes | None = Field(
+        64 * 10**6, description="a session actor whose private memory grew by more than this is renewed"
+    )
+    max_ephemeral: int = Field(256, ge=0, le=100_000, description="unnamed conversations kept for continuation")
+
+
+class KVConfig(_Section):
+    """Memory for keys and values."""
+
+    budget: Bytes | None = Field(
+        None, description="bytes of KV cache on a node; unset: half of what the cgroup allows after the weights"
+    )
+    reserve_wait: Seconds = Field(20.0, description="how long a turn waits for KV memory before it gets 429")
+
+
+class ServerConfig(_Section):
+    """HTTP."""
+
+    host: str = Field("127.0.0.1", description="address to listen on; without API keys only loopback is allowed")
+    port: int = Field(8000, ge=1, le=65535, description="port of the OpenAI-compatible API")
+    metrics_port: int = Field(9481, ge=1, le=65535, description="port of /metrics (Prometheus)")
+    internal_ports: int = Field(
+        30000, ge=1024, le=64000, description="first of the loopback ports that replicas listen on behind the ingress"
+    )
+    max_body: Bytes = Field(8 * 2**20, description="largest request body")
+    keep_alive: Seconds = Field(10.0, description="an SSE comment is sent after so much silence")
+    drain: Seconds = Field(30.0, description="how long running streams may go on after Ctrl-C")
+
+
+class RecyclerConfig(_Section):
+    """The controller's rhythm."""
+
+    interval: Seconds = Field(1.0, description="how often the controller collects and decides")
+    max_per_round: int = Field(4, ge=1, le=1000, description="session actors renewed in one round at most")
+
+
+class Config(_Section):
+    """phi-cluster's configuration."""
+
+    model: str = Field(
+        "smollm2", description="a folder with config.json, a .gguf file, a hub id, or smollm2 (built in)"
+    )
+    served_model_name: tuple[str, ...] = Field(
+        (), description="names under which clients ask for the model; unset: the model's own name"
+    )
+    hub_token: str | None = Field(None, description="token for gated models; unset: the HF_TOKEN variable", repr=False)
+    device: Literal["cpu", "cuda"] = Field("cpu", description="cpu, or cuda (has not run on a GPU yet)")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="of weights and KV cache; auto is bfloat16: half the memory, and quicker one by one"
+    )
+    max_model_len: int | None = Field(
+        None, ge=16, le=2**20, description="longest conversation in tokens; unset: what the model was trained for"
+    )
+    replicas: int = Field(1, ge=1, le=256, description="replicas, each with an engine of its own")
+    state_dir: Path | None = Field(None, description="journals; unset: $XDG_STATE_HOME/phi-cluster")
+    cache_dir: Path | None = Field(None, description="converted models; unset: $XDG_CACHE_HOME/phi-cluster")
+    engine: EngineConfig = Field(default_factory=EngineConfig, description="the engine")
+    sessions: SessionsConfig = Field(default_factory=SessionsConfig, description="sessions and their actors")
+    kv: KVConfig = Field(default_factory=KVConfig, description="KV memory")
+    server: ServerConfig = Field(default_factory=ServerConfig, description="HTTP")
+    recycler: RecyclerConfig = Field(default_factory=RecyclerConfig, description="the controller")
+
+    @property
+    def state_path(self) -> Path:
+        return (self.state_dir or _xdg("XDG_STATE_HOME", ".local/state")).expanduser().absolute()
+
+    @property
+    def cache_path(self) -> Path:
+        return (self.cache_dir or _xdg("XDG_CACHE_HOME", ".cache")).expanduser().absolute()
+
+
+_SECTIONS = frozenset(n for n, f in Config.model_fields.items() if isinstance(f.annotation, type(BaseModel)))
+
+
+def _xdg(variable: str, fallback: str) -> Path:
+    base = os.environ.get(variable)
+    return (Path(base) if base else Path.home() / fallback) / "phi-cluster"
+
+
+def load_config(path: Path | None, overrides: dict[str, Any]) -> Config:
+    """Reads a YAML file (None: all defaults) and lays `overrides` over it (nested dicts, None = not given).
+
+    Raises StartError in one sentence that names the file, the field and the nearest right name.
+    """
+    data: dict[str, Any] = {}
+    if path is not None:
+        try:
+            loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise StartError(f"cannot read the configuration {path}: {error.strerror}") from None
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise StartError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+        if loaded is not None and not isinstance(loaded, dict):
+            raise StartError(f"{path} must hold fields such as 'model: smollm2', not a {type(loaded).__name__}")
+        # A section whose fields are all commented out is null to YAML.
+        data = {name: {} if value is None and name in _SECTIONS else value for name, value in (loaded or {}).items()}
+    _overlay(data, overrides)
+    try:
+        return Config.model_validate(data)
+    except ValidationError as error:
+        raise StartError(f"{path or 'the configuration'}: {_explain(error)}") from None
+
+
+def _overlay(data: dict[str, Any], overrides: dict[str, Any]) -> None:
+    for name, value in overrides.items():
+        if isinstance(value, dict):
+            section = data.setdefault(name, {})
+            if isinstance(section, dict):
+                _overlay(section, value)
+        elif value is not None:
+            data[name] = value
+
+
+def _explain(error: ValidationError) -> str:
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    if first["type"] != "extra_forbidden":
+        return f"{where}: {first['msg'].removeprefix('Value error, ')}"
+    model: type[BaseModel] = Config
+    for part in first["loc"][:-1]:
+        annotation = model.model_fields[str(part)].annotation
+        assert isinstance(annotation, type)
+        assert issubclass(annotation, BaseModel)
+        model = annotation
+    near = difflib.get_close_matches(str(first["loc"][-1]), model.model_fields, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]}?" if near else f"known fields: {', '.join(model.model_fields)}"
+    return f"unknown field {where}; {hint}"
+
+
+def describe_config(config: BaseModel, indent: int = 0) -> str:
+    """The configuration as commented YAML: each field's value and meaning. Secrets are not shown."""
+    lines = []
+    pad = "  " * indent
+    for name, field in type(config).model_fields.items():
+        value = getattr(config, name)
+        if isinstance(value, BaseModel):
+            lines += ["", f"{pad}# {field.description}", f"{pad}{name}:", describe_config(value, indent + 1)]
+            continue
+        if field.repr is False and value is not None:
+            value = "<hidden>"
+        elif isinstance(value, Path):
+            value = str(value)
+        elif isinstance(value, tuple):
+            value = list(value)
+        # On one line, whatever its length: the comment stands behind it.
+        dumped = yaml.safe_dump(value, default_flow_style=True, width=float("inf"))
+        shown = dumped.removesuffix("\n").removesuffix("\n...")
+        lines.append(f"{pad}{name}: {shown}  # {field.description}")
+    return "\n".join(lines)

@@ -1,0 +1,181 @@
+"""The controller: collects what keepers and replicas know, exports it to Prometheus, and has sessions recycled.
+
+Owns: the rhythm, the sums over nodes and replicas, and the metrics port. Restartable: it holds nothing that cannot be
+collected again. The recycler decides, the keeper does; this brings the two together. Knows nothing of HTTP requests,
+engines or text.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import ray
+from prometheus_client import start_http_server
+from prometheus_client.core import Metric
+from prometheus_client.registry import CollectorRegistry
+from ray.exceptions import RayError
+
+from phi_cluster.cluster.actors import NAMESPACE, keeper_name
+from phi_cluster.cluster.config import RecyclerConfig, SessionsConfig
+from phi_cluster.cluster.errors import PhiError
+from phi_cluster.cluster.processes import private_bytes
+from phi_cluster.cluster.session.recycler import RecyclePolicy, SessionSnapshot, decide
+from phi_cluster.cluster.session.reports import KeeperReport, private_or_zero
+from phi_cluster.monitoring.metrics import FamilySnapshot, NodeView, merge_snapshots, node_metrics, without_gauges
+
+logger = logging.getLogger(__name__)
+
+# A replica that has not reported for so long is gone: its gauges go, its counters stay in the sums.
+_REPLICA_SILENCE_SECONDS = 5.0
+
+
+@ray.remote(num_cpus=0)
+class Controller:
+    """`weights_nbytes` is what the object store holds of them on each node."""
+
+    def __init__(
+        self,
+        sessions: SessionsConfig,
+        recycler: RecyclerConfig,
+        metrics_host: str,
+        metrics_port: int,
+        weights_nbytes: int,
+    ):
+        self._policy = RecyclePolicy(
+            max_age=sessions.max_age,
+            max_turns=sessions.max_turns,
+            max_private_growth=sessions.max_private_growth,
+            idle_timeout=sessions.idle_timeout,
+        )
+        self._rhythm = recycler
+        self._metrics_address = (metrics_host, metrics_port)
+        self._weights_nbytes = weights_nbytes
+        self._reports: dict[str, KeeperReport] = {}
+        # Counters of keepers that were restarted since.
+        self._past_recycles: Counter[str] = Counter()
+        self._past_activations = 0
+        self._replicas: dict[str, tuple[float, list[FamilySnapshot], int, int]] = {}
+        self._past_replicas: list[list[FamilySnapshot]] = []
+        self._running: asyncio.Task[None] | None = None
+
+    async def start(self) -> int:
+        """Opens the metrics port and begins. Idempotent; returns the pid."""
+        if self._running is None:
+            registry = CollectorRegistry()
+            registry.register(self)
+            host, port = self._metrics_address
+            self._server, _ = start_http_server(port, addr=host, registry=registry)
+            await self._round()
+            self._running = asyncio.create_task(self._run())
+        return os.getpid()
+
+    async def report_replica(
+        self, replica_id: str, snapshot: list[FamilySnapshot], pid: int, engine_pid: int | None
+    ) -> None:
+        """A replica's counters so far, about once a second."""
+        await self.start()
+        self._replicas[replica_id] = (time.monotonic(), snapshot, pid, engine_pid or 0)
+
+    def collect(self) -> Iterator[Metric]:
+        """All metrics, for prometheus_client; from what was collected last."""
+        reports = list(self._reports.values())
+        recycles = self._past_recycles + sum((Counter(r.recycles) for r in reports), Counter())
+        activations = self._past_activations + sum(r.activations for r in reports)
+        yield from node_metrics([self._view(r) for r in reports], activations, dict(recycles), self._weights_nbytes)
+        live = [snapshot for _, snapshot, _, _ in list(self._replicas.values())]
+        yield from merge_snapshots([*self._past_replicas, *live])
+
+    async def _run(self) -> None:
+        while True:
+            await asyncio.sleep(self._rhythm.interval)
+            await self._round()
+
+    async def _round(self) -> None:
+        self._forget_silent_replicas()
+        for node in ray.nodes():
+            if not node["Alive"]:
+                self._forget_node(node["NodeID"])
+                continue
+            try:
+                keeper = ray.get_actor(keeper_name(node["NodeID"]), namespace=NAMESPACE)
+                report = await asyncio.wait_for(keeper.report.remote(), 10.0)
+            except (ValueError, RayError, asyncio.TimeoutError) as error:
+                # No keeper there (yet), or it is being restarted.
+                logger.info("no report of node %s: %s", node["NodeID"], type(error).__name__)
+                continue
+            self._take(report)
+            await self._recycle(keeper, report)
+
+    async def _recycle(self, keeper: Any, report: KeeperReport) -> None:
+        now = time.time()
+        reports = {s.stats.key.digest: s for s in report.sessions if s.actor_pid is not None}
+        snapshots = [
+            SessionSnapshot(
+                digest=digest,
+                activated_at=now - s.stats.activation_age_seconds,
+                last_used=now - s.stats.idle_seconds,
+                turns=s.stats.activation_turns,
+                in_turn=s.stats.in_turn,
+                private_nbytes=s.private_nbytes,
+                private_baseline=s.private_baseline,
+            )
+            for digest, s in reports.items()
+        ]
+        for order in decide(snapshots, self._policy, now, self._rhythm.max_per_round):
+            try:
+                await keeper.recycle.remote(reports[order.digest].stats.key, order.reason)
+            except (PhiError, RayError) as error:
+                # In a long turn, deleted meanwhile, or its actor died: the next round looks again.
+                logger.info("a session was not recycled (%s): %s", order.reason.value, error)
+
+    def _take(self, report: KeeperReport) -> None:
+        before = self._reports.get(report.node_id)
+        if before is not None and before.pid != report.pid:
+            self._remember_counters(before)
+        self._reports[report.node_id] = report
+
+    def _forget_node(self, node_id: str) -> None:
+        report = self._reports.pop(node_id, None)
+        if report is not None:
+            self._remember_counters(report)
+
+    def _remember_counters(self, report: KeeperReport) -> None:
+        self._past_recycles.update(report.recycles)
+        self._past_activations += report.activations
+
+    def _forget_silent_replicas(self) -> None:
+        deadline = time.monotonic() - _REPLICA_SILENCE_SECONDS
+        for replica_id, (reported_at, snapshot, _, _) in list(self._replicas.items()):
+            if reported_at < deadline:
+                del self._replicas[replica_id]
+                self._past_replicas.append(without_gauges(snapshot))
+
+    def _view(self, report: KeeperReport) -> NodeView:
+        kv_bytes: Counter[str] = Counter()
+        sessions: Counter[str] = Counter(stored=report.num_stored)
+        for s in report.sessions:
+            state = "ephemeral" if s.stats.key.ephemeral else "active" if s.actor_pid is not None else "held"
+            kv_bytes[state] += s.stats.kv_cache_bytes
+            sessions[state] += 1
+        private = {
+            "session_actor": sum(s.private_nbytes for s in report.sessions),
+            "keeper": report.private_nbytes,
+            "controller": private_bytes(),
+            "replica": sum(private_or_zero(pid) for _, _, pid, _ in self._replicas.values()),
+            "engine": sum(private_or_zero(pid) for _, _, _, pid in self._replicas.values()),
+        }
+        return NodeView(
+            node=report.node_id[:12],
+            kv_bytes_by_state={"active": 0, "held": 0, "ephemeral": 0} | dict(kv_bytes),
+            sessions_by_state={"active": 0, "held": 0, "ephemeral": 0} | dict(sessions),
+            session_bytes=[s.stats.kv_cache_bytes for s in report.sessions],
+            budget_bytes=report.budget_nbytes,
+            reserved_bytes=report.reserved_nbytes,
+            private_bytes_by_kind=private,
+        )

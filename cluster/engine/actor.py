@@ -1,0 +1,39 @@
+"""The engine's process: a Ray actor that maps the weights and serves one replica over a Unix socket.
+
+Owns: the process. The only file of this room that knows Ray. Knows nothing of what the server does. It imports torch
+only once it runs: replicas import this file too, to create the actor.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import ray
+
+from phi_cluster.cluster.engine.settings import EngineSettings
+from phi_cluster.cluster.messages import ProcessId
+from phi_cluster.cluster.processes import process_id
+from phi_cluster.cluster.served_model import ServedModel
+
+
+@ray.remote
+class EngineActor:
+    """`start` returns once a step has been computed and the socket listens."""
+
+    def __init__(self, served: ServedModel, settings: EngineSettings):
+        self._served = served
+        self._settings = settings
+
+    def warm_up(self) -> None:
+        """Imports what takes long, while others are still preparing."""
+        import phi_cluster.cluster.engine.server  # noqa: F401
+
+    def start(self, index: dict[str, Any], buffers: list[ray.ObjectRef]) -> ProcessId:
+        """Raises RuntimeError if the self-test fails."""
+        from phi_cluster.cluster.engine.server import build_engine_server
+
+        server = build_engine_server(self._served, self._settings, index, ray.get(buffers[0]))
+        self._thread = threading.Thread(target=server.run, name="engine", daemon=True)
+        self._thread.start()
+        return process_id()

@@ -1,0 +1,88 @@
+"""A session's KV segment as the engine sees it: lengths, ids, and a KV cache to compute on (implements SequenceKV).
+
+Owns: the mapping for the length of one sequence, and the writer's mark in the header. Knows nothing of sessions,
+Ray or scheduling.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from phi_cluster.cluster.messages import SegmentRef
+from phi_cluster.cluster.processes import process_id
+from phi_cluster.cluster.session.segment import Segment
+from phi_cluster.cluster.session.segment_layout import SegmentLayout
+from phi_cluster.model.kv_cache import KVCache
+
+
+class SegmentKV:
+    """Keys and values lie in the segment itself, shared with whoever maps it."""
+
+    def __init__(self, ref: SegmentRef, layout: SegmentLayout, fingerprint: str, dtype: torch.dtype):
+        """Raises SegmentGone or SegmentMismatch."""
+        self._segment = Segment.open(ref, layout, fingerprint)
+        self._segment.writer = process_id()
+        self.cache: KVCache | None = KVCache(layout.kv, dtype, self._segment.kv_buffer)
+        self._closed = False
+        self.bytes_per_token = layout.kv.bytes_per_token
+
+    @property
+    def num_tokens(self) -> int:
+        return self._segment.num_tokens
+
+    @property
+    def num_computed_tokens(self) -> int:
+        return self._segment.num_computed_tokens
+
+    @property
+    def long_rope(self) -> bool:
+        return self._segment.long_rope
+
+    @long_rope.setter
+    def long_rope(self, value: bool) -> None:
+        self._segment.long_rope = value
+
+    def token_ids(self) -> list[int]:
+        return self._segment.token_ids()
+
+    def trim(self, num_tokens: int) -> None:
+        self._segment.trim(num_tokens)
+
+    def append_tokens(self, token_ids: list[int]) -> None:
+        self._segment.append_tokens(token_ids)
+
+    def set_computed(self, num_tokens: int) -> None:
+        self._segment.set_num_computed_tokens(num_tokens)
+
+    def clear(self) -> None:
+        self._segment.drop_kv()
+
+    def close(self) -> None:
+        """After this nothing writes into the segment any more: the views are gone before the mapping is."""
+        self.cache = None
+        if not self._closed:
+            self._closed = True
+            self._segment.writer = None
+        self._segment.close()
+
+
+def splice(kv: SegmentKV, num_kept_tokens: int, token_ids: list[int]) -> list[int]:
+    """Makes the segment hold its first `num_kept_tokens` ids and then `token_ids`; returns all of them.
+
+    Where stored ids go on agreeing with the new ones, they stay, with their keys and values. Raises ValueError.
+    """
+    stored = kv.token_ids()
+    if not 0 <= num_kept_tokens <= len(stored):
+        raise ValueError(f"{num_kept_tokens} tokens are to be kept, the segment holds {len(stored)}")
+    agreeing = count_agreeing(stored[num_kept_tokens:], token_ids)
+    kv.trim(num_kept_tokens + agreeing)
+    kv.append_tokens(token_ids[agreeing:])
+    return stored[:num_kept_tokens] + token_ids
+
+
+def count_agreeing(some: list[int], others: list[int]) -> int:
+    """Length of the common beginning."""
+    for i, (one, other) in enumerate(zip(some, others, strict=False)):
+        if one != other:
+            return i
+    return min(len(some), len(others))

@@ -1,0 +1,165 @@
+"""One generation in the engine: its tokens, how far they are computed, and when it is over.
+
+Owns: `Sequence`, its states, and `SequenceKV`, the protocol of the memory it works on. Knows nothing of how
+sequences share a step, of the network, of sessions or of text.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from enum import Enum
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from phi_cluster.model.sampler import SamplingRequest
+from phi_cluster.model.sampling_params import SamplingParams
+
+
+class SequenceStatus(Enum):
+    WAITING = "waiting"
+    RUNNING = "running"
+    # Waiting again, after its KV cache was given up for older sequences.
+    PREEMPTED = "preempted"
+    FINISHED = "finished"
+
+
+class SequenceKV(Protocol):
+    """The memory of a sequence: token ids, and keys and values of the first `num_computed_tokens` of them.
+
+    Order of writing: rows of the cache (by the network), `set_computed`, `append_tokens`; so whoever reads at
+    any moment finds only what is complete. Lowering goes first, before pages are given back.
+    """
+
+    # Which of LongRoPE's regimes the stored keys belong to.
+    long_rope: bool
+    # Of keys and values in all layers.
+    bytes_per_token: int
+
+    @property
+    def num_tokens(self) -> int: ...
+
+    @property
+    def num_computed_tokens(self) -> int: ...
+
+    @property
+    def cache(self) -> Any:
+        """What the network computes on (model/kv_cache.py's KVCache)."""
+
+    def trim(self, num_tokens: int) -> None:
+        """Keep the first `num_tokens` tokens only."""
+
+    def append_tokens(self, token_ids: list[int]) -> None:
+        """Store ids behind the last."""
+
+    def set_computed(self, num_tokens: int) -> None:
+        """Keys and values of the first `num_tokens` tokens are stored now."""
+
+    def clear(self) -> None:
+        """Give all keys and values back; token ids stay."""
+
+    def close(self) -> None:
+        """Let go: after this the memory is never touched again from here."""
+
+
+class Sequence:
+    """A generation: `num_computed_tokens` chases `num_tokens`, and at the end of each chase a token is drawn.
+
+    `num_prompt_tokens` says where the reply starts; tokens behind it that are there from the beginning are a
+    reply that is taken over in its middle. The sequence never has more than `max_num_tokens` tokens (what its
+    lease of memory covers): there it pauses until that number is raised.
+
+    Raises ValueError if the numbers do not fit together.
+    """
+
+    def __init__(
+        self,
+        sequence_id: int,
+        kv: SequenceKV,
+        token_ids: list[int],
+        num_prompt_tokens: int,
+        params: SamplingParams,
+        max_num_tokens: int,
+    ):
+        if kv.num_tokens != len(token_ids):
+            raise ValueError(f"the KV segment holds {kv.num_tokens} tokens, the sequence has {len(token_ids)}")
+        if not 1 <= num_prompt_tokens <= len(token_ids):
+            raise ValueError(
+                f"num_prompt_tokens must be between 1 and the number of tokens {len(token_ids)}, "
+                f"got {num_prompt_tokens}"
+            )
+        if len(token_ids) > max_num_tokens:
+            raise ValueError(f"{len(token_ids)} tokens are more than max_num_tokens {max_num_tokens}")
+        self.sequence_id = sequence_id
+        self.kv = kv
+        self.token_ids = list(token_ids)
+        self.num_prompt_tokens = num_prompt_tokens
+        self.params = params
+        self.max_num_tokens = max_num_tokens
+        self.status = SequenceStatus.WAITING
+        # Older sequences have lower numbers; the scheduler gives them.
+        self.arrival = 0
+        self.long_rope = kv.long_rope
+        # Logits come from computing: at least the last token is always computed (again).
+        self.num_computed_tokens = min(kv.num_computed_tokens, self.num_tokens - 1)
+        # Prompt tokens that need not be computed for the first token of this reply.
+        self.num_cached_tokens = min(self.num_computed_tokens, num_prompt_tokens)
+        self._prompt_ids: NDArray[np.int64] | None = None
+        self._generated_counts: Counter[int] | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_generated_tokens(self) -> int:
+        return self.num_tokens - self.num_prompt_tokens
+
+    @property
+    def num_uncomputed_tokens(self) -> int:
+        """At least 1 while the sequence is not finished."""
+        return self.num_tokens - self.num_computed_tokens
+
+    @property
+    def is_paused(self) -> bool:
+        """Whether the lease has no room for one more token."""
+        return self.num_tokens >= self.max_num_tokens
+
+    @property
+    def kv_nbytes(self) -> int:
+        """Bytes of keys and values once all present tokens are computed."""
+        return self.num_tokens * self.kv.bytes_per_token
+
+    def restart(self) -> None:
+        """Nothing is computed any more: it begins anew with prompt and reply so far."""
+        self.num_computed_tokens = 0
+        self.num_cached_tokens = 0
+
+    def append(self, token_id: int) -> None:
+        """Take a drawn token in."""
+        self.token_ids.append(token_id)
+        if self._generated_counts is not None:
+            self._generated_counts[token_id] += 1
+
+    def finish_reason(self, max_model_len: int) -> str | None:
+        """ "stop" or "length" if the reply is over, else None."""
+        params, num_generated = self.params, self.num_generated_tokens
+        # The sampler masks stop tokens until there are min_tokens others.
+        may_stop = num_generated > params.min_tokens and not params.ignore_eos
+        if may_stop and self.token_ids[-1] in params.stop_token_ids:
+            return "stop"
+        if num_generated >= params.max_tokens or self.num_tokens >= max_model_len:
+            return "length"
+        return None
+
+    def sampling_request(self) -> SamplingRequest:
+        """What the sampler needs for the next token."""
+        if not self.params.has_penalties:
+            return SamplingRequest(self.params, self.num_tokens, self.num_generated_tokens)
+        if self._prompt_ids is None or self._generated_counts is None:
+            self._prompt_ids = np.unique(np.asarray(self.token_ids[: self.num_prompt_tokens], np.int64))
+            self._generated_counts = Counter(self.token_ids[self.num_prompt_tokens :])
+        return SamplingRequest(
+            self.params, self.num_tokens, self.num_generated_tokens, self._prompt_ids, self._generated_counts
+        )

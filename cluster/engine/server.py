@@ -1,0 +1,225 @@
+"""An engine behind a Unix socket, for one replica.
+
+Owns: the socket, the loop, the self-test, and mapping the segments that sequences bring. Knows nothing of Ray, text,
+HTTP or who owns a session.
+
+One thread does everything: read frames, step, send what the step brought. When there is nothing to do it waits for
+frames, and every few seconds computes one token for nothing, so that "ready" means a step was really computed lately.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import select
+import socket
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from phi_cluster.cluster.engine.device_kv import DeviceCaches, DeviceKV
+from phi_cluster.cluster.engine.engine import Engine, EngineLimits
+from phi_cluster.cluster.engine.model_runner import ModelRunner
+from phi_cluster.cluster.engine.segment_kv import SegmentKV, splice
+from phi_cluster.cluster.engine.sequence import Sequence
+from phi_cluster.cluster.engine.settings import EngineSettings
+from phi_cluster.cluster.messages import (
+    AbortSequence,
+    AddSequence,
+    ExtendSequence,
+    Frame,
+    SegmentRef,
+    SequenceOutput,
+    StepFrame,
+    decode_frame,
+    encode_frame,
+)
+from phi_cluster.cluster.served_model import ServedModel
+from phi_cluster.model.flat_weights import WeightIndex, protect_read_only, view_weights
+from phi_cluster.model.kv_cache import KVCache
+from phi_cluster.model.phi3 import Phi3ForCausalLM, SequenceChunk
+from phi_cluster.model.sampling_params import SamplingParams
+
+logger = logging.getLogger(__name__)
+
+_IDLE_STEP_SECONDS = 3.0
+
+
+def build_engine_server(
+    served: ServedModel, settings: EngineSettings, index: dict[str, Any], buffer: NDArray[np.uint8]
+) -> EngineServer:
+    """Takes the weights' shared buffer as it is (zero-copy, read-only from now on), tests the network and listens.
+
+    Raises RuntimeError if the self-test fails.
+    """
+    torch.set_num_threads(settings.num_threads)
+    dtype = torch.bfloat16 if served.dtype == "bfloat16" else torch.float32
+    protect_read_only(buffer)
+    weights = view_weights(buffer, WeightIndex.from_dict(index))
+    model = Phi3ForCausalLM(served.config, weights, dtype, settings.device)
+    self_test = SelfTest(model, served, dtype, settings.device)
+    self_test()
+    limits = EngineLimits(settings.max_num_seqs, settings.max_num_batched_tokens, served.max_model_len)
+    engine = Engine(limits, ModelRunner(model, served.config), time.monotonic)
+    caches = None
+    if settings.device != "cpu":
+        caches = DeviceCaches(served.layout.kv, dtype, settings.device, max_idle=settings.max_num_seqs)
+    return EngineServer(engine, served, dtype, settings.socket_path, self_test, caches)
+
+
+class SelfTest:
+    """One token through the whole network: the same logits every time, and finite."""
+
+    def __init__(self, model: Phi3ForCausalLM, served: ServedModel, dtype: torch.dtype, device: str):
+        self._model = model
+        self._cache = KVCache(served.layout.kv, dtype, device=device)
+        self._device = device
+        self._expected: torch.Tensor | None = None
+
+    def __call__(self) -> None:
+        """Raises RuntimeError."""
+        token_ids = torch.zeros(1, dtype=torch.int64, device=self._device)
+        logits = self._model.forward([SequenceChunk(token_ids, 0, self._cache, False)])
+        if not bool(torch.isfinite(logits).all()):
+            raise RuntimeError("self-test: the network's logits are not finite; the checkpoint is damaged")
+        if self._expected is None:
+            self._expected = logits.clone()
+        elif not torch.equal(self._expected, logits):
+            raise RuntimeError("self-test: the network's logits have changed; memory or CPU is not to be trusted")
+
+
+class EngineServer:
+    """The engine behind a socket, for one replica. `run` returns when the replica is gone."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        served: ServedModel,
+        dtype: torch.dtype,
+        socket_path: str,
+        self_test: Callable[[], None],
+        device_caches: DeviceCaches | None = None,
+    ):
+        self._engine = engine
+        self._device_caches = device_caches
+        self._served = served
+        self._dtype = dtype
+        self._self_test = self_test
+        self._idle_steps = 0
+        self._received = bytearray()
+        self._refused: list[SequenceOutput] = []
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._listener.bind(socket_path)
+        os.chmod(socket_path, 0o600)
+        self._listener.listen(1)
+        self._socket_path = Path(socket_path)
+
+    def run(self) -> None:
+        """Serves until the replica's end closes; whatever goes wrong here ends the process, and the replica knows
+        at once."""
+        try:
+            connection, _ = self._listener.accept()
+            self._listener.close()
+            with connection:
+                self._serve(connection)
+        except Exception:
+            logger.exception("the engine failed")
+        finally:
+            self._socket_path.unlink(missing_ok=True)
+            sys.stderr.flush()
+            # Not sys.exit: the actor's main thread would live on with a dead engine.
+            os._exit(1)
+
+    def _serve(self, connection: socket.socket) -> None:
+        self._idle()
+        self._send(connection, [])
+        last_frame = time.monotonic()
+        while True:
+            busy = self._engine.has_work
+            readable, _, _ = select.select([connection], [], [], 0.0 if busy else _IDLE_STEP_SECONDS)
+            if readable and not self._receive(connection):
+                return
+            if self._engine.has_work:
+                self._send(connection, self._take_refused() + self._engine.step())
+                last_frame = time.monotonic()
+            elif self._refused:
+                self._send(connection, self._take_refused())
+            elif time.monotonic() - last_frame >= _IDLE_STEP_SECONDS:
+                self._idle()
+                self._send(connection, [])
+                last_frame = time.monotonic()
+
+    def _idle(self) -> None:
+        self._self_test()
+        self._idle_steps += 1
+
+    def _send(self, connection: socket.socket, outputs: list[SequenceOutput]) -> None:
+        step = self._engine.step_count + self._idle_steps
+        connection.sendall(
+            encode_frame(StepFrame(step, outputs, self._engine.num_running, self._engine.num_waiting))
+        )
+
+    def _receive(self, connection: socket.socket) -> bool:
+        """Takes in what has come; False at the end of the connection."""
+        data = connection.recv(2**20)
+        if not data:
+            return False
+        self._received += data
+        while len(self._received) >= 4:
+            end = 4 + int.from_bytes(self._received[:4], "big")
+            if len(self._received) < end:
+                break
+            frame = bytes(self._received[4:end])
+            del self._received[:end]
+            self._handle(decode_frame(frame))
+        return True
+
+    def _handle(self, frame: Frame) -> None:
+        if isinstance(frame, AddSequence):
+            try:
+                self._engine.add(self._open(frame))
+            except (OSError, ValueError) as error:
+                self._refused.append(
+                    SequenceOutput(frame.sequence_id, [], "error", released=True, error=str(error))
+                )
+        elif isinstance(frame, AbortSequence):
+            self._engine.abort(frame.sequence_id)
+        elif isinstance(frame, ExtendSequence):
+            self._engine.extend(frame.sequence_id, frame.max_num_tokens)
+
+    def _open(self, frame: AddSequence) -> Sequence:
+        """Maps the segment and makes it hold the sequence's ids: what it holds of them keeps its keys and values.
+
+        Raises SegmentGone (OSError), and ValueError for ids or numbers that cannot be.
+        """
+        params = SamplingParams.from_dict(frame.sampling)
+        kv = self._open_kv(frame.segment)
+        try:
+            token_ids = splice(kv, frame.num_kept_tokens, frame.token_ids)
+            return Sequence(
+                sequence_id=frame.sequence_id,
+                kv=kv,
+                token_ids=token_ids,
+                num_prompt_tokens=frame.num_prompt_tokens,
+                params=params,
+                max_num_tokens=frame.max_num_tokens,
+            )
+        except BaseException:
+            kv.close()
+            raise
+
+    def _open_kv(self, ref: SegmentRef) -> SegmentKV:
+        served = self._served
+        if self._device_caches is not None:
+            return DeviceKV(ref, served.layout, served.fingerprint, self._device_caches)
+        return SegmentKV(ref, served.layout, served.fingerprint, self._dtype)
+
+    def _take_refused(self) -> list[SequenceOutput]:
+        refused, self._refused = self._refused, []
+        return refused

@@ -1,0 +1,105 @@
+"""Every error that may reach a user, with its HTTP status and OpenAI-style type.
+
+Owns: the error classes. Knows nothing of HTTP frameworks, Ray or torch: the edge turns these into responses,
+the command line into one sentence. All of them pickle, because they cross process borders.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class PhiError(Exception):
+    """An error with a message for its reader. `status` is the HTTP status it becomes at the edge."""
+
+    status = 500
+    type = "server_error"
+    code: str | None = None
+
+    def __init__(
+        self, message: str, *, param: str | None = None, code: str | None = None, retry_after: float | None = None
+    ):
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        if code is not None:
+            self.code = code
+        self.retry_after = retry_after
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (type(self), self.message, self.param, self.code, self.retry_after)
+
+    def body(self) -> dict[str, Any]:
+        """The OpenAI error object, `{"error": {message, type, param, code}}`."""
+        return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
+
+
+def _rebuild(
+    cls: type[PhiError], message: str, param: str | None, code: str | None, retry_after: float | None
+) -> PhiError:
+    return cls(message, param=param, code=code, retry_after=retry_after)
+
+
+class InvalidRequest(PhiError):
+    """The request is wrong; the message names the field and the remedy."""
+
+    status = 400
+    type = "invalid_request_error"
+
+
+class ContextOverflow(InvalidRequest):
+    """Prompt and requested completion do not fit into the model's context."""
+
+    code = "context_length_exceeded"
+
+
+class NotFound(PhiError):
+    """No such model, session or route."""
+
+    status = 404
+    type = "invalid_request_error"
+    code = "not_found"
+
+
+class SessionBusy(PhiError):
+    """Another turn of the session is running and did not end within the time allowed for waiting."""
+
+    status = 409
+    type = "conflict_error"
+    code = "session_busy"
+
+
+class BodyTooLarge(PhiError):
+    """The request body is larger than the configured limit."""
+
+    status = 413
+    type = "invalid_request_error"
+    code = "body_too_large"
+
+
+class Overloaded(PhiError):
+    """No room (KV memory, queue): try again after `retry_after` seconds."""
+
+    status = 429
+    type = "overloaded_error"
+    code = "overloaded"
+
+
+class Unavailable(PhiError):
+    """A part of the server is not up right now: try again after `retry_after` seconds."""
+
+    status = 503
+    type = "unavailable_error"
+    code = "unavailable"
+
+
+class StaleEpoch(PhiError):
+    """A writer whose turn was taken over by a later one tried to commit (one writer per session)."""
+
+    status = 409
+    type = "conflict_error"
+    code = "stale_epoch"
+
+
+class StartError(PhiError):
+    """The server cannot start; the message is one sentence that says why and what to do."""

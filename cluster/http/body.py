@@ -1,0 +1,70 @@
+"""Reading a request's body: bounded, and as strict JSON.
+
+Owns: the size limit, the media type, and what counts as JSON (no NaN, no broken UTF-8, no lone surrogates, a
+bounded depth). Knows nothing of the fields in it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic_core import from_json
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+
+from phi_cluster.cluster.errors import BodyTooLarge, InvalidRequest
+
+
+async def read_object(request: Request, max_bytes: int, *, may_be_empty: bool = False) -> dict[str, Any]:
+    """The body, which must be a JSON object; `{}` also for no body at all where that is allowed.
+
+    Numbers too large for a float come out as infinity: fields must refuse that (`StrictModel` does).
+    Raises `BodyTooLarge` before the body is read to its end, `InvalidRequest` if it is not JSON, and
+    `HTTPException` 415 on another media type.
+    """
+    raw = await _read_bytes(request, max_bytes)
+    if may_be_empty and not raw:
+        return {}
+    _check_media_type(request)
+    try:
+        # The parser's own limit on nesting is 200 levels, on integers 4300 digits.
+        given = from_json(raw, allow_inf_nan=False)
+    except ValueError as error:
+        raise InvalidRequest(f"The body is not valid JSON: {error}") from None
+    if not isinstance(given, dict):
+        raise InvalidRequest("The body must be a JSON object, such as {...}")
+    return given
+
+
+async def _read_bytes(request: Request, max_bytes: int) -> bytes:
+    """The body as it came. Raises `BodyTooLarge` as soon as it is known to be larger than `max_bytes`."""
+    announced = request.headers.get("content-length", "")
+    if announced.isdecimal() and (len(announced) > 18 or int(announced) > max_bytes):
+        raise _too_large(max_bytes)
+    chunks: list[bytes] = []
+    size = 0
+    async for chunk in request.stream():
+        size += len(chunk)
+        if size > max_bytes:
+            raise _too_large(max_bytes)
+        chunks.append(chunk)
+    return b"".join(chunks)
+
+
+def _too_large(max_bytes: int) -> BodyTooLarge:
+    return BodyTooLarge(f"The body is larger than the {max_bytes} bytes this server accepts")
+
+
+def _check_media_type(request: Request) -> None:
+    if request.headers.get("content-encoding", "identity").strip().lower() not in ("", "identity"):
+        raise HTTPException(415, "Content-Encoding: compressed bodies are not supported, send plain JSON")
+    media_type, *parameters = request.headers.get("content-type", "").lower().split(";")
+    media_type = media_type.strip()
+    if media_type and media_type != "application/json" and not media_type.endswith("+json"):
+        raise HTTPException(
+            415, "Content-Type: must be application/json (curl: -H 'Content-Type: application/json')"
+        )
+    for parameter in parameters:
+        name, _, value = parameter.strip().partition("=")
+        if name == "charset" and value.strip("\"' ") not in ("utf-8", "utf8", "us-ascii"):
+            raise HTTPException(415, "Content-Type: the charset must be utf-8")

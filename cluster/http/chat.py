@@ -1,0 +1,109 @@
+"""POST /v1/chat/completions.
+
+Owns: the way from a chat request to a `TurnRequest`, and the JSON of its replies. Knows nothing of templates,
+tokens and engines.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import Response
+
+from phi_cluster.cluster.http.body import read_object
+from phi_cluster.cluster.http.caller import Caller, caller_of
+from phi_cluster.cluster.http.chat_schemas import ChatCompletion, ChatCompletionChunk, ChatRequest
+from phi_cluster.cluster.http.edge import Edge
+from phi_cluster.cluster.http.models import check_model
+from phi_cluster.cluster.http.openapi import generation_docs
+from phi_cluster.cluster.http.schemas import sampling_of
+from phi_cluster.cluster.http.strict_model import validated
+from phi_cluster.cluster.http.turn_response import TurnResponse
+from phi_cluster.cluster.turn_api import Endpoint, FinishReason, TurnRequest
+
+
+def chat_router(edge: Edge) -> APIRouter:
+    """The endpoint, over `edge`."""
+    router = APIRouter()
+    settings = edge.settings
+
+    @router.post(
+        "/v1/chat/completions",
+        tags=["chat"],
+        **generation_docs(ChatRequest, ChatCompletion, ChatCompletionChunk),
+    )
+    async def create_chat_completion(request: Request) -> Response:
+        """The assistant's next message."""
+        caller = caller_of(request)
+        chat = validated(ChatRequest, await read_object(request, settings.max_body_bytes))
+        check_model(chat.model, settings)
+        turn = TurnRequest(
+            tenant=caller.tenant,
+            session_id=caller.session_id,
+            request_id=caller.request_id,
+            sampling=sampling_of(chat, settings),
+            messages=[message.for_template() for message in chat.messages],
+            stop=tuple(chat.stop),
+            add_generation_prompt=chat.add_generation_prompt and not chat.continue_final_message,
+            continue_final_message=chat.continue_final_message,
+        )
+        reply = ChatReply.begin(caller, edge)
+        return TurnResponse(edge, caller, turn, reply, stream=chat.stream, include_usage=chat.include_usage)
+
+    return router
+
+
+@dataclass(frozen=True)
+class ChatReply:
+    """A `ReplyFormat`: OpenAI's chat.completion and its chunks."""
+
+    id: str
+    created: int
+    model: str
+    system_fingerprint: str | None
+    endpoint: Endpoint = "chat"
+
+    @classmethod
+    def begin(cls, caller: Caller, edge: Edge) -> ChatReply:
+        settings = edge.settings
+        return cls(
+            id=f"chatcmpl-{caller.request_id}",
+            created=int(edge.clock.time()),
+            model=settings.served_model_names[0],
+            system_fingerprint=settings.system_fingerprint,
+        )
+
+    def opening(self) -> dict[str, Any]:
+        return self._chunk([self._choice({"role": "assistant", "content": ""}, None)])
+
+    def delta(self, text: str) -> dict[str, Any]:
+        return self._chunk([self._choice({"content": text}, None)])
+
+    def closing(self, finish_reason: FinishReason) -> dict[str, Any]:
+        return self._chunk([self._choice({}, finish_reason)])
+
+    def usage_chunk(self, usage: dict[str, Any]) -> dict[str, Any]:
+        return {**self._chunk([]), "usage": usage}
+
+    def whole(self, text: str, finish_reason: FinishReason, usage: dict[str, Any]) -> dict[str, Any]:
+        message = {"role": "assistant", "content": text, "refusal": None}
+        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": finish_reason}
+        return {**self._head("chat.completion"), "choices": [choice], "usage": usage}
+
+    def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return {**self._head("chat.completion.chunk"), "choices": choices}
+
+    def _choice(self, delta: dict[str, str], finish_reason: FinishReason | None) -> dict[str, Any]:
+        return {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
+
+    def _head(self, kind: str) -> dict[str, Any]:
+        return {
+            "id": self.id,
+            "object": kind,
+            "created": self.created,
+            "model": self.model,
+            "system_fingerprint": self.system_fingerprint,
+        }

@@ -1,0 +1,118 @@
+"""POST /v1/completions.
+
+Owns: the way from a completion request to a `TurnRequest`, and the JSON of its replies. Knows nothing of the
+tokenizer and of engines.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import Response
+
+from phi_cluster.cluster.errors import ContextOverflow
+from phi_cluster.cluster.http.body import read_object
+from phi_cluster.cluster.http.caller import Caller, caller_of
+from phi_cluster.cluster.http.completion_schemas import Completion, CompletionRequest
+from phi_cluster.cluster.http.edge import Edge, EdgeSettings
+from phi_cluster.cluster.http.models import check_model
+from phi_cluster.cluster.http.openapi import generation_docs
+from phi_cluster.cluster.http.schemas import check_token_ids, sampling_of
+from phi_cluster.cluster.http.strict_model import validated
+from phi_cluster.cluster.http.turn_response import TurnResponse
+from phi_cluster.cluster.turn_api import Endpoint, FinishReason, TurnRequest
+
+
+def completions_router(edge: Edge) -> APIRouter:
+    """The endpoint, over `edge`."""
+    router = APIRouter()
+    settings = edge.settings
+
+    @router.post(
+        "/v1/completions", tags=["completions"], **generation_docs(CompletionRequest, Completion, Completion)
+    )
+    async def create_completion(request: Request) -> Response:
+        """Text that continues the prompt."""
+        caller = caller_of(request)
+        completion = validated(CompletionRequest, await read_object(request, settings.max_body_bytes))
+        check_model(completion.model, settings)
+        turn = TurnRequest(
+            tenant=caller.tenant,
+            session_id=caller.session_id,
+            request_id=caller.request_id,
+            sampling=sampling_of(completion, settings),
+            prompt=_checked_prompt(completion.prompt, settings),
+            stop=tuple(completion.stop),
+        )
+        reply = CompletionReply.begin(caller, edge)
+        return TurnResponse(
+            edge, caller, turn, reply, stream=completion.stream, include_usage=completion.include_usage
+        )
+
+    return router
+
+
+def _checked_prompt(prompt: str | list[int], settings: EdgeSettings) -> str | list[int]:
+    """Token ids must exist and leave room for a reply; text is counted further down, by the tokenizer."""
+    if isinstance(prompt, list):
+        check_token_ids("prompt", prompt, settings.vocab_size)
+        excess = len(prompt) + 1 - settings.max_model_len
+        if excess > 0:
+            raise ContextOverflow(
+                f"prompt: the model's context length is {settings.max_model_len} tokens, a prompt of "
+                f"{len(prompt)} tokens and a reply of at least one do not fit ({excess} too many)",
+                param="prompt",
+            )
+    return prompt
+
+
+@dataclass(frozen=True)
+class CompletionReply:
+    """A `ReplyFormat`: OpenAI's text_completion, whole and in chunks."""
+
+    id: str
+    created: int
+    model: str
+    system_fingerprint: str | None
+    endpoint: Endpoint = "completions"
+
+    @classmethod
+    def begin(cls, caller: Caller, edge: Edge) -> CompletionReply:
+        settings = edge.settings
+        return cls(
+            id=f"cmpl-{caller.request_id}",
+            created=int(edge.clock.time()),
+            model=settings.served_model_names[0],
+            system_fingerprint=settings.system_fingerprint,
+        )
+
+    def opening(self) -> None:
+        return None
+
+    def delta(self, text: str) -> dict[str, Any]:
+        return self._completion([self._choice(text, None)])
+
+    def closing(self, finish_reason: FinishReason) -> dict[str, Any]:
+        return self._completion([self._choice("", finish_reason)])
+
+    def usage_chunk(self, usage: dict[str, Any]) -> dict[str, Any]:
+        return {**self._completion([]), "usage": usage}
+
+    def whole(self, text: str, finish_reason: FinishReason, usage: dict[str, Any]) -> dict[str, Any]:
+        return {**self._completion([self._choice(text, finish_reason)]), "usage": usage}
+
+    def _choice(self, text: str, finish_reason: FinishReason | None) -> dict[str, Any]:
+        return {"index": 0, "text": text, "logprobs": None, "finish_reason": finish_reason}
+
+    def _completion(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return {
+            "id": self.id,
+            "object": "text_completion",
+            "created": self.created,
+            "model": self.model,
+            "system_fingerprint": self.system_fingerprint,
+            "choices": choices,
+        }

@@ -1,0 +1,46 @@
+"""What the edge is built from: its settings and the objects injected into it.
+
+Owns: `EdgeSettings` and `Edge`. Knows nothing of routes and of what the injected objects do.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from phi_cluster.cluster.turn_api import Clock, Health, RequestObserver, SessionAdmin, TurnRunner
+
+
+@dataclass(frozen=True)
+class EdgeSettings:
+    """What the edge must know about the model and about its own limits."""
+
+    # The first is the name in responses, the others are aliases; at least one.
+    served_model_names: tuple[str, ...]
+    # Tokens, prompt and reply together.
+    max_model_len: int
+    # Token ids are 0 ... vocab_size - 1.
+    vocab_size: int
+    max_body_bytes: int = 8 * 2**20
+    # Seconds of silence after which a stream gets a comment line.
+    keep_alive_seconds: float = 10.0
+    # Names model, weights and build in responses (OpenAI's `system_fingerprint`).
+    system_fingerprint: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.served_model_names or not all(self.served_model_names):
+            raise ValueError("served_model_names: at least one name, none of them empty")
+        for name in ("max_model_len", "vocab_size", "max_body_bytes", "keep_alive_seconds"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name}: must be positive, not {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class Edge:
+    """Everything a route may use. Built once by `build_app`; there is no other state."""
+
+    settings: EdgeSettings
+    turns: TurnRunner
+    sessions: SessionAdmin
+    health: Health
+    observer: RequestObserver
+    clock: Clock

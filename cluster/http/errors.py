@@ -1,0 +1,122 @@
+"""Errors as responses: OpenAI's error object for everything that goes wrong, and nothing about our insides.
+
+Owns: the error response, the exception handlers, and the outermost layer of the app that gives every request
+an id and turns what nobody expected into a bare 500. Knows nothing of what the routes do.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import uuid
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi import FastAPI
+from starlette.datastructures import MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from phi_cluster.cluster.errors import BodyTooLarge, PhiError
+from phi_cluster.cluster.http.caller import REQUEST_ID_HEADER
+
+logger = logging.getLogger(__name__)
+
+_CODES = {404: "not_found", 405: "method_not_allowed", 415: "unsupported_media_type"}
+
+
+def to_json(value: Any) -> bytes:
+    """Compact UTF-8 JSON. A lone surrogate, which no UTF-8 can carry, becomes a question mark."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return text.encode("utf-8", "replace")
+
+
+def internal_error() -> PhiError:
+    """What a client is told about an exception that nobody expected: its traceback is in the server's log."""
+    return PhiError("The server failed to process this request; the response's x-request-id is in its log")
+
+
+def error_response(error: PhiError, headers: Mapping[str, str] | None = None) -> Response:
+    """The response that `error` becomes while no other has been started."""
+    response = Response(to_json(error.body()), error.status, headers, media_type="application/json")
+    if error.retry_after is not None:
+        response.headers["retry-after"] = str(max(1, math.ceil(error.retry_after)))
+    if isinstance(error, BodyTooLarge):
+        # The rest of the body is not read, so the connection cannot be used again.
+        response.headers["connection"] = "close"
+    return response
+
+
+def install_error_handling(app: FastAPI) -> None:
+    """Every response of `app` gets a request id, every error becomes an error object."""
+    app.add_exception_handler(PhiError, _on_phi_error)
+    app.add_exception_handler(HTTPException, _on_http_exception)
+    app.add_middleware(RequestEnvelope)
+
+
+async def _on_phi_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, PhiError)
+    return error_response(error)
+
+
+async def _on_http_exception(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    where = f"{request.method} {request.url.path[:200]}"
+    if error.status_code == 404:
+        message = f"There is nothing at {where}"
+    elif error.status_code == 405:
+        message = f"The method does not fit: {where}; allowed: {(error.headers or {}).get('allow', 'others')}"
+    else:
+        message = error.detail
+    body = {
+        "error": {
+            "message": message,
+            "type": "invalid_request_error" if error.status_code < 500 else "server_error",
+            "param": None,
+            "code": _CODES.get(error.status_code),
+        }
+    }
+    return Response(to_json(body), error.status_code, error.headers, media_type="application/json")
+
+
+class RequestEnvelope:
+    """ASGI middleware: `request.state.request_id`, the response's x-request-id, and the last resort.
+
+    Inside of it `send` raises `ClientDisconnect` if the client is known to be gone.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        request_id = uuid.uuid4().hex
+        # A copy: the server may hand the same state to every request of a connection.
+        scope = {**scope, "state": {**scope.get("state", {}), "request_id": request_id}}
+        started = False
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal started
+            if message["type"] == "http.response.start":
+                started = True
+                MutableHeaders(scope=message)[REQUEST_ID_HEADER] = request_id
+            try:
+                await send(message)
+            except OSError as error:
+                # How servers say (some of them) that nobody is listening any more.
+                raise ClientDisconnect from error
+
+        try:
+            await self.app(scope, receive, send_with_id)
+        except ClientDisconnect:
+            # It left before its request or the response was complete: there is nobody to answer.
+            return
+        except Exception:
+            logger.exception("request %s failed unexpectedly", request_id)
+            if not started:
+                await error_response(internal_error())(scope, receive, send_with_id)

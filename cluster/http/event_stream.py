@@ -1,0 +1,97 @@
+"""Server-sent events on an ASGI connection.
+
+Owns: the format, the response's start (put off until there is something to say), the comment lines that keep
+a silent stream alive, and its end. Knows nothing of turns and of what the events mean.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from typing import Any
+
+from starlette.requests import ClientDisconnect
+from starlette.types import Receive, Scope, Send
+
+from phi_cluster.cluster.errors import PhiError
+from phi_cluster.cluster.http.errors import error_response, to_json
+
+KEEP_ALIVE = b": keep-alive\n\n"
+DONE = b"data: [DONE]\n\n"
+
+
+class EventStream:
+    """One response. Until the first write nothing is sent, so that an early failure gets a status of its own.
+
+    `keep_alive` runs beside the writer; a lock keeps whole events apart. After `end` or `fail` nothing more
+    is sent. All but `keep_alive` raise `ClientDisconnect` if `send` does.
+    """
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send, headers: Mapping[str, str]) -> None:
+        self._scope, self._receive, self._send = scope, receive, send
+        self._headers = dict(headers)
+        self._lock = asyncio.Lock()
+        self._started = False
+        self._ended = False
+        self._last_write = asyncio.get_running_loop().time()
+
+    async def write(self, *events: Mapping[str, Any]) -> None:
+        """Sends `events` in one piece; the first call sends the status 200 and the headers."""
+        await self._write(b"".join(b"data: " + to_json(event) + b"\n\n" for event in events))
+
+    async def end(self, *events: Mapping[str, Any]) -> None:
+        """The last `events`, then `[DONE]`."""
+        await self._write(
+            b"".join(b"data: " + to_json(event) + b"\n\n" for event in events) + DONE, last=True
+        )
+
+    async def fail(self, error: PhiError) -> None:
+        """`error` with its own status if nothing was sent yet, else as an event, followed by `[DONE]`.
+
+        vLLM's clients know the event by its `error` field; the official client raises `APIError` on it.
+        """
+        async with self._lock:
+            if self._started:
+                early = None
+            else:
+                early = error_response(error, self._headers)
+                self._started = self._ended = True
+        if early is not None:
+            await early(self._scope, self._receive, self._send)
+        elif not self._ended:
+            await self.end(error.body())
+
+    async def keep_alive(self, interval: float) -> None:
+        """Sends a comment whenever nothing was sent for `interval` seconds, until the end of the stream."""
+        now = asyncio.get_running_loop().time
+        while not self._ended:
+            silence = now() - self._last_write
+            if silence < interval:
+                await asyncio.sleep(interval - silence)
+            else:
+                try:
+                    await self._write(KEEP_ALIVE)
+                except ClientDisconnect:
+                    return
+
+    async def _write(self, body: bytes, last: bool = False) -> None:
+        async with self._lock:
+            if self._ended:
+                return
+            self._ended = last
+            if not self._started:
+                self._started = True
+                start = {"type": "http.response.start", "status": 200, "headers": self._start_headers()}
+                await self._send(start)
+            await self._send({"type": "http.response.body", "body": body, "more_body": not last})
+            self._last_write = asyncio.get_running_loop().time()
+
+    def _start_headers(self) -> list[tuple[bytes, bytes]]:
+        headers = {
+            "content-type": "text/event-stream; charset=utf-8",
+            "cache-control": "no-cache",
+            # Proxies like nginx would otherwise collect events before they pass them on.
+            "x-accel-buffering": "no",
+            **self._headers,
+        }
+        return [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]

@@ -1,0 +1,51 @@
+"""One request as its observer sees it.
+
+Owns: the times between its events. Knows nothing of what counts them and of how the response is written.
+"""
+
+from __future__ import annotations
+
+from phi_cluster.cluster.turn_api import Clock, Endpoint, Outcome, RequestObserver, TurnFinished, TurnStarted
+
+
+class Observation:
+    """Begins with its construction, ends with `finish`, which counts only once."""
+
+    def __init__(self, observer: RequestObserver, endpoint: Endpoint, clock: Clock) -> None:
+        self._observer = observer
+        self._endpoint: Endpoint = endpoint
+        self._clock = clock
+        self._began = clock.monotonic()
+        self._last_token: float | None = None
+        self._counts = (0, 0, 0)
+        self._finished = False
+        # Seconds until the first token; None while there is none.
+        self.ttft: float | None = None
+        observer.on_start(endpoint)
+
+    def started(self, event: TurnStarted) -> None:
+        self._counts = (event.num_prompt_tokens, event.num_cached_tokens, 0)
+
+    def tokens(self, num_tokens: int) -> None:
+        if num_tokens < 1:
+            return
+        now = self._clock.monotonic()
+        prompt, cached, completion = self._counts
+        self._counts = (prompt, cached, completion + num_tokens)
+        if self._last_token is None:
+            self.ttft = now - self._began
+            self._observer.on_first_token(self._endpoint, self.ttft)
+        else:
+            self._observer.on_token(self._endpoint, num_tokens, now - self._last_token)
+        self._last_token = now
+
+    def totals(self, event: TurnFinished) -> None:
+        """The turn's own totals win over what was counted here."""
+        self._counts = (event.num_prompt_tokens, event.num_cached_tokens, event.num_completion_tokens)
+
+    def finish(self, outcome: Outcome) -> None:
+        if not self._finished:
+            self._finished = True
+            self._observer.on_finish(
+                self._endpoint, outcome, self._clock.monotonic() - self._began, *self._counts
+            )

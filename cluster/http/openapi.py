@@ -1,0 +1,88 @@
+"""The OpenAPI document of endpoints that read their bodies themselves.
+
+Owns: how request and response models get into the document. Knows nothing of the endpoints' work.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
+
+from phi_cluster.cluster.http.caller import DETAILS_HEADER, SESSION_HEADER, SESSION_ID_RULE
+from phi_cluster.cluster.http.schemas import ErrorBody
+
+_REF = "#/components/schemas/{model}"
+
+
+def error_docs(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """`responses` of a route that may answer with errors of these statuses."""
+    return {status: {"model": ErrorBody} for status in statuses}
+
+
+def generation_docs(
+    request: type[BaseModel], whole: type[BaseModel], chunk: type[BaseModel]
+) -> dict[str, Any]:
+    """Keyword arguments of a route that takes `request` and answers with `whole` or a stream of `chunk`s."""
+    stream = {"schema": {"$ref": _REF.format(model=chunk.__name__)}}
+    headers = [
+        _header(SESSION_HEADER, f"the conversation to continue: {SESSION_ID_RULE}"),
+        _header(DETAILS_HEADER, "1: add serving details as the field `phi`"),
+    ]
+    return {
+        "response_model": None,
+        "responses": {
+            200: {"model": whole, "content": {"text/event-stream": stream}},
+            **error_docs(400, 404, 409, 413, 415, 429, 500, 503),
+        },
+        "openapi_extra": {
+            "parameters": headers,
+            "requestBody": {
+                "required": True,
+                "content": {"application/json": {"schema": {"$ref": _REF.format(model=request.__name__)}}},
+            },
+        },
+    }
+
+
+def install_openapi(app: FastAPI, requests: list[type[BaseModel]], chunks: list[type[BaseModel]]) -> None:
+    """Makes `app.openapi()` define the models that routes only refer to."""
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            document = get_openapi(
+                title=app.title, version=app.version, description=app.description, routes=app.routes
+            )
+            _, definitions = models_json_schema(
+                [
+                    *((model, "validation") for model in requests),
+                    *((model, "serialization") for model in chunks),
+                ],
+                ref_template=_REF,
+            )
+            # What FastAPI says of every route with a parameter; here nothing answers with 422.
+            for operations in document["paths"].values():
+                for operation in operations.values():
+                    operation["responses"].pop("422", None)
+            components = document.setdefault("components", {}).setdefault("schemas", {})
+            for name, schema in definitions["$defs"].items():
+                components.setdefault(name, schema)
+            for unused in ("HTTPValidationError", "ValidationError"):
+                components.pop(unused, None)
+            app.openapi_schema = document
+        return app.openapi_schema
+
+    app.openapi = openapi  # type: ignore[method-assign]
+
+
+def _header(name: str, description: str) -> dict[str, Any]:
+    return {
+        "name": name,
+        "in": "header",
+        "required": False,
+        "description": description,
+        "schema": {"type": "string"},
+    }

@@ -1,0 +1,83 @@
+"""The HTTP edge as one ASGI app.
+
+Owns: which routes there are, /health and /ready. Knows nothing of Ray, torch, and of how turns are run: all
+of that is injected.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from fastapi import APIRouter, FastAPI
+from starlette.responses import Response
+
+from phi_cluster.cluster.errors import Unavailable
+from phi_cluster.cluster.http.chat import chat_router
+from phi_cluster.cluster.http.chat_schemas import ChatCompletionChunk, ChatRequest
+from phi_cluster.cluster.http.completion_schemas import CompletionRequest
+from phi_cluster.cluster.http.completions import completions_router
+from phi_cluster.cluster.http.edge import Edge, EdgeSettings
+from phi_cluster.cluster.http.errors import install_error_handling, to_json
+from phi_cluster.cluster.http.models import models_router
+from phi_cluster.cluster.http.openapi import error_docs, install_openapi
+from phi_cluster.cluster.http.sessions import sessions_router
+from phi_cluster.cluster.turn_api import Clock, Health, RequestObserver, SessionAdmin, TurnRunner
+
+API_VERSION = "1"
+
+
+def build_app(
+    settings: EdgeSettings,
+    turns: TurnRunner,
+    sessions: SessionAdmin,
+    health: Health,
+    observer: RequestObserver,
+    clock: Clock = time,
+) -> FastAPI:
+    """A new app over these objects; several may live in one process."""
+    edge = Edge(settings, turns, sessions, health, observer, clock)
+    app = FastAPI(
+        title="phi-cluster",
+        version=API_VERSION,
+        description="OpenAI-compatible serving where every conversation owns its KV cache",
+        # The interactive pages would load scripts from elsewhere.
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+    )
+    for router in (
+        chat_router(edge),
+        completions_router(edge),
+        models_router(edge),
+        sessions_router(edge),
+        _health_router(edge),
+    ):
+        app.include_router(router)
+    install_error_handling(app)
+    install_openapi(app, [ChatRequest, CompletionRequest], [ChatCompletionChunk])
+    return app
+
+
+def _health_router(edge: Edge) -> APIRouter:
+    router = APIRouter(tags=["health"])
+    docs: dict[str, Any] = {"response_model": None, "responses": error_docs(503)}
+
+    @router.get("/health", **docs)
+    @router.head("/health", include_in_schema=False)
+    async def live() -> Response:
+        """200 while this process is worth keeping."""
+        if not edge.health.live():
+            raise Unavailable("This replica is not alive and should be replaced", retry_after=1.0)
+        return Response(to_json({"status": "ok"}), media_type="application/json")
+
+    @router.get("/ready", **docs)
+    @router.head("/ready", include_in_schema=False)
+    async def ready() -> Response:
+        """200 while requests are served; 503 with the reason while they are not."""
+        is_ready, reason = edge.health.ready()
+        if not is_ready:
+            raise Unavailable(reason, retry_after=1.0)
+        return Response(to_json({"status": "ready"}), media_type="application/json")
+
+    return router

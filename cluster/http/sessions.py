@@ -1,0 +1,165 @@
+"""/v1/sessions: a tenant's conversations, seen and looked after by name.
+
+Owns: these routes and what their parameters may be. Knows nothing of actors, segments and journals.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Path
+from pydantic import BaseModel, ConfigDict
+from starlette.requests import Request
+from starlette.responses import Response
+
+from phi_cluster.cluster.errors import InvalidRequest
+from phi_cluster.cluster.http.auth import tenant_of
+from phi_cluster.cluster.http.body import read_object
+from phi_cluster.cluster.http.caller import SESSION_ID_RULE, check_session_id
+from phi_cluster.cluster.http.edge import Edge
+from phi_cluster.cluster.http.errors import to_json
+from phi_cluster.cluster.http.openapi import error_docs
+
+DEFAULT_LIMIT = 100
+MAX_LIMIT = 1000
+
+SessionId = Annotated[str, Path(description=SESSION_ID_RULE)]
+
+
+class SessionStats(BaseModel):
+    """Sizes in bytes, times in seconds. Null: there is no such thing at the moment."""
+
+    model_config = ConfigDict(extra="allow")
+
+    id: str
+    object: Literal["session"]
+    state: str
+    num_tokens: int
+    kv_cache_bytes: int
+    process_bytes: int | None = None
+    turns: int
+    age_seconds: float
+    idle_seconds: float
+    activation: int
+    recycles: int
+    holder: str | None = None
+    node_id: str | None = None
+    actor_pid: int | None = None
+    engine_pid: int | None = None
+
+
+class SessionPage(BaseModel):
+    object: Literal["list"]
+    data: list[SessionStats]
+    has_more: bool
+    first_id: str | None
+    last_id: str | None
+
+
+class SessionDeleted(BaseModel):
+    id: str
+    object: Literal["session.deleted"]
+    deleted: Literal[True]
+
+
+def sessions_router(edge: Edge) -> APIRouter:
+    """The endpoints, over `edge`. A key sees only its own sessions."""
+    router = APIRouter(prefix="/v1/sessions", tags=["sessions"])
+    sessions = edge.sessions
+
+    @router.get("", response_model=None, openapi_extra=_PAGE_PARAMETERS, responses=_docs(SessionPage, 400))
+    async def list_sessions(request: Request) -> Response:
+        """Sessions in order of their ids; `after` the last id of a page comes the next page."""
+        limit, after = _page_of(request)
+        found = await sessions.list(tenant_of(request.headers), limit + 1, after)
+        page = [_described(one) for one in found[:limit]]
+        return _json(
+            {
+                "object": "list",
+                "data": page,
+                "has_more": len(found) > limit,
+                "first_id": page[0]["id"] if page else None,
+                "last_id": page[-1]["id"] if page else None,
+            }
+        )
+
+    @router.get("/{session_id}", response_model=None, responses=_docs(SessionStats, 400, 404))
+    async def get_session(request: Request, session_id: SessionId) -> Response:
+        """One session's state."""
+        check_session_id(session_id, "session_id")
+        return _json(_described(await sessions.get(tenant_of(request.headers), session_id)))
+
+    @router.delete("/{session_id}", response_model=None, responses=_docs(SessionDeleted, 400, 404, 409))
+    async def delete_session(request: Request, session_id: SessionId) -> Response:
+        """Forget the session, its KV cache and its journal."""
+        check_session_id(session_id, "session_id")
+        await sessions.delete(tenant_of(request.headers), session_id)
+        return _json({"id": session_id, "object": "session.deleted", "deleted": True})
+
+    @router.post("/{session_id}/clear", response_model=None, responses=_docs(SessionStats, 400, 404, 409))
+    async def clear_session(request: Request, session_id: SessionId) -> Response:
+        """Forget the conversation and its KV cache; the session stays."""
+        await _check_action(request, session_id, edge)
+        return _json(_described(await sessions.clear(tenant_of(request.headers), session_id)))
+
+    @router.post("/{session_id}/recycle", response_model=None, responses=_docs(SessionStats, 400, 404, 409))
+    async def recycle_session(request: Request, session_id: SessionId) -> Response:
+        """Renew the session's actor; memory and conversation stay."""
+        await _check_action(request, session_id, edge)
+        return _json(_described(await sessions.recycle(tenant_of(request.headers), session_id)))
+
+    return router
+
+
+def _docs(answer: type[BaseModel], *errors: int) -> dict[int | str, dict[str, Any]]:
+    return {200: {"model": answer}, **error_docs(*errors, 500, 503)}
+
+
+def _json(value: Mapping[str, Any]) -> Response:
+    return Response(to_json(value), media_type="application/json")
+
+
+def _described(session: Mapping[str, Any]) -> dict[str, Any]:
+    return {"id": session["id"], "object": "session", **session}
+
+
+async def _check_action(request: Request, session_id: str, edge: Edge) -> None:
+    """The actions take no parameters; `{}` is what clients send that cannot send nothing."""
+    check_session_id(session_id, "session_id")
+    given = await read_object(request, edge.settings.max_body_bytes, may_be_empty=True)
+    if given:
+        param = next(iter(given))[:64]
+        raise InvalidRequest(f"{param} is not a field here: send no body, or {{}}", param=param)
+
+
+_PAGE_PARAMETERS: dict[str, Any] = {
+    "parameters": [
+        {
+            "name": "limit",
+            "in": "query",
+            "required": False,
+            "schema": {"type": "integer", "minimum": 1, "maximum": MAX_LIMIT, "default": DEFAULT_LIMIT},
+        },
+        {"name": "after", "in": "query", "required": False, "schema": {"type": "string"}},
+    ]
+}
+
+
+def _page_of(request: Request) -> tuple[int, str | None]:
+    """`limit` and `after`. Raises `InvalidRequest` naming a parameter that is wrong, unknown or repeated."""
+    given: dict[str, str] = {}
+    for name, value in request.query_params.multi_items():
+        if name not in ("limit", "after"):
+            raise InvalidRequest(
+                f"{name[:64]} is not a parameter here: there are limit and after", param=name[:64]
+            )
+        if name in given:
+            raise InvalidRequest(f"{name}: send this parameter once", param=name)
+        given[name] = value
+    limit = given.get("limit", str(DEFAULT_LIMIT))
+    if not re.fullmatch("[0-9]{1,4}", limit, re.ASCII) or not 1 <= int(limit) <= MAX_LIMIT:
+        raise InvalidRequest(f"limit must be an integer from 1 to {MAX_LIMIT}", param="limit")
+    after = given.get("after")
+    return int(limit), None if after is None else check_session_id(after, "after")

@@ -1,0 +1,215 @@
+"""What crosses process borders: the calls of a turn, and the frames between a replica and its engine.
+
+Owns: the shapes of messages, and the length-prefixed msgpack framing. Knows nothing of who sends them: no Ray,
+no torch, no HTTP. Text and token ids are kept out of every `repr`, because frameworks print arguments.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import msgpack
+
+
+@dataclass(frozen=True)
+class SessionKey:
+    """Who owns a conversation (tenant) and what they call it. `ephemeral` marks one nobody named."""
+
+    tenant: str
+    session_id: str
+    ephemeral: bool = False
+
+    @property
+    def digest(self) -> str:
+        """32 hex digits: the only form of a session's name used for files, actors and dictionaries."""
+        raw = b"\x00".join((self.tenant.encode(), b"e" if self.ephemeral else b"n", self.session_id.encode()))
+        return hashlib.blake2b(raw, digest_size=16).hexdigest()
+
+
+@dataclass(frozen=True)
+class ProcessId:
+    """A process that cannot be mistaken for a later one with the same pid (start time in clock ticks)."""
+
+    pid: int
+    start_ticks: int
+
+
+@dataclass(frozen=True)
+class SegmentRef:
+    """Where a KV segment can be opened: `/proc/<pid>/fd/<fd>`, valid only if its header holds `nonce`."""
+
+    pid: int
+    fd: int
+    nonce: bytes
+
+
+@dataclass(frozen=True)
+class BeginTurn:
+    """A replica asks for a session's cache. `text` is the whole rendered prompt (see model/tokenizer.py)."""
+
+    key: SessionKey
+    request_id: str
+    text: str = field(repr=False)
+    wait_seconds: float = 30.0
+    # Processes that may write for this turn; while one of them lives, nobody else may take the session.
+    writers: tuple[ProcessId, ...] = ()
+
+
+@dataclass(frozen=True)
+class TurnGrant:
+    """The answer: stored text and ids that the new prompt extends, and the segment to borrow.
+
+    The first `num_kept_chars` characters of the prompt are the first `num_kept_tokens` of the `num_tokens` stored ids;
+    `last_kept_id` is the last of those. The segment holds all stored ids.
+    """
+
+    key: SessionKey
+    epoch: int
+    segment: SegmentRef
+    num_kept_tokens: int
+    num_kept_chars: int
+    last_kept_id: int | None
+    num_tokens: int
+    num_computed_tokens: int
+    turns: int
+    holder_pid: int
+
+
+@dataclass(frozen=True)
+class CommitTurn:
+    """What a turn leaves: ids appended behind `num_kept_tokens`, text appended behind `num_kept_chars`.
+
+    `boundaries` are (chars, tokens) pairs, absolute, at which text and ids agree (end of prompt, end of reply
+    with and without its end token), so that later prompts can be spliced there.
+    """
+
+    key: SessionKey
+    epoch: int
+    request_id: str
+    num_kept_tokens: int
+    num_kept_chars: int
+    token_ids: bytes = field(repr=False)
+    text: str = field(repr=False)
+    boundaries: tuple[tuple[int, int], ...]
+    num_prompt_tokens: int
+    num_cached_tokens: int
+    num_completion_tokens: int
+    finish_reason: str
+    sampling: dict[str, Any] = field(repr=False)
+    # Wall clock, seconds.
+    committed_at: float
+
+
+@dataclass(frozen=True)
+class Moved:
+    """The session is not here (any more): ask the keeper."""
+
+    key: SessionKey
+
+
+@dataclass(frozen=True)
+class AddSequence:
+    """Frame replica -> engine: generate. The engine trims the segment to `num_kept_tokens`, then appends
+    `token_ids`; stored ids that go on agreeing stay. A sequence may hold at most `max_num_tokens` tokens (what its
+    lease covers): there it pauses until an ExtendSequence comes."""
+
+    sequence_id: int
+    segment: SegmentRef
+    num_kept_tokens: int
+    token_ids: list[int] = field(repr=False)
+    sampling: dict[str, Any] = field(repr=False)
+    max_num_tokens: int
+    # Where the reply starts (absolute): penalties, min_tokens and max_tokens count from here. A sequence that
+    # is taken over in mid-reply is added with the reply so far in `token_ids`.
+    num_prompt_tokens: int
+
+
+@dataclass(frozen=True)
+class ExtendSequence:
+    """Frame replica -> engine: the sequence's lease covers so many tokens now."""
+
+    sequence_id: int
+    max_num_tokens: int
+
+
+@dataclass(frozen=True)
+class AbortSequence:
+    """Frame replica -> engine: stop after the step in flight; `released` follows."""
+
+    sequence_id: int
+
+
+@dataclass(frozen=True)
+class SequenceOutput:
+    """One sequence's part of a step. After `released` the engine never touches its segment again."""
+
+    sequence_id: int
+    token_ids: list[int] = field(repr=False)
+    # stop | length | abort | error, once
+    finish_reason: str | None = None
+    released: bool = False
+    # In the first output only: how many prompt tokens the cache saved.
+    num_cached_tokens: int | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class StepFrame:
+    """Frame engine -> replica: all that one step brought, and the engine's counters."""
+
+    step: int
+    outputs: list[SequenceOutput]
+    num_running: int
+    num_waiting: int
+
+
+Frame: TypeAlias = AddSequence | ExtendSequence | AbortSequence | StepFrame
+
+
+def encode_frame(message: Frame) -> bytes:
+    """A 4-byte big-endian length, then msgpack `[kind, fields...]`."""
+    body: list[Any]
+    if isinstance(message, AddSequence):
+        segment = message.segment
+        body = [
+            "add",
+            message.sequence_id,
+            [segment.pid, segment.fd, segment.nonce],
+            message.num_kept_tokens,
+            message.token_ids,
+            message.sampling,
+            message.max_num_tokens,
+            message.num_prompt_tokens,
+        ]
+    elif isinstance(message, ExtendSequence):
+        body = ["extend", message.sequence_id, message.max_num_tokens]
+    elif isinstance(message, AbortSequence):
+        body = ["abort", message.sequence_id]
+    else:
+        outputs = [
+            [o.sequence_id, o.token_ids, o.finish_reason, o.released, o.num_cached_tokens, o.error]
+            for o in message.outputs
+        ]
+        body = ["step", message.step, outputs, message.num_running, message.num_waiting]
+    packed = msgpack.packb(body)
+    return len(packed).to_bytes(4, "big") + packed
+
+
+def decode_frame(packed: bytes) -> Frame:
+    """The inverse of `encode_frame`, without the length. Raises ValueError on an unknown kind."""
+    kind, *fields = msgpack.unpackb(packed)
+    if kind == "add":
+        sequence_id, segment, num_kept_tokens, token_ids, sampling, max_num_tokens, num_prompt_tokens = fields
+        return AddSequence(
+            sequence_id, SegmentRef(*segment), num_kept_tokens, token_ids, sampling, max_num_tokens, num_prompt_tokens
+        )
+    if kind == "extend":
+        return ExtendSequence(*fields)
+    if kind == "abort":
+        return AbortSequence(*fields)
+    if kind == "step":
+        step, outputs, num_running, num_waiting = fields
+        return StepFrame(step, [SequenceOutput(*o) for o in outputs], num_running, num_waiting)
+    raise ValueError(f"unknown frame kind {kind!r}")

@@ -1,0 +1,177 @@
+"""What would stop a start, found before anything is started, each in one sentence with the remedy.
+
+Owns: the limits of this machine as a cgroup sees them (cores, memory), and the checks of ports, disk and /dev/shm.
+Knows nothing of Ray, models' contents or HTTP.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from phi_cluster.cluster.config import Config
+from phi_cluster.cluster.errors import StartError
+
+# What the processes other than engines take, with Ray's own: measured, rounded up.
+PROCESSES_NBYTES = 1_500 * 10**6
+ENGINE_NBYTES = 500 * 10**6
+_LEAST_DISK_NBYTES = 500 * 10**6
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What this process may use. `memory_nbytes` is the least of the cgroup's limit and the machine's memory."""
+
+    cores: int
+    memory_nbytes: int
+    available_nbytes: int
+    instructions: str
+
+
+def inspect_machine(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) -> Machine:
+    """Reads /proc and the cgroup (v2, or v1's memory and cpu controllers)."""
+    meminfo = {}
+    for line in (proc / "meminfo").read_text().splitlines():
+        name, _, value = line.partition(":")
+        meminfo[name] = int(value.split()[0]) * 1024
+    memory, available = meminfo["MemTotal"], meminfo["MemAvailable"]
+    limit = _read_number(cgroup / "memory.max", cgroup / "memory" / "memory.limit_in_bytes")
+    if limit is not None and limit < memory:
+        used = _read_number(cgroup / "memory.current", cgroup / "memory" / "memory.usage_in_bytes") or 0
+        # File pages that nobody used lately count as used, but are given back at once where memory is needed.
+        used -= _reclaimable(cgroup / "memory.stat", cgroup / "memory" / "memory.stat")
+        memory, available = limit, max(min(available, limit - used), 0)
+    return Machine(_cores(cgroup), memory, available, _instructions(proc))
+
+
+def check_platform() -> None:
+    """Raises StartError off Linux."""
+    if not sys.platform.startswith("linux"):
+        raise StartError(f"phi-cluster runs on Linux only (memfd, /proc); this is {sys.platform}")
+
+
+def check_config(config: Config, machine: Machine, shm: Path = Path("/dev/shm")) -> None:
+    """Raises StartError for what can be known from the configuration and the machine alone."""
+    if config.server.host not in ("127.0.0.1", "localhost", "::1"):
+        raise StartError(
+            f"server.host: {config.server.host} would serve without API keys to everyone who can reach it; "
+            "use 127.0.0.1 and a reverse proxy that authenticates"
+        )
+    if config.server.port == config.server.metrics_port:
+        raise StartError(f"server.metrics_port: {config.server.metrics_port} is server.port too; choose another port")
+    for name, port in (("server.port", config.server.port), ("server.metrics_port", config.server.metrics_port)):
+        check_port(name, config.server.host, port)
+    for name, path in (("state_dir", config.state_path), ("cache_dir", config.cache_path)):
+        check_folder(name, path)
+    if not shm.is_dir():
+        raise StartError(f"{shm} is missing: Ray's object store needs it; in a container, mount a tmpfs there")
+
+
+def check_port(name: str, host: str, port: int) -> None:
+    """Raises StartError if something listens on the port already (HAProxy would share it silently)."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        # Without SO_REUSEPORT a bind fails also where HAProxy, which sets it, would succeed.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+            probe.listen(1)
+        except OSError as error:
+            raise StartError(
+                f"{name}: cannot listen on {host}:{port} ({os.strerror(error.errno or 0)}); "
+                f"end what uses it or choose another port"
+            ) from None
+
+
+def check_folder(name: str, path: Path) -> None:
+    """Makes the folder (0700) and raises StartError if it cannot be written or its disk is nearly full."""
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        probe = path / f".probe-{os.getpid()}"
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise StartError(f"{name}: cannot write to {path} ({error.strerror})") from None
+    free = shutil.disk_usage(path).free
+    if free < _LEAST_DISK_NBYTES:
+        raise StartError(
+            f"{name}: {path} has {free // 10**6} MB left on its disk, at least {_LEAST_DISK_NBYTES // 10**6} MB are "
+            "needed; free some or set another folder"
+        )
+
+
+def kv_budget(config: Config, machine: Machine, weights_nbytes: int, shm: Path = Path("/dev/shm")) -> int:
+    """Bytes of KV cache for the node. Raises StartError if weights, processes and a least budget do not fit.
+
+    Unset, it is half of what is left: the rest is for activations, page cache and neighbours. KV segments are shared
+    memory, which counts as the cgroup's.
+    """
+    fixed = weights_nbytes + PROCESSES_NBYTES + config.replicas * ENGINE_NBYTES
+    room = machine.available_nbytes - fixed
+    free_shm = shutil.disk_usage(shm).free
+    if weights_nbytes > free_shm:
+        raise StartError(
+            f"{shm} has {free_shm // 10**6} MB free, the weights need {weights_nbytes // 10**6} MB there; "
+            "enlarge it (docker run --shm-size) or choose a smaller model or dtype"
+        )
+    wanted = config.kv.budget if config.kv.budget is not None else max(room // 2, 0)
+    if room < wanted or wanted < 32 * 2**20:
+        raise StartError(
+            f"too little memory: {machine.available_nbytes // 10**6} MB are available, weights and processes take "
+            f"{fixed // 10**6} MB and the KV cache {max(wanted, 32 * 2**20) // 10**6} MB; "
+            "free memory, lower kv.budget or choose a smaller model or dtype"
+        )
+    return wanted
+
+
+def _cores(cgroup: Path) -> int:
+    cores = len(os.sched_getaffinity(0))
+    quota, period = _read_number(cgroup / "cpu" / "cpu.cfs_quota_us"), None
+    try:
+        words = (cgroup / "cpu.max").read_text().split()
+        quota, period = (None if words[0] == "max" else int(words[0])), int(words[1])
+    except (OSError, ValueError, IndexError):
+        period = _read_number(cgroup / "cpu" / "cpu.cfs_period_us")
+    # Version 1 writes -1 for no limit.
+    if quota is None or quota <= 0 or not period:
+        return cores
+    return max(1, min(cores, round(quota / period)))
+
+
+def _instructions(proc: Path) -> str:
+    """The best instruction set for matrix products, in words."""
+    words = set((proc / "cpuinfo").read_text().split())
+    for flag, name in (
+        ("amx_bf16", "AMX bf16"),
+        ("avx512_bf16", "AVX-512 bf16"),
+        ("avx512f", "AVX-512"),
+        ("avx2", "AVX2"),
+        ("asimd", "NEON"),
+    ):
+        if flag in words:
+            return name
+    return "no vector instructions"
+
+
+def _reclaimable(*candidates: Path) -> int:
+    """`inactive_file` of the first memory.stat that there is, in bytes."""
+    for path in candidates:
+        try:
+            fields = dict(line.split() for line in path.read_text().splitlines())
+            return int(fields.get("total_inactive_file", fields.get("inactive_file", 0)))
+        except (OSError, ValueError):
+            continue
+    return 0
+
+
+def _read_number(*candidates: Path) -> int | None:
+    for path in candidates:
+        try:
+            return int(path.read_text())
+        except (OSError, ValueError):
+            continue
+    return None

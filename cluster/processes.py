@@ -1,0 +1,65 @@
+"""Processes of this machine, as the kernel sees them: who they are, whether they live, what they cost.
+
+Owns: reading `/proc`. Knows nothing of sessions, engines or Ray: it is asked with pids and answers with
+facts. Linux only.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from phi_cluster.cluster.messages import ProcessId
+
+_DEAD_STATES = ("Z", "X", "x")
+
+
+def process_id(pid: int | None = None) -> ProcessId:
+    """The identity of a process (default: this one). Raises ProcessLookupError if there is none."""
+    pid = os.getpid() if pid is None else pid
+    _, _, start_ticks = _read_stat(pid)
+    return ProcessId(pid, start_ticks)
+
+
+def is_alive(process: ProcessId) -> bool:
+    """Whether this very process (not a later one with its pid) can still run instructions.
+
+    A zombie is dead: its memory is unmapped before it becomes one. But a process whose main thread ended
+    while others run on is alive, although it shows as a zombie: only the thread count tells.
+    """
+    try:
+        state, num_threads, start_ticks = _read_stat(process.pid)
+    except ProcessLookupError:
+        return False
+    if start_ticks != process.start_ticks:
+        return False
+    return state not in _DEAD_STATES or num_threads > 1
+
+
+def private_bytes(pid: int | None = None) -> int:
+    """Bytes of anonymous memory of a process, resident or swapped (RssAnon + VmSwap).
+
+    Mapped files, shared segments and weights are not in it. 0 for a zombie. Raises ProcessLookupError if
+    there is no such process.
+    """
+    pid = os.getpid() if pid is None else pid
+    total_kib = 0
+    for line in _read(pid, "status").splitlines():
+        if line.startswith((b"RssAnon:", b"VmSwap:")):
+            total_kib += int(line.split()[1])
+    return total_kib * 1024
+
+
+def _read_stat(pid: int) -> tuple[str, int, int]:
+    """State, number of threads and start time (clock ticks after boot), from `/proc/<pid>/stat` (see
+    proc(5))."""
+    # The command's name comes second, in parentheses, and may itself hold spaces and parentheses.
+    fields = _read(pid, "stat").rpartition(b")")[2].split()
+    return fields[0].decode(), int(fields[17]), int(fields[19])
+
+
+def _read(pid: int, name: str) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/{name}").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        raise ProcessLookupError(f"no process {pid}") from None

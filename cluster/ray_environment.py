@@ -1,0 +1,57 @@
+"""What Ray and Serve read from the environment: in their own processes, and some of it when they are imported.
+
+Owns: these settings, each with its reason. So it is called before anything imports Ray, and imports neither.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from pathlib import Path
+
+from phi_cluster.cluster.config import Config
+
+# A stream may last so long while its replica or HAProxy is being replaced.
+_LONGEST_STREAM_SECONDS = 3600
+
+
+def set_environment(config: Config, runtime_dir: Path) -> None:
+    """Settings that only count before Ray and Serve are imported by their processes."""
+    haproxy = runtime_dir / "haproxy"
+    haproxy.mkdir(mode=0o700, exist_ok=True)
+    first_port = config.server.internal_ports
+    os.environ.update(
+        {
+            "RAY_USAGE_STATS_ENABLED": "0",
+            # Serve: HAProxy in front, replicas answer directly, streams outlive reloads.
+            "RAY_SERVE_ENABLE_HA_PROXY": "1",
+            "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+            "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(haproxy / "haproxy.cfg"),
+            "RAY_SERVE_HAPROXY_SOCKET_PATH": str(haproxy / "admin.sock"),
+            "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(haproxy),
+            "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(haproxy / "server-state"),
+            "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(haproxy / "metrics.sock"),
+            "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
+            "RAY_SERVE_HAPROXY_METRICS_PORT": str(first_port + 901),
+            "RAY_SERVE_HAPROXY_STATS_PORT": str(first_port + 902),
+            "RAY_SERVE_HAPROXY_NBTHREAD": "1",
+            "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(_LONGEST_STREAM_SECONDS),
+            "RAY_SERVE_PORT_QUARANTINE_S": "60",
+            "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
+            "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(first_port),
+            "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(first_port + 400),
+            "RAY_SERVE_DIRECT_INGRESS_MIN_GRPC_PORT": str(first_port + 401),
+            "RAY_SERVE_DIRECT_INGRESS_MAX_GRPC_PORT": str(first_port + 900),
+            "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
+            "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "1",
+            # Workers at the priority of everybody else: engines must not wait for idle processes. Session actors
+            # lower theirs.
+            "RAY_worker_niceness": "0",
+            # Segments are shared memory: Ray's monitor would kill bystanders for them. Our ledger keeps the bounds.
+            "RAY_memory_monitor_refresh_ms": "0",
+            # Ray's gRPC ports listen on all interfaces: without this secret they refuse.
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": os.environ.get("RAY_AUTH_TOKEN") or secrets.token_hex(32),
+            "RAY_DEDUP_LOGS": "0",
+        }
+    )

@@ -1,0 +1,200 @@
+"""The Serve deployment: one replica holds clients' connections, and one engine of its own computes for it.
+
+Owns: the lifecycle of the replica and of its engine actor, admission, and wiring the edge to turns, sessions and the
+engine. Knows nothing of torch: it must not crash with the model.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import serve
+from ray.exceptions import RayError
+
+from phi_cluster.cluster.actors import CONTROLLER, NAMESPACE, create, keeper_name, weight_store_name
+from phi_cluster.cluster.config import Config
+from phi_cluster.cluster.engine.actor import EngineActor
+from phi_cluster.cluster.engine.settings import EngineSettings
+from phi_cluster.cluster.engine_client import EngineClient
+from phi_cluster.cluster.http.edge import EdgeSettings
+from phi_cluster.cluster.http.server import build_app
+from phi_cluster.cluster.messages import ProcessId
+from phi_cluster.cluster.processes import is_alive, process_id
+from phi_cluster.cluster.served_model import ServedModel
+from phi_cluster.cluster.session.directory import SessionDirectory
+from phi_cluster.cluster.turn import TurnLimits, Turns
+from phi_cluster.model.tokenizer import Tokenizer
+from phi_cluster.monitoring.metrics import RequestMetrics
+
+logger = logging.getLogger(__name__)
+
+# Without a step for so long an engine is not ready, and then not alive: it steps every few seconds also when idle.
+_STEP_SILENCE_SECONDS = 15.0
+_START_SECONDS = 300.0
+
+
+class RayEngine:
+    """An engine process started through Ray (implements engine_client.EngineHandle)."""
+
+    def __init__(self, actor: Any, process: ProcessId, socket_path: str):
+        self._actor = actor
+        self.process = process
+        self.socket_path = socket_path
+
+    async def end(self) -> None:
+        """Kills the process and returns once it is dead for sure: only then may its segments be lent again."""
+        ray.kill(self._actor)
+        while is_alive(self.process):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.process.pid, signal.SIGKILL)
+            await asyncio.sleep(0.005)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self.socket_path)
+
+
+@serve.ingress()
+class Replica:
+    """One replica with its engine. Serve builds it, asks for its ASGI app, and watches `check_health`."""
+
+    async def __init__(self, served: ServedModel, config: Config, runtime_dir: Path, num_threads: int):  # type: ignore[misc]
+        self._served = served
+        self._config = config
+        self._runtime_dir = runtime_dir
+        self._num_threads = num_threads
+        self._node_id = ray.get_runtime_context().get_node_id()
+        self._replica_id = uuid.uuid4().hex
+        self._started_at = time.monotonic()
+        self._metrics = RequestMetrics()
+        self._last_step = (0, time.monotonic())
+        self._sessions = SessionDirectory(self._keeper)
+        self._engines = EngineClient(self._spawn_engine, ready_wait=60.0)
+        self._engines.start()
+        # The engine's process starts meanwhile.
+        self._tokenizer = await asyncio.to_thread(Tokenizer.from_folder, served.folder)
+        self._turns = Turns(
+            self._tokenizer,
+            self._sessions,
+            self._engines,
+            TurnLimits(
+                max_model_len=served.max_model_len,
+                max_turns=config.engine.max_num_seqs + config.engine.max_waiting,
+                turn_wait=config.sessions.turn_wait,
+            ),
+            process_id(),
+        )
+        self._reporting = asyncio.get_running_loop().create_task(self._report())
+
+    def __serve_build_asgi_app__(self) -> Any:
+        served, server = self._served, self._config.server
+        settings = EdgeSettings(
+            served_model_names=served.names,
+            max_model_len=served.max_model_len,
+            vocab_size=served.config.vocab_size,
+            max_body_bytes=server.max_body,
+            keep_alive_seconds=server.keep_alive,
+            system_fingerprint=f"fp_{served.fingerprint[:12]}",
+        )
+        return build_app(settings, self._turns, _Sessions(self._sessions, self._engines), self, self._metrics)
+
+    async def check_health(self) -> None:
+        """Serve replaces a replica whose check raises."""
+        if not self.live():
+            raise RuntimeError("the engine has made no step lately")
+
+    def live(self) -> bool:
+        _, silence = self._observe_step()
+        return silence < _START_SECONDS
+
+    def ready(self) -> tuple[bool, str]:
+        step, silence = self._observe_step()
+        if not self._engines.ready or step == 0:
+            return False, "the engine is starting"
+        if silence > _STEP_SILENCE_SECONDS:
+            return False, f"the engine has made no step for {silence:.0f} s"
+        return True, "ready"
+
+    def _observe_step(self) -> tuple[int, float]:
+        """The engine's step counter, and for how many seconds it has not changed."""
+        step = self._engines.last_step.step
+        key = step + (self._engines.replacements << 40)
+        if key != self._last_step[0]:
+            self._last_step = (key, time.monotonic())
+        return step, time.monotonic() - self._last_step[1]
+
+    async def _report(self) -> None:
+        """Sends the counters to the controller, once a second."""
+        while True:
+            self._observe_step()
+            self._metrics.on_engine(self._engines.last_step.num_running, self._engines.replacements)
+            engine = self._engines.engine
+            with contextlib.suppress(ValueError, RayError):
+                controller = ray.get_actor(CONTROLLER, namespace=NAMESPACE)
+                await controller.report_replica.remote(
+                    self._replica_id, self._metrics.snapshot(), os.getpid(), engine.process.pid if engine else None
+                )
+            await asyncio.sleep(1.0)
+
+    def _keeper(self) -> Any:
+        return ray.get_actor(keeper_name(self._node_id), namespace=NAMESPACE)
+
+    async def _spawn_engine(self) -> RayEngine:
+        """Starts an engine in this replica's placement group: it lives and dies with the replica."""
+        config = self._config.engine
+        settings = EngineSettings(
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            num_threads=self._num_threads,
+            device=self._config.device,
+            socket_path=str(self._runtime_dir / f"engine-{uuid.uuid4().hex[:8]}.sock"),
+        )
+        options: dict[str, Any] = {
+            "num_cpus": self._num_threads,
+            "num_gpus": 1 if self._config.device == "cuda" else 0,
+            "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(self._num_threads)}},
+        }
+        actor = create(EngineActor, options, self._served, settings)
+        try:
+            actor.warm_up.remote()
+            store = ray.get_actor(weight_store_name(self._node_id), namespace=NAMESPACE)
+            index, buffers = await store.weights.remote()
+            process = await actor.start.remote(index, buffers)
+        except BaseException:
+            ray.kill(actor)
+            raise
+        return RayEngine(actor, process, settings.socket_path)
+
+
+class _Sessions:
+    """Adds to sessions' descriptions which engine serves them here (implements turn_api.SessionAdmin)."""
+
+    def __init__(self, directory: SessionDirectory, engines: EngineClient):
+        self._directory = directory
+        self._engines = engines
+
+    async def list(self, tenant: str, limit: int, after: str | None) -> list[dict[str, Any]]:
+        return [self._with_engine(d) for d in await self._directory.list(tenant, limit, after)]
+
+    async def get(self, tenant: str, session_id: str) -> dict[str, Any]:
+        return self._with_engine(await self._directory.get(tenant, session_id))
+
+    async def delete(self, tenant: str, session_id: str) -> None:
+        await self._directory.delete(tenant, session_id)
+
+    async def clear(self, tenant: str, session_id: str) -> dict[str, Any]:
+        return self._with_engine(await self._directory.clear(tenant, session_id))
+
+    async def recycle(self, tenant: str, session_id: str) -> dict[str, Any]:
+        return self._with_engine(await self._directory.recycle(tenant, session_id))
+
+    def _with_engine(self, description: dict[str, Any]) -> dict[str, Any]:
+        engine = self._engines.engine
+        return description | {"engine_pid": engine.process.pid if engine is not None else None}

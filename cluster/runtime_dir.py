@@ -1,0 +1,74 @@
+"""The folder of one running server: sockets, Ray's files, HAProxy's configuration. Gone when the server is.
+
+Owns: making it private, and clearing away what a killed server left: its folder, and an HAProxy that still listens.
+Knows nothing of Ray or configuration.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import tempfile
+from pathlib import Path
+
+from phi_cluster.cluster.messages import ProcessId
+from phi_cluster.cluster.processes import is_alive, process_id
+
+# Short, because a Unix socket's path may have 107 bytes and Ray appends some 70.
+_PREFIX = "phi-"
+
+
+def _base() -> Path:
+    return Path(tempfile.gettempdir())
+
+
+def create_runtime_dir(base: Path | None = None) -> Path:
+    """A new folder (0700) in `base` (the system's temporary folder) that names this process."""
+    me = process_id()
+    path = (base or _base()) / f"{_PREFIX}{me.pid}-{me.start_ticks}"
+    path.mkdir(mode=0o700)
+    return path
+
+
+def remove_runtime_dir(path: Path) -> None:
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def clear_dead_servers(base: Path | None = None) -> list[str]:
+    """Removes folders of servers that are dead, and ends their HAProxy. Returns what was done, for the user."""
+    done = []
+    for path in (base or _base()).glob(f"{_PREFIX}[0-9]*-[0-9]*"):
+        try:
+            pid, start_ticks = (int(part) for part in path.name.removeprefix(_PREFIX).split("-"))
+            ours = path.lstat().st_uid == os.getuid() and not path.is_symlink()
+        except (ValueError, OSError):
+            continue
+        if not ours or is_alive(ProcessId(pid, start_ticks)):
+            continue
+        for orphan in _processes_using(path):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(orphan, signal.SIGKILL)
+                done.append(f"ended process {orphan} of a server that was killed")
+        remove_runtime_dir(path)
+    return done
+
+
+def _processes_using(path: Path) -> list[int]:
+    """Our processes whose command line or working directory lies in `path`: they belong to that server alone."""
+    inside = f"{path}/"
+    found = []
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit() or int(entry.name) == os.getpid():
+            continue
+        try:
+            if entry.stat().st_uid != os.getuid():
+                continue
+            arguments = (entry / "cmdline").read_bytes().decode(errors="replace")
+            directory = os.readlink(entry / "cwd")
+        except OSError:
+            continue
+        if inside in arguments or f"{directory}/".startswith(inside):
+            found.append(int(entry.name))
+    return found

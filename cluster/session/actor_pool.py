@@ -1,0 +1,77 @@
+"""A node's session actors that have no session yet: spawned ahead, one at a time, at the lowest priority.
+
+Owns: spawning, the warm ones, and ending those that are done. Knows nothing of sessions: it hands out empty actors.
+"""
+
+from __future__ import annotations
+
+import sys
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+
+from phi_cluster.cluster.actors import SESSION_PREFIX, create, detached_options
+from phi_cluster.cluster.messages import ProcessId
+from phi_cluster.cluster.session.actor import SessionActor
+from phi_cluster.cluster.session.segment import SegmentLayout
+
+# Spawning costs a CPU-second: at this niceness it takes what engines leave.
+_PRIORITY = f"nice -n 19 {sys.executable}"
+
+
+@dataclass(frozen=True)
+class PooledActor:
+    """A SessionActor and the process it runs in."""
+
+    handle: Any
+    process: ProcessId
+
+
+class ActorPool:
+    """For one event loop."""
+
+    def __init__(self, layout: SegmentLayout, fingerprint: str, state_path: Path, node_id: str):
+        self._arguments = (layout, fingerprint, state_path)
+        self._node_id = node_id
+        self._warm: list[PooledActor] = []
+
+    @property
+    def num_warm(self) -> int:
+        return len(self._warm)
+
+    async def spawn(self) -> PooledActor:
+        """Starts one and waits until it is up (about a second). Raises RayError."""
+        options = detached_options(f"{SESSION_PREFIX}{uuid.uuid4().hex}", self._node_id, restarts=0)
+        options["runtime_env"] = {"py_executable": _PRIORITY}
+        handle = create(SessionActor, options, *self._arguments)
+        try:
+            return PooledActor(handle, await handle.process.remote())
+        except BaseException:
+            ray.kill(handle)
+            raise
+
+    def add(self, actor: PooledActor) -> None:
+        self._warm.append(actor)
+
+    async def take(self) -> PooledActor:
+        """A warm one if there is one that lives, else a new one."""
+        while self._warm:
+            actor = self._warm.pop()
+            try:
+                await actor.handle.process.remote()
+                return actor
+            except RayError:
+                continue
+        return await self.spawn()
+
+    @staticmethod
+    def end(actor: PooledActor) -> None:
+        ray.kill(actor.handle)
+
+    def end_all(self) -> None:
+        while self._warm:
+            self.end(self._warm.pop())

@@ -1,0 +1,152 @@
+"""Where a session is: a replica's view of the sessions of its node.
+
+Owns: the way from a session's key to whoever holds it (an actor, called directly, or the keeper), following it when
+it moves and when a holder dies. Implements what `turn` and the HTTP edge ask of sessions. Knows nothing of text,
+engines or HTTP.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from ray.exceptions import RayActorError, RayTaskError
+
+from phi_cluster.cluster.errors import PhiError, StaleEpoch, Unavailable
+from phi_cluster.cluster.messages import BeginTurn, CommitTurn, Moved, SessionKey, TurnGrant
+from phi_cluster.cluster.session.keeper import HeldBy
+from phi_cluster.cluster.session.recycler import RecycleReason
+from phi_cluster.cluster.session.session import SessionStats
+
+_REMEMBERED_HOLDERS = 4096
+_RETRIES = 60
+_RETRY_SECONDS = 0.1
+
+
+class SessionDirectory:
+    """For one event loop. `keeper()` finds the keeper's handle (it may be a new one after a restart)."""
+
+    def __init__(self, keeper: Callable[[], Any]):
+        self._keeper = keeper
+        self._holders: OrderedDict[str, Any] = OrderedDict()
+        self._background: set[asyncio.Future[None]] = set()
+
+    # What a turn asks.
+
+    async def begin_turn(self, request: BeginTurn) -> TurnGrant:
+        """Raises SessionBusy, and Unavailable if no holder answers."""
+        begin = asyncio.ensure_future(self._call(request.key, "begin_turn", request))
+        try:
+            return await asyncio.shield(begin)
+        except asyncio.CancelledError:
+            # The client left while it waited: a turn that begins all the same must not stay open.
+            self._in_background(self._withdraw(request, begin))
+            raise
+
+    async def reserve(self, key: SessionKey, num_tokens: int) -> None:
+        """Raises Overloaded."""
+        await self._ask_keeper("reserve", key, num_tokens)
+
+    async def commit(self, commit: CommitTurn) -> None:
+        """Raises StaleEpoch and the journal's errors."""
+        try:
+            stats = await self._call(commit.key, "commit", commit)
+        except StaleEpoch:
+            if commit.key.ephemeral:
+                return
+            raise
+        await self._settle(commit.key, stats)
+
+    async def abandon(self, key: SessionKey, epoch: int) -> None:
+        await self._settle(key, await self._call(key, "abandon", key, epoch))
+
+    # What an administrator asks.
+
+    async def list(self, tenant: str, limit: int, after: str | None) -> list[dict[str, Any]]:
+        return await self._ask_keeper("list", tenant, limit, after)
+
+    async def get(self, tenant: str, session_id: str) -> dict[str, Any]:
+        return await self._ask_keeper("describe", SessionKey(tenant, session_id))
+
+    async def delete(self, tenant: str, session_id: str) -> None:
+        await self._ask_keeper("delete", SessionKey(tenant, session_id))
+
+    async def clear(self, tenant: str, session_id: str) -> dict[str, Any]:
+        return await self._ask_keeper("clear", SessionKey(tenant, session_id))
+
+    async def recycle(self, tenant: str, session_id: str) -> dict[str, Any]:
+        return await self._ask_keeper("recycle", SessionKey(tenant, session_id), RecycleReason.REQUESTED)
+
+    # Inside.
+
+    async def _call(self, key: SessionKey, method: str, *arguments: Any) -> Any:
+        """Calls whoever holds the session, and follows it. Not for calls that may not be repeated: a commit is
+        idempotent, an epoch may be taken twice."""
+        digest = key.digest
+        for _ in range(_RETRIES):
+            actor = self._holders.get(digest)
+            try:
+                holder = actor if actor is not None else self._keeper()
+                answer = await _unwrapped(getattr(holder, method).remote(*arguments))
+            except (RayActorError, ValueError):
+                # The keeper is being restarted, or the actor died: the keeper knows where the session goes on.
+                self._holders.pop(digest, None)
+                if actor is None:
+                    await asyncio.sleep(_RETRY_SECONDS)
+                else:
+                    await self._ask_keeper("actor_died", key)
+                continue
+            if isinstance(answer, HeldBy):
+                self._remember(digest, answer.actor)
+            elif isinstance(answer, Moved):
+                if self._holders.pop(digest, None) is None:
+                    # Not even the keeper has it: an unnamed conversation that is gone.
+                    return answer
+            else:
+                return answer
+        raise Unavailable("the session cannot be reached; try again", retry_after=2)
+
+    async def _ask_keeper(self, method: str, *arguments: Any) -> Any:
+        for _ in range(_RETRIES):
+            try:
+                return await _unwrapped(getattr(self._keeper(), method).remote(*arguments))
+            except (RayActorError, ValueError):
+                await asyncio.sleep(_RETRY_SECONDS)
+        raise Unavailable("the keeper of this node does not answer; try again", retry_after=2)
+
+    async def _settle(self, key: SessionKey, stats: SessionStats | Moved) -> None:
+        # The keeper settles what it holds itself.
+        if isinstance(stats, SessionStats) and key.digest in self._holders:
+            self._in_background(self._ask_keeper("settle", key, stats.kv_cache_bytes))
+
+    async def _withdraw(self, request: BeginTurn, begin: asyncio.Future[TurnGrant]) -> None:
+        try:
+            if not begin.done():
+                await self._call(request.key, "withdraw", request.key, request.request_id)
+            grant = await begin
+            await self.abandon(grant.key, grant.epoch)
+        except PhiError:
+            return
+
+    def _remember(self, digest: str, actor: Any) -> None:
+        self._holders[digest] = actor
+        self._holders.move_to_end(digest)
+        if len(self._holders) > _REMEMBERED_HOLDERS:
+            self._holders.popitem(last=False)
+
+    def _in_background(self, work: Awaitable[None]) -> None:
+        task = asyncio.ensure_future(work)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+
+
+async def _unwrapped(call: Awaitable[Any]) -> Any:
+    """Our own errors as they were raised, not as Ray wraps them."""
+    try:
+        return await call
+    except RayTaskError as error:
+        if isinstance(error.cause, PhiError):
+            raise error.cause from None
+        raise

@@ -1,0 +1,156 @@
+"""What every journal of a conversation does, its errors, and the one that keeps nothing: for unnamed
+conversations.
+
+Owns: the protocol, and who may write: the epoch is taken here by whoever begins a turn, and a commit with any
+other is refused. Knows nothing of segments, actors or what the ids mean.
+
+A journal holds what the transcript is made of and nothing else: a turn of which later turns left nothing (the
+client edited its history before it) is dropped with the commit that supersedes it, so a journal is about as
+large as the conversation, however often that is rewritten.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from phi_cluster.cluster.errors import PhiError, StaleEpoch, Unavailable
+from phi_cluster.cluster.messages import CommitTurn, SessionKey
+
+
+class JournalCorrupt(PhiError):
+    """The journal's file is damaged, or is something else: the conversation cannot be read."""
+
+    code = "journal_corrupt"
+
+
+class JournalTooNew(PhiError):
+    """A later version of this program wrote the journal: this one would damage it."""
+
+    code = "journal_too_new"
+
+
+class JournalFull(Unavailable):
+    """The disk is full: nothing was written."""
+
+    code = "journal_full"
+
+
+class JournalUnavailable(Unavailable):
+    """The journal cannot be read or written just now (locked by another process, an I/O error,
+    permissions)."""
+
+    code = "journal_unavailable"
+
+
+@dataclass(frozen=True)
+class JournalInfo:
+    """What a journal knows besides its turns.
+
+    `turns` counts all commits ever made (also those since superseded; `clear` resets it); `activation` and
+    `recycles` count the session's incarnations, and those of them that succeeded a living one by policy;
+    `fingerprint` is the model whose ids the turns hold; `created_at` is wall clock in seconds.
+    """
+
+    epoch: int
+    turns: int
+    activation: int
+    recycles: int
+    fingerprint: str
+    created_at: float
+
+
+class Journal(Protocol):
+    """All methods block, may raise the errors of this file, and are called by one thread."""
+
+    key: SessionKey
+
+    def info(self) -> JournalInfo: ...
+
+    def activate(self, *, recycled: bool) -> JournalInfo:
+        """A new incarnation of the session begins (`recycled`: it succeeds one that handed over)."""
+        ...
+
+    def take_epoch(self) -> JournalInfo:
+        """Raise the epoch by one: from now on no commit with an earlier one is accepted."""
+        ...
+
+    def commit(self, turn: CommitTurn) -> bool:
+        """Store the turn durably, all or nothing. True if it was, False if the same request's commit is there
+        already (a retry). Raises StaleEpoch if a later turn has begun or another request used this epoch."""
+        ...
+
+    def load(self) -> list[CommitTurn]:
+        """The stored turns, oldest first."""
+        ...
+
+    def clear(self) -> None:
+        """Drop all turns. The epoch goes on from where it is."""
+        ...
+
+    def delete(self) -> None:
+        """Drop everything. Used again, the journal is a new one."""
+        ...
+
+    def close(self) -> None:
+        """Let go of files and memory that an idle session does not need; the next use takes them again."""
+        ...
+
+
+def stale_epoch(turn: CommitTurn, epoch: int) -> StaleEpoch:
+    """The error for a commit that came too late."""
+    return StaleEpoch(
+        f"the turn's epoch is {turn.epoch} and the session's is {epoch} by now: another turn took it over"
+    )
+
+
+def supersedes(later: CommitTurn, earlier: CommitTurn) -> bool:
+    """Whether nothing of `earlier` is left once `later` is applied: it is cut off before `earlier` begins."""
+    return later.num_kept_chars <= earlier.num_kept_chars and later.num_kept_tokens <= earlier.num_kept_tokens
+
+
+class MemoryJournal:
+    """A journal that dies with its process: unnamed conversations, and tests."""
+
+    def __init__(self, key: SessionKey, fingerprint: str, clock: Callable[[], float]):
+        self.key = key
+        self._fingerprint = fingerprint
+        self._clock = clock
+        self._turns: list[CommitTurn] = []
+        self._info = JournalInfo(0, 0, 0, 0, fingerprint, clock())
+
+    def info(self) -> JournalInfo:
+        return self._info
+
+    def activate(self, *, recycled: bool) -> JournalInfo:
+        self._info = replace(self._info, activation=self._info.activation + 1, recycles=self._info.recycles + recycled)
+        return self._info
+
+    def take_epoch(self) -> JournalInfo:
+        self._info = replace(self._info, epoch=self._info.epoch + 1)
+        return self._info
+
+    def commit(self, turn: CommitTurn) -> bool:
+        same_epoch = [stored for stored in self._turns if stored.epoch == turn.epoch]
+        if same_epoch and same_epoch[0].request_id == turn.request_id:
+            return False
+        if same_epoch or turn.epoch != self._info.epoch:
+            raise stale_epoch(turn, self._info.epoch)
+        self._turns = [stored for stored in self._turns if not supersedes(turn, stored)] + [turn]
+        self._info = replace(self._info, turns=self._info.turns + 1, fingerprint=self._fingerprint)
+        return True
+
+    def load(self) -> list[CommitTurn]:
+        return list(self._turns)
+
+    def clear(self) -> None:
+        self._turns = []
+        self._info = replace(self._info, turns=0)
+
+    def delete(self) -> None:
+        self._turns = []
+        self._info = JournalInfo(0, 0, 0, 0, self._fingerprint, self._clock())
+
+    def close(self) -> None:
+        pass

@@ -1,0 +1,322 @@
+"""A node's keeper: it knows who holds each session, holds those that have no actor (yet), and leases KV memory.
+
+Owns: the roster, the leases, and the calls of replicas, users and the controller. Restartable: what actors hold
+outlives it, what it held itself comes back from the journals. Knows nothing of engines, text or policy: the controller
+tells it whom to recycle.
+
+A burst of new sessions starts here at once; actors follow one by one, at the lowest priority, and take the sessions
+over between two turns.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+
+from phi_cluster.cluster.config import KVConfig, SessionsConfig
+from phi_cluster.cluster.errors import NotFound, PhiError, SessionBusy
+from phi_cluster.cluster.messages import BeginTurn, CommitTurn, Moved, SessionKey, TurnGrant
+from phi_cluster.cluster.processes import private_bytes
+from phi_cluster.cluster.session.actor import session_settings
+from phi_cluster.cluster.session.actor_pool import ActorPool
+from phi_cluster.cluster.session.hand_over import HandOvers
+from phi_cluster.cluster.session.journal import MemoryJournal
+from phi_cluster.cluster.session.kv_leases import KVLeases
+from phi_cluster.cluster.session.ledger import Ledger
+from phi_cluster.cluster.session.recycler import RecycleReason
+from phi_cluster.cluster.session.reports import (
+    KeeperReport,
+    SessionReport,
+    private_or_zero,
+    public_description,
+    stored_description,
+)
+from phi_cluster.cluster.session.roster import Entry, Roster
+from phi_cluster.cluster.session.segment_layout import SegmentLayout
+from phi_cluster.cluster.session.session import Session, SessionStats
+from phi_cluster.cluster.session.sqlite_journal import SQLiteJournal, list_sessions
+from phi_cluster.cluster.session.transcript import Transcript
+
+
+@dataclass(frozen=True)
+class HeldBy:
+    """The session is with this actor: call it directly from now on."""
+
+    actor: Any
+
+
+@ray.remote(num_cpus=0)
+class Keeper:
+    """All methods are short or wait without holding anything."""
+
+    def __init__(
+        self,
+        layout: SegmentLayout,
+        fingerprint: str,
+        state_path: Path,
+        sessions: SessionsConfig,
+        kv: KVConfig,
+        budget_nbytes: int,
+    ):
+        self._layout = layout
+        self._config = sessions
+        self._state_path = state_path
+        self._settings = session_settings(layout, fingerprint)
+        self._node_id = ray.get_runtime_context().get_node_id()
+        self._ledger = Ledger(budget_nbytes)
+        self._leases = KVLeases(self._ledger, self._make_room, kv.reserve_wait)
+        self._roster = Roster(self._open_session, sessions.max_ephemeral)
+        pool = ActorPool(layout, fingerprint, state_path, self._node_id)
+        self._hands = HandOvers(self._roster, pool, self._settings, self._journal, sessions)
+        self._starting: asyncio.Task[None] | None = None
+
+    async def start(self) -> int:
+        """Finds what is stored and what actors hold; then tends to the sessions. Idempotent; returns the pid."""
+        if self._starting is None:
+            self._starting = asyncio.create_task(self._start())
+        await asyncio.shield(self._starting)
+        return os.getpid()
+
+    async def _start(self) -> None:
+        for key in await asyncio.to_thread(lambda: list(list_sessions(self._state_path))):
+            self._roster.add_stored(key)
+        for entry in await self._hands.adopt_actors():
+            assert entry.last_stats is not None
+            self._ledger.settle(entry.key.digest, entry.last_stats.kv_cache_bytes)
+        self._hands.start()
+
+    # A turn.
+
+    async def begin_turn(self, request: BeginTurn) -> TurnGrant | HeldBy:
+        await self.start()
+        while True:
+            if request.key.ephemeral and not request.key.session_id:
+                entry = self._roster.continue_or_open(request.key.tenant, request.text)
+            else:
+                entry = self._roster.open(request.key)
+            if entry.session is None:
+                return HeldBy(entry.actor.handle)
+            self._hands.want_actor(entry)
+            grant = await entry.session.begin_turn(request)
+            if isinstance(grant, TurnGrant):
+                return grant
+            # It changed hands while this one waited.
+            await asyncio.sleep(0)
+
+    async def commit(self, commit: CommitTurn) -> SessionStats | HeldBy | Moved:
+        await self.start()
+        entry = self._roster.find(commit.key)
+        if entry is None and commit.key.ephemeral:
+            # Nothing to add to: an unnamed conversation died with the keeper that held it.
+            return Moved(commit.key)
+        entry = entry or self._roster.open(commit.key)
+        if entry.session is None:
+            return HeldBy(entry.actor.handle)
+        stats = entry.session.commit(commit)
+        if isinstance(stats, SessionStats):
+            self._leases.settle(commit.key.digest, stats.kv_cache_bytes)
+            self._drop_surplus()
+        return stats
+
+    async def abandon(self, key: SessionKey, epoch: int) -> SessionStats | HeldBy | Moved:
+        entry = self._roster.find(key)
+        if entry is None:
+            return Moved(key)
+        if entry.session is None:
+            return HeldBy(entry.actor.handle)
+        entry.session.abandon(epoch)
+        stats = entry.session.describe()
+        self._leases.settle(key.digest, stats.kv_cache_bytes)
+        return stats
+
+    async def withdraw(self, key: SessionKey, request_id: str) -> bool | HeldBy | Moved:
+        entry = self._roster.find(key)
+        if entry is None:
+            return Moved(key)
+        return entry.session.withdraw(request_id) if entry.session else HeldBy(entry.actor.handle)
+
+    async def reserve(self, key: SessionKey, num_tokens: int) -> None:
+        """Leases memory for the session to hold `num_tokens`. Raises Overloaded."""
+        await self._leases.reserve(key.digest, self._layout.nbytes_used(num_tokens))
+
+    async def settle(self, key: SessionKey, nbytes: int) -> None:
+        """A turn with the session's actor is over."""
+        self._leases.settle(key.digest, nbytes)
+
+    async def actor_died(self, key: SessionKey) -> None:
+        """A replica could not reach the session's actor: if it is dead, the session goes on from its journal."""
+        entry = self._roster.find(key)
+        if entry is None or entry.actor is None or self._settings.is_alive(entry.actor.process):
+            return
+        async with entry.moving:
+            if entry.actor is not None and not self._settings.is_alive(entry.actor.process):
+                entry.session, entry.actor = self._open_session(key), None
+
+    # Administration.
+
+    async def describe(self, key: SessionKey) -> dict[str, Any]:
+        """One session under the names of the HTTP API. Raises NotFound."""
+        await self.start()
+        entry = self._roster.find(key)
+        if entry is not None:
+            return self._public(entry, await self._stats(entry))
+        if not self._roster.is_known(key):
+            raise NotFound(f"no session {key.session_id!r}")
+        return await asyncio.to_thread(self._describe_stored, key)
+
+    async def list(self, tenant: str, limit: int, after: str | None) -> list[dict[str, Any]]:
+        """A tenant's named sessions in ascending order of id."""
+        await self.start()
+        names = [name for name in self._roster.stored_names(tenant) if after is None or name > after]
+        described = []
+        for name in names[:limit]:
+            try:
+                described.append(await self.describe(SessionKey(tenant, name)))
+            except PhiError:
+                # Deleted meanwhile, or its journal cannot be read: the others are worth showing.
+                continue
+        return described
+
+    async def clear(self, key: SessionKey) -> dict[str, Any]:
+        """Raises NotFound and SessionBusy."""
+        wait = self._config.turn_wait
+        while True:
+            entry = await self._known(key)
+            stats = await (entry.session.clear(wait) if entry.session else entry.actor.handle.clear.remote(key, wait))
+            if isinstance(stats, SessionStats):
+                self._leases.settle(key.digest, stats.kv_cache_bytes)
+                return self._public(entry, stats)
+
+    async def delete(self, key: SessionKey) -> None:
+        """Raises NotFound and SessionBusy."""
+        wait = self._config.turn_wait
+        entry = await self._known(key)
+        async with entry.moving:
+            if entry.session is not None:
+                await entry.session.delete(wait)
+            else:
+                await entry.actor.handle.delete.remote(key, wait)
+                await self._hands.end_actor(entry)
+            self._roster.forget(entry, deleted=True)
+        self._leases.release(key.digest)
+
+    async def recycle(self, key: SessionKey, reason: RecycleReason) -> dict[str, Any]:
+        """Renews the session's actor (or gives it back, by reason). Raises NotFound and SessionBusy."""
+        entry = await self._known(key)
+        await self._hands.recycle(entry, reason)
+        return self._public(entry, await self._stats(entry))
+
+    async def report(self) -> KeeperReport:
+        await self.start()
+        entries = list(self._roster)
+        leased = [self._ledger.lease(entry.key.digest) for entry in entries]
+        stats = await asyncio.gather(*(self._stats(entry) for entry in entries))
+        for s, before in zip(stats, leased, strict=True):
+            if not s.in_turn and before == self._ledger.lease(s.key.digest) != s.kv_cache_bytes:
+                # A turn that ended without a word (its replica died): the lease shrinks to what is really there.
+                self._leases.settle(s.key.digest, s.kv_cache_bytes)
+        in_memory = {entry.key.digest for entry in entries}
+        return KeeperReport(
+            node_id=self._node_id,
+            pid=os.getpid(),
+            budget_nbytes=self._ledger.capacity,
+            reserved_nbytes=self._ledger.usage,
+            sessions=[self._reported(entry, s) for entry, s in zip(entries, stats, strict=True)],
+            num_stored=sum(key.digest not in in_memory for key in self._roster.stored_keys()),
+            num_warm=self._hands.num_warm,
+            activations=self._hands.activations,
+            recycles=dict(self._hands.recycles),
+            private_nbytes=private_bytes(),
+        )
+
+    async def close(self) -> int:
+        """Ends all actors; conversations stay in their journals. Returns how many named sessions there are."""
+        await self.start()
+        self._hands.close()
+        return sum(1 for _ in self._roster.stored_keys())
+
+    # Memory.
+
+    async def _make_room(self, nbytes: int) -> bool:
+        """Ends idle unnamed conversations, then drops the caches of idle named ones; whether any byte came free."""
+        entries = {entry.key.digest: entry for entry in self._roster}
+        stats = [await self._stats(entry) for entry in entries.values()]
+        freed = False
+        for digest in self._ledger.pick_victims(nbytes, stats):
+            freed = await self._drop(entries[digest]) or freed
+        return freed
+
+    async def _drop(self, entry: Entry) -> bool:
+        key = entry.key
+        if entry.session is not None:
+            try:
+                await entry.session.deactivate(0.0)
+            except SessionBusy:
+                return False
+            self._roster.forget(entry, deleted=key.ephemeral)
+            self._leases.release(key.digest)
+            return True
+        freed = await entry.actor.handle.drop_cache.remote(key)
+        if isinstance(freed, Moved) or freed == 0:
+            return False
+        stats = await self._stats(entry)
+        self._leases.settle(key.digest, stats.kv_cache_bytes)
+        return True
+
+    def _drop_surplus(self) -> None:
+        for entry in self._roster.surplus_ephemeral():
+            asyncio.create_task(self._drop(entry))  # noqa: RUF006 -- nobody waits for it, and it cannot fail
+
+    # Looking.
+
+    def _journal(self, key: SessionKey) -> SQLiteJournal | MemoryJournal:
+        settings = self._settings
+        if key.ephemeral:
+            return MemoryJournal(key, settings.fingerprint, settings.clock)
+        return SQLiteJournal(self._state_path, key, settings.fingerprint, settings.clock)
+
+    def _open_session(self, key: SessionKey) -> Session:
+        return Session.restore(self._journal(key), self._settings, activate=False)
+
+    async def _known(self, key: SessionKey) -> Entry:
+        await self.start()
+        if not self._roster.is_known(key):
+            raise NotFound(f"no session {key.session_id!r}")
+        return self._roster.open(key)
+
+    async def _stats(self, entry: Entry) -> SessionStats:
+        """Fresh statistics; of an actor that does not answer, the last that are known."""
+        if entry.session is None:
+            try:
+                stats = await asyncio.wait_for(entry.actor.handle.describe.remote(entry.key), 2.0)
+            except (RayError, asyncio.TimeoutError):
+                await self.actor_died(entry.key)
+            else:
+                if isinstance(stats, SessionStats):
+                    entry.last_stats = stats
+        if entry.session is not None:
+            entry.last_stats = entry.session.describe()
+        assert entry.last_stats is not None
+        return entry.last_stats
+
+    def _reported(self, entry: Entry, stats: SessionStats) -> SessionReport:
+        pid = None if entry.actor is None else entry.actor.process.pid
+        return SessionReport(stats, pid, private_or_zero(pid), entry.private_baseline)
+
+    def _public(self, entry: Entry, stats: SessionStats) -> dict[str, Any]:
+        pid = None if entry.actor is None else entry.actor.process.pid
+        return public_description(stats, pid, self._node_id)
+
+    def _describe_stored(self, key: SessionKey) -> dict[str, Any]:
+        journal = self._journal(key)
+        try:
+            info, transcript = journal.info(), Transcript.replay(journal.load())
+        finally:
+            journal.close()
+        return stored_description(key.session_id, info, transcript.num_tokens, self._settings.clock())

@@ -1,0 +1,112 @@
+"""Turns waiting for KV memory: the ledger says what there is, this lets them wait in order, for a bounded time.
+
+Owns: the queue. Knows nothing of how room is made (injected) or of what the bytes hold.
+
+Sessions that hold memory already come first: a reply that is growing ends and gives its memory back only if it can
+grow, so it must not stand behind a newcomer who waits for that memory.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+from phi_cluster.cluster.errors import Overloaded
+from phi_cluster.cluster.session.ledger import Ledger
+
+
+@dataclass(eq=False)
+class _Waiter:
+    digest: str
+    nbytes: int
+    grows: bool
+    granted: asyncio.Future[None]
+
+
+class KVLeases:
+    """For one event loop. `make_room(nbytes)` gives back idle sessions' memory and returns whether it freed any."""
+
+    def __init__(self, ledger: Ledger, make_room: Callable[[int], Awaitable[bool]], wait_seconds: float):
+        self._ledger = ledger
+        self._make_room = make_room
+        self._wait_seconds = wait_seconds
+        self._waiting: list[_Waiter] = []
+        self._pressing: asyncio.Task[None] | None = None
+        # Whether a lease shrank since room was asked for.
+        self._has_changed = False
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    async def reserve(self, digest: str, nbytes: int) -> None:
+        """Leases memory for the session to hold `nbytes` in all. Raises Overloaded."""
+        if nbytes > self._ledger.capacity:
+            raise Overloaded(
+                f"the turn may need {nbytes} bytes of KV cache and the server has {self._ledger.capacity} in all; "
+                "shorten the conversation or lower max_tokens",
+                retry_after=60,
+            )
+        waiter = _Waiter(digest, nbytes, self._ledger.lease(digest) > 0, asyncio.get_running_loop().create_future())
+        # Behind those of its kind; those who grow stand before the others.
+        place = sum(other.grows for other in self._waiting) if waiter.grows else len(self._waiting)
+        self._waiting.insert(place, waiter)
+        try:
+            self._advance()
+            if not waiter.granted.done():
+                await asyncio.wait_for(waiter.granted, self._wait_seconds)
+        except asyncio.TimeoutError:
+            raise Overloaded(
+                "no KV memory became free in time; try again, end idle sessions or raise kv.budget", retry_after=5
+            ) from None
+        finally:
+            if waiter in self._waiting:
+                self._waiting.remove(waiter)
+                self._advance()
+
+    def settle(self, digest: str, nbytes: int) -> None:
+        """The session's turn is over, it holds so many bytes."""
+        self._has_changed = self._has_changed or nbytes < self._ledger.lease(digest)
+        self._ledger.settle(digest, nbytes)
+        self._advance()
+
+    def release(self, digest: str) -> None:
+        """The session holds nothing any more."""
+        self._has_changed = self._ledger.release(digest) > 0 or self._has_changed
+        self._advance()
+
+    def _advance(self) -> None:
+        """Something changed: grants in order, and has room made for the first who does not fit (a session whose turn
+        is over may be an idle one now)."""
+        self._grant()
+        if self._waiting and self._pressing is None:
+            self._pressing = asyncio.get_running_loop().create_task(self._press())
+
+    def _grant(self) -> None:
+        while self._waiting:
+            first = self._waiting[0]
+            if not first.granted.done() and not self._ledger.reserve(first.digest, first.nbytes):
+                return
+            del self._waiting[0]
+            if not first.granted.done():
+                first.granted.set_result(None)
+
+    async def _press(self) -> None:
+        """Has room made until nobody waits, or nothing is left to give back. One at a time: two would each make room
+        for the same waiter."""
+        try:
+            while self._waiting:
+                self._has_changed = False
+                first = self._waiting[0]
+                try:
+                    freed = await self._make_room(self._ledger.missing(first.digest, first.nbytes))
+                except Exception as error:
+                    if not first.granted.done():
+                        first.granted.set_exception(error)
+                    freed = True
+                self._grant()
+                if not freed and not self._has_changed:
+                    return
+        finally:
+            self._pressing = None

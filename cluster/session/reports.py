@@ -1,0 +1,86 @@
+"""What a keeper tells of its sessions: to the controller in numbers, to users under the names of the HTTP API.
+
+Owns: these shapes. Knows nothing of Ray, or of how the numbers are found.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from phi_cluster.cluster.processes import private_bytes
+from phi_cluster.cluster.session.journal import JournalInfo
+from phi_cluster.cluster.session.session import SessionStats
+
+
+@dataclass(frozen=True)
+class SessionReport:
+    """One session in memory. `actor_pid` None: the keeper holds it. Private memory of its actor in bytes, now and
+    when it took the session."""
+
+    stats: SessionStats
+    actor_pid: int | None
+    private_nbytes: int
+    private_baseline: int
+
+
+@dataclass(frozen=True)
+class KeeperReport:
+    """What the controller collects. Bytes; counters since this keeper started."""
+
+    node_id: str
+    pid: int
+    budget_nbytes: int
+    reserved_nbytes: int
+    sessions: list[SessionReport]
+    num_stored: int
+    num_warm: int
+    activations: int
+    recycles: dict[str, int]
+    private_nbytes: int
+
+
+def public_description(stats: SessionStats, actor_pid: int | None, node_id: str) -> dict[str, Any]:
+    """A session in memory, under the names of the HTTP API."""
+    return {
+        "id": stats.key.session_id,
+        "state": "active" if actor_pid is not None else "held",
+        "num_tokens": stats.num_tokens,
+        "kv_cache_bytes": stats.kv_cache_bytes,
+        "process_bytes": private_or_zero(actor_pid),
+        "turns": stats.turns,
+        "age_seconds": round(stats.age_seconds, 3),
+        "idle_seconds": round(stats.idle_seconds, 3),
+        "activation": stats.activation,
+        "recycles": stats.recycles,
+        "holder": "keeper" if actor_pid is None else "actor",
+        "node_id": node_id,
+        "actor_pid": actor_pid,
+    }
+
+
+def stored_description(session_id: str, info: JournalInfo, num_tokens: int, now: float) -> dict[str, Any]:
+    """A session that only the disk holds, under the same names. `now` is wall clock, seconds."""
+    return {
+        "id": session_id,
+        "state": "stored",
+        "num_tokens": num_tokens,
+        "kv_cache_bytes": 0,
+        "process_bytes": 0,
+        "turns": info.turns,
+        "age_seconds": round(max(now - info.created_at, 0.0), 3),
+        "idle_seconds": None,
+        "activation": info.activation,
+        "recycles": info.recycles,
+        "holder": "disk",
+        "node_id": None,
+        "actor_pid": None,
+    }
+
+
+def private_or_zero(pid: int | None) -> int:
+    """Private memory in bytes of a process that there may not be, or not any more."""
+    try:
+        return private_bytes(pid) if pid else 0
+    except ProcessLookupError:
+        return 0

@@ -1,0 +1,61 @@
+"""Where header, token ids, keys and values lie in a session's KV segment, and how much memory they take.
+
+Owns: offsets and sizes of the parts. Knows nothing of the bytes in them; the KV area's inside is
+`model/kv_layout.py`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from functools import cached_property
+
+from phi_cluster.cluster.session.memfd import PAGE_NBYTES
+from phi_cluster.model.kv_layout import KVCacheLayout
+
+# Token ids are int32.
+ID_NBYTES = 4
+
+
+@dataclass(frozen=True)
+class SegmentLayout:
+    """Where things lie in the file. Sizes and offsets in bytes; everything starts on a page."""
+
+    kv: KVCacheLayout
+
+    @property
+    def max_model_len(self) -> int:
+        return self.kv.max_model_len
+
+    @property
+    def ids_offset(self) -> int:
+        return PAGE_NBYTES
+
+    @property
+    def ids_nbytes(self) -> int:
+        return page_ceil(self.max_model_len * ID_NBYTES)
+
+    @property
+    def kv_offset(self) -> int:
+        return self.ids_offset + self.ids_nbytes
+
+    @cached_property
+    def nbytes(self) -> int:
+        """Size of the file: virtual, pages exist once written."""
+        return self.kv_offset + self.kv.nbytes
+
+    def nbytes_used(self, num_tokens: int) -> int:
+        """Memory (whole pages) of a segment that holds `num_tokens` computed tokens: what a lease must
+        cover."""
+        return PAGE_NBYTES + page_ceil(num_tokens * ID_NBYTES) + self.kv.nbytes_used(num_tokens)
+
+    def identity(self, fingerprint: str) -> bytes:
+        """32 bytes that two segments share only if model and layout are the same."""
+        kv = self.kv
+        shape = (kv.num_layers, kv.num_kv_heads, kv.head_dim, kv.max_model_len, kv.itemsize)
+        return hashlib.blake2b(repr((shape, fingerprint)).encode(), digest_size=32).digest()
+
+
+def page_ceil(nbytes: int) -> int:
+    """`nbytes` rounded up to whole pages."""
+    return -(-nbytes // PAGE_NBYTES) * PAGE_NBYTES

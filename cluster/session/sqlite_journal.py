@@ -1,0 +1,236 @@
+"""The durable journal: one SQLite database per session, so sessions never wait for each other's disk writes.
+
+Owns: files `<state_dir>/sessions/<digest[:2]>/<digest>.sqlite` (folders 0700, files 0600) and what is stored
+in them when. Knows nothing of segments, actors or transcripts; the files' making and versions are
+`sqlite_file.py`.
+
+WAL and `synchronous=FULL`: once `commit` or `take_epoch` returns, it is on the disk. `secure_delete`: dropped
+turns are overwritten in the database, and `clear` empties the write-ahead log too. Closed while idle; the
+next use reopens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sqlite3
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgpack
+
+from phi_cluster.cluster.errors import PhiError
+from phi_cluster.cluster.messages import CommitTurn, SessionKey
+from phi_cluster.cluster.session import sqlite_file
+from phi_cluster.cluster.session.journal import JournalInfo, JournalUnavailable, stale_epoch
+from phi_cluster.cluster.session.sqlite_file import MIGRATIONS, corrupt, translated
+
+_TURN_COLUMNS = (
+    "epoch, request_id, num_kept_tokens, num_kept_chars, token_ids, text, boundaries, num_prompt_tokens,"
+    " num_cached_tokens, num_completion_tokens, finish_reason, sampling, committed_at"
+)
+_SUFFIXES = ("", "-wal", "-shm")
+
+
+def journal_path(state_dir: Path, key: SessionKey) -> Path:
+    """Where the session's journal lies. Only the digest of its name shows."""
+    return state_dir / "sessions" / key.digest[:2] / f"{key.digest}.sqlite"
+
+
+def list_sessions(state_dir: Path, on_error: Callable[[Path, PhiError], None] | None = None) -> Iterator[SessionKey]:
+    """The keys of all stored sessions, in no particular order; reads one row of each. Damaged files are told
+    to `on_error` and left out."""
+    for path in (state_dir / "sessions").glob("??/*.sqlite"):
+        try:
+            row = _read_names(path)
+        except PhiError as error:
+            if on_error is not None:
+                on_error(path, error)
+            continue
+        if row is not None:
+            yield SessionKey(row[0], row[1], bool(row[2]))
+
+
+def _read_names(path: Path) -> tuple[str, str, int] | None:
+    with translated(path), contextlib.closing(sqlite_file.connect(path, busy_seconds=1.0)) as connection:
+        # Version 0 is a file that its creator has not finished.
+        query = "SELECT tenant, session_id, ephemeral FROM session"
+        return connection.execute(query).fetchone() if sqlite_file.version(connection) else None
+
+
+class SQLiteJournal:
+    """See `Journal`. Nothing is touched on disk before the first use.
+
+    `busy_seconds`: how long a call may wait for another process that writes to the same journal.
+    """
+
+    def __init__(
+        self,
+        state_dir: Path,
+        key: SessionKey,
+        fingerprint: str,
+        clock: Callable[[], float],
+        *,
+        busy_seconds: float = 2.0,
+        migrations: Sequence[str] = MIGRATIONS,
+    ):
+        self.key = key
+        self.path = journal_path(state_dir, key)
+        self._fingerprint = fingerprint
+        self._clock = clock
+        self._busy_seconds = busy_seconds
+        self._migrations = migrations
+        self._connection: sqlite3.Connection | None = None
+        self._inode = -1
+
+    @property
+    def exists(self) -> bool:
+        """Whether the session has a journal on disk."""
+        return self.path.exists()
+
+    def info(self) -> JournalInfo:
+        with self._transaction(write=False) as connection:
+            return self._read_info(connection)
+
+    def activate(self, *, recycled: bool) -> JournalInfo:
+        with self._transaction() as connection:
+            connection.execute(
+                "UPDATE session SET activation = activation + 1, recycles = recycles + ?", (int(recycled),)
+            )
+            return self._read_info(connection)
+
+    def take_epoch(self) -> JournalInfo:
+        with self._transaction() as connection:
+            connection.execute("UPDATE session SET epoch = epoch + 1")
+            return self._read_info(connection)
+
+    def commit(self, turn: CommitTurn) -> bool:
+        with self._transaction() as connection:
+            row = connection.execute("SELECT request_id FROM turns WHERE epoch = ?", (turn.epoch,)).fetchone()
+            if row is not None and row[0] == turn.request_id:
+                return False
+            epoch = self._read_info(connection).epoch
+            if row is not None or turn.epoch != epoch:
+                raise stale_epoch(turn, epoch)
+            # As `supersedes` in journal.py.
+            connection.execute(
+                "DELETE FROM turns WHERE num_kept_chars >= ? AND num_kept_tokens >= ?",
+                (turn.num_kept_chars, turn.num_kept_tokens),
+            )
+            values = _turn_to_row(turn)
+            marks = ", ".join("?" * len(values))
+            connection.execute(f"INSERT INTO turns ({_TURN_COLUMNS}) VALUES ({marks})", values)
+            connection.execute("UPDATE session SET turns = turns + 1, fingerprint = ?", (self._fingerprint,))
+            return True
+
+    def load(self) -> list[CommitTurn]:
+        with self._transaction(write=False) as connection:
+            rows = connection.execute(f"SELECT {_TURN_COLUMNS} FROM turns ORDER BY epoch").fetchall()
+        try:
+            return [_row_to_turn(self.key, row) for row in rows]
+        except (ValueError, TypeError, msgpack.UnpackException) as error:
+            raise corrupt(self.path, str(error)) from None
+
+    def clear(self) -> None:
+        with self._transaction() as connection:
+            connection.execute("DELETE FROM turns")
+            connection.execute("UPDATE session SET turns = 0")
+        with translated(self.path):
+            # The log still holds the text: write it back (as zeros) and empty it.
+            self._open().execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+
+    def delete(self) -> None:
+        self.close()
+        for suffix in _SUFFIXES:
+            try:
+                os.unlink(f"{self.path}{suffix}")
+            except FileNotFoundError:
+                pass
+            except OSError as error:
+                raise JournalUnavailable(f"cannot delete the journal {self.path}: {error.strerror}") from None
+
+    def close(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            with translated(self.path):
+                connection.close()
+
+    @contextlib.contextmanager
+    def _transaction(self, *, write: bool = True) -> Iterator[sqlite3.Connection]:
+        with translated(self.path):
+            connection = self._open()
+            with sqlite_file.transaction(connection, write=write):
+                yield connection
+
+    def _open(self) -> sqlite3.Connection:
+        # Deleted, or deleted and created anew, by another process: what we have open is nobody's any more.
+        if self._connection is not None and sqlite_file.inode(self.path) != self._inode:
+            self.close()
+        if self._connection is None:
+            sqlite_file.create_file(self.path)
+            connection = sqlite_file.connect(self.path, self._busy_seconds)
+            try:
+                sqlite_file.migrate(connection, self.path, self._migrations, self._write_names)
+                names = connection.execute("SELECT tenant, session_id, ephemeral FROM session").fetchone()
+                if names != self._names:
+                    raise corrupt(self.path, "it belongs to another session")
+            except BaseException:
+                connection.close()
+                raise
+            self._connection, self._inode = connection, sqlite_file.inode(self.path)
+        return self._connection
+
+    @property
+    def _names(self) -> tuple[str, str, int]:
+        return self.key.tenant, self.key.session_id, int(self.key.ephemeral)
+
+    def _write_names(self, connection: sqlite3.Connection) -> None:
+        connection.execute(
+            "INSERT INTO session VALUES (1, ?, ?, ?, ?, ?, 0, 0, 0, 0)",
+            (*self._names, self._fingerprint, self._clock()),
+        )
+
+    def _read_info(self, connection: sqlite3.Connection) -> JournalInfo:
+        columns = "epoch, turns, activation, recycles, fingerprint, created_at"
+        return JournalInfo(*connection.execute(f"SELECT {columns} FROM session").fetchone())
+
+
+def _turn_to_row(turn: CommitTurn) -> tuple[Any, ...]:
+    return (
+        turn.epoch,
+        turn.request_id,
+        turn.num_kept_tokens,
+        turn.num_kept_chars,
+        turn.token_ids,
+        # Bytes: text may hold anything Python's strings can, lone surrogates included.
+        turn.text.encode("utf-8", "surrogatepass"),
+        msgpack.packb(turn.boundaries),
+        turn.num_prompt_tokens,
+        turn.num_cached_tokens,
+        turn.num_completion_tokens,
+        turn.finish_reason,
+        msgpack.packb(turn.sampling),
+        turn.committed_at,
+    )
+
+
+def _row_to_turn(key: SessionKey, row: Sequence[Any]) -> CommitTurn:
+    epoch, request_id, kept_tokens, kept_chars, token_ids, text, boundaries, *rest = row
+    num_prompt, num_cached, num_completion, reason, sampling, committed_at = rest
+    return CommitTurn(
+        key,
+        epoch,
+        request_id,
+        kept_tokens,
+        kept_chars,
+        token_ids,
+        text.decode("utf-8", "surrogatepass"),
+        tuple((chars, tokens) for chars, tokens in msgpack.unpackb(boundaries)),
+        num_prompt,
+        num_cached,
+        num_completion,
+        reason,
+        msgpack.unpackb(sampling, strict_map_key=False),
+        committed_at,
+    )

@@ -1,0 +1,164 @@
+"""What the HTTP edge asks of the rooms below it, as shapes and protocols.
+
+Owns: the request for one turn, the events of its run, and the protocols of whoever runs turns, administers
+sessions, knows the server's health and counts requests. A leaf: the edge calls these, `turn` and `replica`
+implement them, tests fake them. Knows nothing of HTTP, Ray, torch, the tokenizer or the engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, TypeAlias
+
+FinishReason: TypeAlias = Literal["stop", "length"]
+# How a request ended, for counting: as its turn did, or the client left, or it failed.
+Outcome: TypeAlias = Literal["stop", "length", "abort", "error"]
+Endpoint: TypeAlias = Literal["chat", "completions"]
+
+
+@dataclass(frozen=True)
+class TurnRequest:
+    """One turn, validated as far as that is possible without a tokenizer.
+
+    Exactly one of `messages` and `prompt` is given. `messages` have a `role` (system, user or assistant), a
+    `content` (str) and perhaps a `name`: content parts are joined and `developer` has become `system`.
+    `prompt` is text or token ids, every id below the vocabulary's size.
+
+    `sampling` always has these keys, each within its documented range: temperature, top_p, top_k (0 is off),
+    min_p, repetition_penalty, presence_penalty, frequency_penalty, seed (int | None: choose one; signed, 64
+    bits), max_tokens (int | None: as many as the context has room for; at most max_model_len), min_tokens,
+    ignore_eos, logit_bias (dict[int, float]) and stop_token_ids (tuple[int, ...]); ids are below the
+    vocabulary's size.
+
+    `tenant` is derived from the client's key; two tenants share nothing. `session_id` None: an unnamed
+    session. `request_id` is ours, never the client's.
+    """
+
+    tenant: str
+    session_id: str | None
+    request_id: str
+    sampling: dict[str, Any] = field(repr=False)
+    messages: list[dict[str, Any]] | None = field(default=None, repr=False)
+    prompt: str | list[int] | None = field(default=None, repr=False)
+    stop: tuple[str, ...] = field(default=(), repr=False)
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+
+
+@dataclass(frozen=True)
+class TurnStarted:
+    """The first event, once: the turn is admitted and its prompt is known to fit."""
+
+    num_prompt_tokens: int
+    num_cached_tokens: int
+
+
+@dataclass(frozen=True)
+class TextDelta:
+    """Text that is final, and how many new tokens this event stands for. `text` may be empty (held back)."""
+
+    text: str = field(repr=False)
+    num_tokens: int
+
+
+@dataclass(frozen=True)
+class TurnFinished:
+    """The last event, once, after the turn has been committed. The counts are the turn's totals."""
+
+    finish_reason: FinishReason
+    num_prompt_tokens: int
+    num_cached_tokens: int
+    num_completion_tokens: int
+    engine_replaced: bool = False
+
+
+TurnEvent: TypeAlias = TurnStarted | TextDelta | TurnFinished
+
+
+class TurnRunner(Protocol):
+    """Runs turns."""
+
+    def run(self, request: TurnRequest) -> AsyncGenerator[TurnEvent, None]:
+        """An async generator: `TurnStarted`, any number of `TextDelta`, `TurnFinished`.
+
+        Raises `PhiError`; before the first event it becomes the response's HTTP status, later an error event.
+        A client that leaves is seen as `asyncio.CancelledError` at an await or as `GeneratorExit` at a yield
+        (never both): a `finally` that aborts the sequence serves both. What may not be torn in the middle (a
+        commit) wants `asyncio.shield`.
+        """
+        ...
+
+
+class SessionAdmin(Protocol):
+    """Looks after the sessions of a tenant. Raises `NotFound`; while a turn is running perhaps `SessionBusy`.
+
+    A session is described by a JSON-able dict: id, state, num_tokens, kv_cache_bytes, process_bytes, turns,
+    age_seconds, idle_seconds, activation, recycles, holder, node_id, actor_pid, engine_pid.
+    """
+
+    async def list(self, tenant: str, limit: int, after: str | None) -> Sequence[dict[str, Any]]:
+        """At most `limit` named sessions in ascending order of id, all with an id greater than `after`."""
+        ...
+
+    async def get(self, tenant: str, session_id: str) -> dict[str, Any]: ...
+
+    async def delete(self, tenant: str, session_id: str) -> None: ...
+
+    async def clear(self, tenant: str, session_id: str) -> dict[str, Any]:
+        """Forget the conversation and its KV cache; the session stays. Returns its new description."""
+        ...
+
+    async def recycle(self, tenant: str, session_id: str) -> dict[str, Any]:
+        """Give the session a new actor that takes over the same memory; returns its new description."""
+        ...
+
+
+class Health(Protocol):
+    """Neither method may block: they answer from what is known already."""
+
+    def live(self) -> bool:
+        """False: this process should be replaced."""
+        ...
+
+    def ready(self) -> tuple[bool, str]:
+        """Whether requests can be served now, and in one sentence why not (a user reads it)."""
+        ...
+
+
+class RequestObserver(Protocol):
+    """Counts requests. Each `on_start` is followed by exactly one `on_finish`. All times are in seconds."""
+
+    def on_start(self, endpoint: Endpoint) -> None: ...
+
+    def on_first_token(self, endpoint: Endpoint, seconds: float) -> None:
+        """`seconds` since `on_start`."""
+        ...
+
+    def on_token(self, endpoint: Endpoint, num_tokens: int, seconds: float) -> None:
+        """Every later event with tokens: how many, and the time since the event with tokens before it."""
+        ...
+
+    def on_finish(
+        self,
+        endpoint: Endpoint,
+        outcome: Outcome,
+        seconds: float,
+        num_prompt_tokens: int,
+        num_cached_tokens: int,
+        num_completion_tokens: int,
+    ) -> None:
+        """`seconds` since `on_start`. Counts are as far as known: zeros if the turn never started."""
+        ...
+
+
+class Clock(Protocol):
+    """The standard library's `time` module is one."""
+
+    def time(self) -> float:
+        """Wall clock, seconds since 1970."""
+        ...
+
+    def monotonic(self) -> float:
+        """Seconds since some fixed moment; never goes back."""
+        ...

@@ -1,0 +1,87 @@
+"""The owner of a node's one copy of the weights: a detached actor that publishes them in the object store.
+
+Owns: the object (an object dies with its owner), and the packed file it is read from. Knows nothing of engines;
+they map what is published. No torch in this process: packing runs in a process of its own that ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+
+from phi_cluster.cluster.errors import StartError
+from phi_cluster.cluster.served_model import ServedModel
+
+
+def packed_paths(model: ServedModel, cache_path: Path) -> tuple[Path, Path]:
+    """Where the packed weights and their index lie."""
+    folder = cache_path / "packed"
+    return folder / f"{model.fingerprint}-{model.dtype}.bin", folder / f"{model.fingerprint}-{model.dtype}.json"
+
+
+def ensure_packed(
+    model: ServedModel, cache_path: Path, progress: Callable[[int, int], None] | None = None
+) -> tuple[Path, Path]:
+    """Packs the checkpoint into one flat file unless that was done before. Raises StartError.
+
+    The file appears whole or not at all (written aside, then renamed).
+    """
+    weights, index = packed_paths(model, cache_path)
+    if weights.exists() and index.exists():
+        return weights, index
+    weights.parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-P", "-m", "phi_cluster.model.pack", str(model.folder), model.dtype]
+    aside = weights.with_suffix(f".{os.getpid()}.partial")
+    try:
+        with subprocess.Popen(
+            [*command, str(aside), str(index)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        ) as packing:
+            assert packing.stdout is not None
+            assert packing.stderr is not None
+            for line in packing.stdout:
+                done, _, total = line.partition(" ")
+                if progress is not None:
+                    progress(int(done), int(total))
+            complaint = packing.stderr.read().strip()
+        if packing.returncode != 0:
+            last = complaint.splitlines()[-1] if complaint else f"exit status {packing.returncode}"
+            raise StartError(last.removeprefix("error: "))
+        aside.rename(weights)
+    finally:
+        aside.unlink(missing_ok=True)
+    return weights, index
+
+
+@ray.remote(num_cpus=0)
+class WeightStore:
+    """Publishes on first use and hands out the reference from then on."""
+
+    def __init__(self, model: ServedModel, cache_path: Path):
+        self._model = model
+        self._cache_path = cache_path
+        self._published: tuple[dict[str, Any], list[ray.ObjectRef]] | None = None
+        self._lock = asyncio.Lock()
+
+    async def weights(self) -> tuple[dict[str, Any], list[ray.ObjectRef]]:
+        """The index (see model/flat_weights.py) and, in a list so that it is not resolved on the way, the buffer."""
+        async with self._lock:
+            if self._published is None:
+                self._published = await asyncio.to_thread(self._publish)
+        return self._published
+
+    def pid(self) -> int:
+        return os.getpid()
+
+    def _publish(self) -> tuple[dict[str, Any], list[ray.ObjectRef]]:
+        weights, index = ensure_packed(self._model, self._cache_path)
+        buffer = np.memmap(weights, dtype=np.uint8, mode="r")
+        return json.loads(index.read_text()), [ray.put(np.asarray(buffer))]

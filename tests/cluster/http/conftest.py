@@ -1,0 +1,315 @@
+"""Fakes for what the edge is built from, an app over them, and three ways to talk to it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from fastapi import FastAPI
+from phi_cluster.cluster.errors import NotFound
+from phi_cluster.cluster.http.edge import EdgeSettings
+from phi_cluster.cluster.http.server import build_app
+from phi_cluster.cluster.turn_api import TextDelta, TurnEvent, TurnFinished, TurnRequest, TurnStarted
+
+BASE_URL = "http://edge.test"
+# Far longer than anything here takes: only a hang ends in it.
+PATIENCE = 10.0
+
+
+class FakeTurns:
+    """Plays a script: events are yielded, exceptions raised, `asyncio.Event`s waited for."""
+
+    def __init__(self) -> None:
+        self.script: list[TurnEvent | Exception | asyncio.Event] = [
+            TurnStarted(num_prompt_tokens=7, num_cached_tokens=3),
+            TextDelta("Hello", 1),
+            TextDelta("", 1),
+            TextDelta(", wörld", 2),
+            TurnFinished("stop", num_prompt_tokens=7, num_cached_tokens=3, num_completion_tokens=5),
+        ]
+        self.requests: list[TurnRequest] = []
+        # completed | cancelled | closed | raised, one for each run that is over.
+        self.ends: list[str] = []
+        self.begun, self.leaving, self.ended = asyncio.Event(), asyncio.Event(), asyncio.Event()
+        # Putting a turn away waits for this.
+        self.may_end = asyncio.Event()
+        self.may_end.set()
+
+    async def run(self, request: TurnRequest) -> AsyncGenerator[TurnEvent, None]:
+        self.requests.append(request)
+        self.begun.set()
+        end = "completed"
+        try:
+            for step in self.script:
+                if isinstance(step, Exception):
+                    end = "raised"
+                    raise step
+                if isinstance(step, asyncio.Event):
+                    await step.wait()
+                else:
+                    yield step
+        except asyncio.CancelledError:
+            end = "cancelled"
+            raise
+        except GeneratorExit:
+            end = "closed"
+            raise
+        finally:
+            self.leaving.set()
+            await self.may_end.wait()
+            self.ends.append(end)
+            self.ended.set()
+
+
+class FakeSessions:
+    """Sessions in a dictionary, by tenant and id."""
+
+    def __init__(self) -> None:
+        self.known: dict[tuple[str, str], dict[str, Any]] = {}
+
+    def add(self, tenant: str, session_id: str) -> None:
+        self.known[tenant, session_id] = {
+            "id": session_id,
+            "state": "active",
+            "num_tokens": 59,
+            "kv_cache_bytes": 8192,
+            "process_bytes": 1 << 20,
+            "turns": 2,
+            "age_seconds": 3.5,
+            "idle_seconds": 1.5,
+            "activation": 1,
+            "recycles": 0,
+            "holder": "actor",
+            "node_id": "n",
+            "actor_pid": 4121,
+            "engine_pid": None,
+        }
+
+    async def list(self, tenant: str, limit: int, after: str | None) -> Sequence[dict[str, Any]]:
+        mine = sorted(session_id for owner, session_id in self.known if owner == tenant)
+        return [self.known[tenant, one] for one in mine if after is None or one > after][:limit]
+
+    async def get(self, tenant: str, session_id: str) -> dict[str, Any]:
+        if (tenant, session_id) not in self.known:
+            raise NotFound(f"There is no session {session_id}", param="session_id")
+        return self.known[tenant, session_id]
+
+    async def delete(self, tenant: str, session_id: str) -> None:
+        await self.get(tenant, session_id)
+        del self.known[tenant, session_id]
+
+    async def clear(self, tenant: str, session_id: str) -> dict[str, Any]:
+        session = await self.get(tenant, session_id)
+        session.update(num_tokens=0, kv_cache_bytes=0)
+        return session
+
+    async def recycle(self, tenant: str, session_id: str) -> dict[str, Any]:
+        session = await self.get(tenant, session_id)
+        session["recycles"] += 1
+        return session
+
+
+class FakeHealth:
+    def __init__(self) -> None:
+        self.is_live = True
+        self.not_ready_because: str | None = None
+
+    def live(self) -> bool:
+        return self.is_live
+
+    def ready(self) -> tuple[bool, str]:
+        return self.not_ready_because is None, self.not_ready_because or ""
+
+
+class RecordingObserver:
+    def __init__(self) -> None:
+        self.calls: list[tuple[Any, ...]] = []
+
+    def on_start(self, *call: Any) -> None:
+        self.calls.append(("start", *call))
+
+    def on_first_token(self, *call: Any) -> None:
+        self.calls.append(("first", *call))
+
+    def on_token(self, *call: Any) -> None:
+        self.calls.append(("token", *call))
+
+    def on_finish(self, *call: Any) -> None:
+        self.calls.append(("finish", *call))
+
+
+class FakeClock:
+    """Each look at the monotonic clock takes a second."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def time(self) -> float:
+        return 1_750_000_000.25
+
+    def monotonic(self) -> float:
+        self.now += 1.0
+        return self.now
+
+
+class Connection:
+    """One request as the server under an ASGI app sees it, message by message."""
+
+    def __init__(self, app: FastAPI, path: str, body: bytes | None, headers: dict[str, str]) -> None:
+        self._inbox: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+        self._outbox: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+        # While clear, `send` does not return: a client that does not read.
+        self.reading = asyncio.Event()
+        self.reading.set()
+        # Raised by `send`, as some servers do once the client is gone.
+        self.broken: OSError | None = None
+        if body is not None:
+            self.feed(body, more=False)
+        scope = {
+            "type": "http",
+            "asgi": {"version": "3.0", "spec_version": "2.4"},
+            "http_version": "1.1",
+            "method": "POST",
+            "scheme": "http",
+            "path": path,
+            "raw_path": path.encode(),
+            "query_string": b"",
+            "root_path": "",
+            "headers": [(name.lower().encode(), value.encode("latin-1")) for name, value in headers.items()],
+            "client": ("127.0.0.1", 4),
+            "server": ("edge.test", 80),
+            "state": {},
+        }
+        self.task = asyncio.ensure_future(app(scope, self._inbox.get, self._send))  # type: ignore[arg-type]
+
+    async def _send(self, message: Any) -> None:
+        if self.broken is not None:
+            raise self.broken
+        await self.reading.wait()
+        self._outbox.put_nowait(message)
+
+    def feed(self, chunk: bytes, more: bool) -> None:
+        self._inbox.put_nowait({"type": "http.request", "body": chunk, "more_body": more})
+
+    def disconnect(self) -> None:
+        self._inbox.put_nowait({"type": "http.disconnect"})
+
+    @property
+    def num_unread(self) -> int:
+        """Messages that the app has not asked for."""
+        return self._inbox.qsize()
+
+    @property
+    def is_silent(self) -> bool:
+        return self._outbox.empty()
+
+    async def next(self) -> dict[str, Any]:
+        """The app's next message."""
+        return await asyncio.wait_for(self._outbox.get(), PATIENCE)
+
+    async def until(self, needle: bytes) -> bytes:
+        """The response's body so far, up to and with the message that holds `needle`."""
+        body = b""
+        while needle not in body:
+            body += (await self.next()).get("body", b"")
+        return body
+
+    async def finished(self) -> None:
+        await asyncio.wait_for(asyncio.shield(self.task), PATIENCE)
+
+
+@pytest.fixture
+def turns() -> FakeTurns:
+    return FakeTurns()
+
+
+@pytest.fixture
+def sessions() -> FakeSessions:
+    return FakeSessions()
+
+
+@pytest.fixture
+def health() -> FakeHealth:
+    return FakeHealth()
+
+
+@pytest.fixture
+def observer() -> RecordingObserver:
+    return RecordingObserver()
+
+
+@pytest.fixture
+def settings() -> EdgeSettings:
+    return EdgeSettings(
+        served_model_names=("phi", "org/phi-alias"),
+        max_model_len=128,
+        vocab_size=1000,
+        max_body_bytes=64 * 1024,
+        keep_alive_seconds=PATIENCE,
+        system_fingerprint="fp_test",
+    )
+
+
+@pytest.fixture
+def make_app(
+    turns: FakeTurns, sessions: FakeSessions, health: FakeHealth, observer: RecordingObserver
+) -> Callable[[EdgeSettings], FastAPI]:
+    return lambda settings: build_app(settings, turns, sessions, health, observer, FakeClock())
+
+
+@pytest.fixture
+def app(make_app: Callable[[EdgeSettings], FastAPI], settings: EdgeSettings) -> FastAPI:
+    return make_app(settings)
+
+
+@pytest.fixture
+async def client(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url=BASE_URL) as client:
+        yield client
+
+
+@pytest.fixture
+async def official(app: FastAPI) -> AsyncIterator[openai.AsyncOpenAI]:
+    """The unmodified client that users have."""
+    inner = httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url=BASE_URL)
+    async with openai.AsyncOpenAI(
+        base_url=BASE_URL + "/v1", api_key="sk-test", http_client=inner, max_retries=0
+    ) as client:
+        yield client
+
+
+@pytest.fixture
+async def connect(app: FastAPI) -> AsyncIterator[Callable[..., Connection]]:
+    """`connect(path, json)` or `connect(path, body=None)` to feed the body by hand."""
+    connections: list[Connection] = []
+
+    def connect(
+        path: str, given: Any = None, *, over: FastAPI = app, headers: dict[str, str] | None = None
+    ) -> Connection:
+        body = None if given is None else json.dumps(given).encode()
+        connections.append(Connection(over, path, body, headers or {}))
+        return connections[-1]
+
+    yield connect
+    for connection in connections:
+        connection.task.cancel()
+    await asyncio.gather(*(one.task for one in connections), return_exceptions=True)
+
+
+def _events(body: str | bytes) -> list[Any]:
+    """The JSON of each SSE event; the last one must be [DONE] and is left out. Comments are not events."""
+    text = body.decode() if isinstance(body, bytes) else body
+    blocks = [block for block in text.split("\n\n") if block and not block.startswith(":")]
+    assert all(block.startswith("data: ") for block in blocks)
+    assert blocks[-1] == "data: [DONE]"
+    return [json.loads(block.removeprefix("data: ")) for block in blocks[:-1]]
+
+
+@pytest.fixture
+def events() -> Callable[[str | bytes], list[Any]]:
+    return _events

@@ -1,0 +1,91 @@
+"""/v1/sessions: pages, single sessions, actions, and that a key sees only its own."""
+
+import pytest
+from phi_cluster.cluster.http.auth import tenant_of
+from starlette.datastructures import Headers
+
+
+@pytest.fixture
+def named(sessions):
+    for session_id in "abcde":
+        sessions.add("default", session_id)
+    sessions.add(tenant_of(Headers({"authorization": "Bearer other"})), "theirs")
+    return sessions
+
+
+async def test_pages(client, named):
+    first = (await client.get("/v1/sessions?limit=3")).json()
+    assert [one["id"] for one in first["data"]] == ["a", "b", "c"]
+    assert (first["object"], first["has_more"], first["first_id"], first["last_id"]) == (
+        "list",
+        True,
+        "a",
+        "c",
+    )
+    second = (await client.get("/v1/sessions", params={"limit": 3, "after": first["last_id"]})).json()
+    assert [one["id"] for one in second["data"]] == ["d", "e"]
+    assert second["has_more"] is False
+    empty = (await client.get("/v1/sessions?after=e")).json()
+    assert (empty["data"], empty["first_id"], empty["last_id"]) == ([], None, None)
+
+
+@pytest.mark.parametrize(
+    ("query", "param"),
+    [
+        ("limit=0", "limit"),
+        ("limit=1001", "limit"),
+        ("limit=-1", "limit"),
+        ("limit=1.0", "limit"),
+        ("limit=%D9%A1", "limit"),
+        ("limit=", "limit"),
+        ("limit=" + "9" * 5000, "limit"),
+        ("limit=1&limit=2", "limit"),
+        ("after=../x", "after"),
+        ("after=a%0d%0ab", "after"),
+        ("page=2", "page"),
+    ],
+)
+async def test_bad_queries(client, named, query, param):
+    response = await client.get(f"/v1/sessions?{query}")
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == param
+
+
+async def test_one_session_and_its_actions(client, named):
+    stats = (await client.get("/v1/sessions/a")).json()
+    assert (stats["id"], stats["object"], stats["num_tokens"], stats["engine_pid"]) == (
+        "a",
+        "session",
+        59,
+        None,
+    )
+    assert (await client.post("/v1/sessions/a/recycle")).json()["recycles"] == 1
+    assert (await client.post("/v1/sessions/a/clear", json={})).json()["num_tokens"] == 0
+    response = await client.delete("/v1/sessions/a")
+    assert response.json() == {"id": "a", "object": "session.deleted", "deleted": True}
+    assert (await client.get("/v1/sessions/a")).status_code == 404
+    assert (await client.delete("/v1/sessions/a")).status_code == 404
+
+
+async def test_actions_take_nothing(client, named):
+    response = await client.post("/v1/sessions/a/clear", json={"keep": 3})
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == "keep"
+    assert named.known["default", "a"]["num_tokens"] == 59
+
+
+@pytest.mark.parametrize("path", ["a%0d%0ab", "a%20b", "%2E%2E", "x" * 129, "%ff"])
+async def test_bad_ids(client, named, path):
+    for method, action in (("GET", ""), ("DELETE", ""), ("POST", "/clear"), ("POST", "/recycle")):
+        response = await client.request(method, f"/v1/sessions/{path}{action}")
+        assert response.status_code in (400, 404, 405), (method, action)
+        assert response.json()["error"]["type"] == "invalid_request_error"
+    assert len(named.known) == 6
+
+
+async def test_a_key_sees_only_its_own(client, named):
+    mine = await client.get("/v1/sessions", headers={"authorization": "Bearer other"})
+    assert [one["id"] for one in mine.json()["data"]] == ["theirs"]
+    assert (await client.get("/v1/sessions/a", headers={"authorization": "Bearer other"})).status_code == 404
+    assert (await client.delete("/v1/sessions/theirs")).status_code == 404
+    assert len(named.known) == 6

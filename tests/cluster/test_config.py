@@ -1,0 +1,178 @@
+"""What a configuration file may say, and in which words it is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+from pydantic import BaseModel
+
+import phi_cluster.configs
+from phi_cluster.cluster.config import Config, describe_config, load_config
+from phi_cluster.cluster.errors import StartError
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "config.yaml"
+    path.write_text(text)
+    return path
+
+
+def refusal(folder: Path, text: str) -> str:
+    path = write(folder, text)
+    with pytest.raises(StartError) as caught:
+        load_config(path, {})
+    message = caught.value.message
+    assert str(path) in message
+    assert "\n" not in message
+    return message.replace(str(path), "FILE")
+
+
+def leaves(config: BaseModel, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Every field's dotted name and description."""
+    for name, field in type(config).model_fields.items():
+        value = getattr(config, name)
+        if isinstance(value, BaseModel):
+            yield from leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", field.description or ""
+
+
+@pytest.mark.parametrize(
+    ("written", "seconds"),
+    [("90", 90.0), ("1.5", 1.5), ("2s", 2.0), ("250ms", 0.25), ("10m", 600.0), ("6h", 21600.0), ("30d", 2592000.0)],
+)
+def test_durations(tmp_path: Path, written: str, seconds: float) -> None:
+    assert load_config(write(tmp_path, f"sessions: {{idle_timeout: {written}}}"), {}).sessions.idle_timeout == seconds
+
+
+@pytest.mark.parametrize(
+    ("written", "nbytes"),
+    [("1000", 1000), ("'1000'", 1000), ("64MB", 64 * 10**6), ("2GiB", 2 * 2**30), ("1.5 KiB", 1536), ("7B", 7)],
+)
+def test_sizes(tmp_path: Path, written: str, nbytes: int) -> None:
+    assert load_config(write(tmp_path, f"kv: {{budget: {written}}}"), {}).kv.budget == nbytes
+
+
+@pytest.mark.parametrize("written", ["5 years", "-3s", "", "1.2.3s", ".s", ".inf", ".nan", "0", "true-ish"])
+def test_wrong_durations_name_the_field(tmp_path: Path, written: str) -> None:
+    assert refusal(tmp_path, f"kv: {{reserve_wait: {written or '~'}}}").startswith("FILE: kv.reserve_wait: ")
+
+
+@pytest.mark.parametrize("written", ["1TB", "-5", "1.2.3MB", "many", ".MB", "1MB2"])
+def test_wrong_sizes_name_the_field(tmp_path: Path, written: str) -> None:
+    assert refusal(tmp_path, f"server: {{max_body: {written}}}").startswith("FILE: server.max_body: ")
+
+
+def test_a_wrong_duration_is_told_how_to_write_one(tmp_path: Path) -> None:
+    assert "write for example 30s, 10m or 6h" in refusal(tmp_path, "kv: {reserve_wait: soon}")
+    assert "write for example 64MB or 2GiB" in refusal(tmp_path, "kv: {budget: lots}")
+
+
+def test_unknown_fields_name_the_nearest(tmp_path: Path) -> None:
+    assert refusal(tmp_path, "modle: x") == "FILE: unknown field modle; did you mean model?"
+    told = refusal(tmp_path, "engine: {max_num_seq: 3}")
+    assert told == "FILE: unknown field engine.max_num_seq; did you mean max_num_seqs?"
+    told = refusal(tmp_path, "kv: {zzz: 3}")
+    assert told == "FILE: unknown field kv.zzz; known fields: budget, reserve_wait"
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("engine: 5", "engine: "),
+        ("server: {port: 70000}", "server.port: "),
+        ("device: tpu", "device: "),
+        ("- model", "must hold fields"),
+        ("just words", "must hold fields"),
+        ("{", "is not valid YAML"),
+        ("model: [1", "is not valid YAML"),
+        ("1: 2", "1"),
+    ],
+)
+def test_wrong_files_are_refused_in_one_sentence(tmp_path: Path, text: str, told: str) -> None:
+    assert told in refusal(tmp_path, text)
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(StartError, match="No such file"):
+        load_config(tmp_path / "none.yaml", {})
+    with pytest.raises(StartError, match="Is a directory"):
+        load_config(tmp_path, {})
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\xff")
+    with pytest.raises(StartError, match="is not valid YAML"):
+        load_config(tmp_path / "binary.yaml", {})
+
+
+def test_empty_files_and_no_file_are_all_defaults(tmp_path: Path) -> None:
+    assert load_config(write(tmp_path, ""), {}) == load_config(None, {}) == Config()
+    assert load_config(write(tmp_path, "# nothing\n"), {}) == Config()
+
+
+def test_a_section_whose_fields_are_all_commented_out_is_its_defaults(tmp_path: Path) -> None:
+    path = write(tmp_path, "server:\n  # port: 8001\nmodel: x\n")
+    assert load_config(path, {}) == Config(model="x")
+    assert load_config(path, {"server": {"port": 8002}}).server.port == 8002
+
+
+def test_overrides_lie_over_the_file_and_none_is_not_given(tmp_path: Path) -> None:
+    path = write(tmp_path, "model: a\nserver: {port: 8001, host: 127.0.0.1}")
+    config = load_config(path, {"model": None, "server": {"port": 9000, "host": None}})
+    assert (config.model, config.server.port, config.server.host) == ("a", 9000, "127.0.0.1")
+    assert load_config(None, {"server": {"port": 9000}}).server.port == 9000
+    with pytest.raises(StartError, match=r"the configuration: server\.port"):
+        load_config(None, {"server": {"port": 0}})
+
+
+def test_a_printed_configuration_shows_and_explains_every_field() -> None:
+    printed = describe_config(Config())
+    for name, description in leaves(Config()):
+        assert description, name
+        line = f"{name.rpartition('.')[2]}: "
+        assert any(
+            one.strip().startswith(line) and one.endswith(f"  # {description}") for one in printed.splitlines()
+        ), name
+
+
+def test_a_printed_configuration_loads_again(tmp_path: Path) -> None:
+    long_name = " ".join(["a name with spaces"] * 20)
+    config = Config.model_validate(
+        {
+            "model": "yes",
+            "served_model_name": [long_name, "b: c # d", "null"],
+            "state_dir": f"/{long_name}",
+            "max_model_len": 4096,
+            "sessions": {"idle_timeout": "2h", "max_age": None},
+            "kv": {"budget": "1GiB"},
+        }
+    )
+    assert load_config(write(tmp_path, describe_config(config)), {}) == config
+    assert load_config(write(tmp_path, describe_config(Config())), {}) == Config()
+
+
+def test_a_token_is_not_shown() -> None:
+    config = Config(hub_token="hf_secret")
+    assert "secret" not in describe_config(config)
+    assert "secret" not in repr(config)
+    assert "hub_token: null" in describe_config(Config())
+
+
+def test_paths_follow_xdg(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert Config().state_path == tmp_path / "state" / "phi-cluster"
+    assert Config().cache_path == tmp_path / ".cache" / "phi-cluster"
+    assert Config(state_dir=Path("~/x")).state_path == tmp_path / "x"
+    assert Config(cache_dir=Path("relative")).cache_path.is_absolute()
+
+
+def test_shipped_configurations_load() -> None:
+    shipped = sorted(Path(next(iter(phi_cluster.configs.__path__))).glob("*.yaml"))
+    assert "smollm2.yaml" in [path.name for path in shipped]
+    for path in shipped:
+        config = load_config(path, {})
+        # Nothing in it is there without effect or against the documented names.
+        assert set(yaml.safe_load(path.read_text())) <= set(type(config).model_fields)

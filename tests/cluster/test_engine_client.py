@@ -1,0 +1,545 @@
+"""The replica's end of the step socket, against an engine that a test plays by hand."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from phi_cluster.cluster.engine_client import MAX_ENGINE_DEATHS, EngineClient, SequenceStream
+from phi_cluster.cluster.errors import Unavailable
+from phi_cluster.cluster.messages import (
+    AbortSequence,
+    AddSequence,
+    ExtendSequence,
+    Frame,
+    ProcessId,
+    SegmentRef,
+    SequenceOutput,
+    StepFrame,
+    decode_frame,
+    encode_frame,
+)
+
+# Far longer than anything here takes: only a hang ends in it.
+PATIENCE = 5.0
+
+
+class FakeEngine:
+    """A socket that answers what the test tells it to. Dies like a process: the connection breaks, then `end` returns
+    once the death is allowed to be seen."""
+
+    def __init__(self, number: int, folder: Path):
+        self.process = ProcessId(1000 + number, number)
+        self.socket_path = str(folder / f"{number}.sock")
+        self.frames: asyncio.Queue[Frame] = asyncio.Queue()
+        self.ended = False
+        self.may_end = asyncio.Event()
+        self.may_end.set()
+        self._connected = asyncio.Event()
+        self._step = 0
+
+    async def listen(self) -> FakeEngine:
+        self._server = await asyncio.start_unix_server(self._serve, self.socket_path)
+        return self
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._writer = writer
+        self._connected.set()
+        try:
+            while True:
+                length = int.from_bytes(await reader.readexactly(4), "big")
+                self.frames.put_nowait(decode_frame(await reader.readexactly(length)))
+        except (asyncio.IncompleteReadError, ConnectionError):
+            pass
+        except asyncio.CancelledError:
+            # At the end of the test's loop.
+            return
+
+    async def next(self, kind: type[Any]) -> Any:
+        frame = await asyncio.wait_for(self.frames.get(), PATIENCE)
+        assert isinstance(frame, kind), frame
+        return frame
+
+    async def send(self, *outputs: SequenceOutput, running: int = 1) -> None:
+        """One step."""
+        self._step += 1
+        await self.send_bytes(encode_frame(StepFrame(self._step, list(outputs), running, 0)))
+
+    async def send_bytes(self, data: bytes) -> None:
+        await asyncio.wait_for(self._connected.wait(), PATIENCE)
+        self._writer.write(data)
+        await self._writer.drain()
+
+    def die(self, *, seen: bool = True) -> None:
+        if not seen:
+            self.may_end.clear()
+        self._writer.transport.abort()
+
+    async def end(self) -> None:
+        await self.may_end.wait()
+        self.ended = True
+        self._server.close()
+        if self._connected.is_set():
+            self._writer.transport.abort()
+
+
+class Engines:
+    """Spawns engines; `failures` starts fail first, and while `may_start` is not set they hang."""
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+        self.failures = 0
+        self.attempts = 0
+        self.may_start = asyncio.Event()
+        self.may_start.set()
+        self._started: asyncio.Queue[FakeEngine] = asyncio.Queue()
+        self.all: list[FakeEngine] = []
+
+    async def spawn(self) -> FakeEngine:
+        self.attempts += 1
+        await self.may_start.wait()
+        if self.failures:
+            self.failures -= 1
+            raise RuntimeError("no room for an engine")
+        engine = await FakeEngine(len(self.all) + 1, self._folder).listen()
+        self.all.append(engine)
+        self._started.put_nowait(engine)
+        return engine
+
+    async def next(self) -> FakeEngine:
+        return await asyncio.wait_for(self._started.get(), PATIENCE)
+
+
+@pytest.fixture
+def engines(tmp_path: Path) -> Engines:
+    return Engines(tmp_path)
+
+
+MakeClient = Callable[..., EngineClient]
+
+
+@pytest.fixture
+async def make_client(engines: Engines) -> AsyncIterator[MakeClient]:
+    made: list[EngineClient] = []
+
+    def make(**options: Any) -> EngineClient:
+        client = EngineClient(engines.spawn, **({"ready_wait": PATIENCE, "backoff": (0.0,)} | options))
+        made.append(client)
+        client.start()
+        return client
+
+    yield make
+    for engine in engines.all:
+        engine.may_end.set()
+    engines.may_start.set()
+    for client in made:
+        await client.close()
+
+
+def add(client: EngineClient, prompt: list[int] | None = None, **changes: Any) -> AddSequence:
+    prompt = [1, 2, 3] if prompt is None else prompt
+    fields: dict[str, Any] = {
+        "sequence_id": client.next_sequence_id(),
+        "segment": SegmentRef(7, 8, b"nonce"),
+        "num_kept_tokens": 4,
+        "token_ids": prompt,
+        "sampling": {"seed": 5, "max_tokens": 100},
+        "max_num_tokens": 50,
+        "num_prompt_tokens": 4 + len(prompt),
+    }
+    return AddSequence(**(fields | changes))
+
+
+async def collect(stream: SequenceStream) -> list[SequenceOutput]:
+    async def read() -> list[SequenceOutput]:
+        return [output async for output in stream]
+
+    return await asyncio.wait_for(read(), PATIENCE)
+
+
+async def until(check: Callable[[], bool]) -> None:
+    async def poll() -> None:
+        while not check():
+            await asyncio.sleep(0)
+
+    await asyncio.wait_for(poll(), PATIENCE)
+
+
+def ids(outputs: list[SequenceOutput]) -> list[int]:
+    return [token_id for output in outputs for token_id in output.token_ids]
+
+
+async def test_a_sequence_from_add_to_release(engines: Engines, make_client: MakeClient) -> None:
+    client = make_client()
+    asked = add(client)
+    stream = await client.add(asked)
+    engine = await engines.next()
+    assert client.ready
+    assert client.engine is engine
+    assert await engine.next(AddSequence) == asked
+    await engine.send(SequenceOutput(asked.sequence_id, [10], num_cached_tokens=3), running=1)
+    await engine.send(SequenceOutput(asked.sequence_id, [11, 12]))
+    await engine.send(SequenceOutput(asked.sequence_id, [13], "stop"))
+    await engine.send(SequenceOutput(asked.sequence_id, [], released=True), running=0)
+    outputs = await collect(stream)
+    assert ids(outputs) == stream.received == [10, 11, 12, 13]
+    assert outputs[0].num_cached_tokens == 3
+    assert stream.finish_reason == "stop"
+    assert outputs[-1].released
+    assert stream.released
+    assert client.num_streams == 0
+    assert (client.last_step.step, client.last_step.num_running) == (4, 0)
+    assert client.replacements == 0
+
+
+async def test_sequences_get_their_own_outputs_and_ids(engines: Engines, make_client: MakeClient) -> None:
+    client = make_client()
+    streams = [await client.add(add(client)) for _ in range(3)]
+    engine = await engines.next()
+    numbers = [(await engine.next(AddSequence)).sequence_id for _ in streams]
+    assert len(set(numbers)) == 3
+    # One step for all, and something for a sequence that nobody knows (any more).
+    outputs = [SequenceOutput(n, [n * 100], "length", released=True) for n in numbers]
+    await engine.send(SequenceOutput(999, [1]), *outputs)
+    for number, stream in zip(numbers, streams, strict=True):
+        assert ids(await collect(stream)) == [number * 100]
+
+
+async def test_an_abort_is_sent_once_and_release_still_comes(engines: Engines, make_client: MakeClient) -> None:
+    client = make_client()
+    stream = await client.add(add(client))
+    engine = await engines.next()
+    number = (await engine.next(AddSequence)).sequence_id
+    client.abort(stream)
+    client.abort(stream)
+    assert await engine.next(AbortSequence) == AbortSequence(number)
+    # The step in flight brings a token still.
+    await engine.send(SequenceOutput(number, [10]))
+    await engine.send(SequenceOutput(number, [], "abort", released=True))
+    outputs = await collect(stream)
+    assert [o.finish_reason for o in outputs] == [None, "abort"]
+    client.abort(stream)
+    client.extend(stream, 99)
+    assert await engine.next(ExtendSequence) == ExtendSequence(number, 99)
+    assert engine.frames.empty()
+
+
+async def test_a_lease_is_extended_also_for_the_next_engine(engines: Engines, make_client: MakeClient) -> None:
+    client = make_client()
+    stream = await client.add(add(client))
+    first = await engines.next()
+    number = (await first.next(AddSequence)).sequence_id
+    client.extend(stream, 200)
+    assert await first.next(ExtendSequence) == ExtendSequence(number, 200)
+    first.die()
+    second = await engines.next()
+    assert (await second.next(AddSequence)).max_num_tokens == 200
+
+
+async def test_a_sequence_goes_on_with_the_next_engine(engines: Engines, make_client: MakeClient) -> None:
+    client = make_client()
+    asked = add(client)
+    stream = await client.add(asked)
+    first = await engines.next()
+    await first.next(AddSequence)
+    await first.send(SequenceOutput(asked.sequence_id, [10], num_cached_tokens=2))
+    await first.send(SequenceOutput(asked.sequence_id, [11]))
+    await until(lambda: len(stream.received) == 2)
+    first.die()
+    second = await engines.next()
+    # Its death was proven before there was another who may write.
+    assert first.ended
+    again = await second.next(AddSequence)
+    assert again.token_ids == [*asked.token_ids, 10, 11]
+    assert (again.num_kept_tokens, again.num_prompt_tokens) == (asked.num_kept_tokens, asked.num_prompt_tokens)
+    assert (again.sequence_id, again.segment, again.sampling) == (asked.sequence_id, asked.segment, asked.sampling)
+    await second.send(SequenceOutput(asked.sequence_id, [12], "stop", released=True))
+    assert ids(await collect(stream)) == [10, 11, 12]
+    assert client.replacements == 1
+
+
+async def test_nothing_goes_on_before_the_old_engine_is_dead(engines: Engines, make_client: MakeClient) -> None:
+    client = make_client()
+    stream = await client.add(add(client))
+    first = await engines.next()
+    await first.next(AddSequence)
+    first.die(seen=False)
+    await until(lambda: not client.ready)
+    # The client leaves meanwhile: the engine may still write, so this is no release yet.
+    client.abort(stream)
+    await asyncio.sleep(0.002)
+    assert not stream.released
+    assert engines.attempts == 1
+    first.may_end.set()
+    assert [o.finish_reason for o in await collect(stream)] == ["abort"]
+
+
+async def test_tokens_come_exactly_once_whatever_dies_when(engines: Engines, make_client: MakeClient) -> None:
+    """Each engine goes on counting where the ids that it was given end; each dies after a random number of steps."""
+    rng = random.Random(5)
+    client = make_client()
+    length = 12
+    streams: dict[int, SequenceStream] = {}
+
+    async def play(engine: FakeEngine, known: dict[int, int], steps: int) -> None:
+        for _ in range(steps):
+            while not engine.frames.empty():
+                frame = engine.frames.get_nowait()
+                assert isinstance(frame, AddSequence)
+                known[frame.sequence_id] = frame.num_kept_tokens + len(frame.token_ids) - frame.num_prompt_tokens
+            outputs = []
+            for number, count in list(known.items()):
+                # A step may bring nothing, one token or (after a burst) two.
+                new = range(count, min(count + rng.choice([0, 1, 1, 1, 2]), length))
+                known[number] = count + len(new)
+                over = known[number] == length
+                outputs.append(SequenceOutput(number, list(new), "length" if over else None, released=over))
+                if over:
+                    del known[number]
+            await engine.send(*outputs)
+            await asyncio.sleep(0)
+
+    for _ in range(12):
+        for _ in range(2):
+            stream = await client.add(add(client, [rng.randrange(9)] * rng.randrange(1, 5)))
+            streams[stream.add.sequence_id] = stream
+        engine = await engines.next()
+        await until(lambda engine=engine: not engine.frames.empty())  # type: ignore[misc]
+        await play(engine, {}, rng.randrange(1, 30))
+        engine.die()
+    engine, known = await engines.next(), {}
+    while client.num_streams:
+        await play(engine, known, 1)
+    carried_on = 0
+    for stream in streams.values():
+        outputs = await collect(stream)
+        got = ids(outputs)
+        assert got == list(range(len(got))), "a token is missing or came twice"
+        assert sum(o.finish_reason is not None for o in outputs) == 1
+        assert sum(o.released for o in outputs) == 1
+        if stream.engine_deaths < MAX_ENGINE_DEATHS:
+            assert len(got) == length
+            carried_on += stream.engine_deaths
+        else:
+            assert outputs[-1].finish_reason == "error"
+    assert carried_on > 3
+    assert any(stream.engine_deaths == MAX_ENGINE_DEATHS for stream in streams.values())
+
+
+async def test_a_death_between_turns_harms_nobody(engines: Engines, make_client: MakeClient) -> None:
+    client = make_client()
+    await client.wait_ready()
+    first = await engines.next()
+    await first.send(running=0)
+    await until(lambda: client.last_step.step == 1)
+    first.die()
+    second = await engines.next()
+    stream = await client.add(add(client))
+    assert client.engine is second
+    number = (await second.next(AddSequence)).sequence_id
+    await second.send(SequenceOutput(number, [1], "stop", released=True))
+    assert ids(await collect(stream)) == [1]
+    assert stream.engine_deaths == 0
+    assert client.replacements == 1
+
+
+async def test_who_killed_two_engines_is_not_tried_on_a_third(engines: Engines, make_client: MakeClient) -> None:
+    client = make_client()
+    poison = await client.add(add(client))
+    first = await engines.next()
+    await first.next(AddSequence)
+    await first.send(SequenceOutput(poison.add.sequence_id, [10]))
+    await until(lambda: poison.received == [10])
+    first.die()
+    second = await engines.next()
+    await second.next(AddSequence)
+    innocent = await client.add(add(client))
+    await second.next(AddSequence)
+    second.die()
+    outputs = await collect(poison)
+    assert ids(outputs) == [10]
+    assert (outputs[-1].finish_reason, outputs[-1].error) == ("error", "two engines died on this request")
+    third = await engines.next()
+    again = await third.next(AddSequence)
+    assert again.sequence_id == innocent.add.sequence_id
+    await third.send(SequenceOutput(again.sequence_id, [], "stop", released=True))
+    await collect(innocent)
+    assert third.frames.empty()
+
+
+async def test_what_was_over_is_over_although_its_engine_died(engines: Engines, make_client: MakeClient) -> None:
+    client = make_client()
+    stream = await client.add(add(client))
+    engine = await engines.next()
+    number = (await engine.next(AddSequence)).sequence_id
+    await engine.send(SequenceOutput(number, [10], "stop"))
+    await until(lambda: stream.finish_reason == "stop")
+    engine.die()
+    outputs = await collect(stream)
+    assert ids(outputs) == [10]
+    assert [o.finish_reason for o in outputs] == ["stop", None]
+    second = await engines.next()
+    await client.wait_ready()
+    assert second.frames.empty()
+
+
+async def test_an_aborted_sequence_ends_with_its_engine(engines: Engines, make_client: MakeClient) -> None:
+    client = make_client()
+    stream = await client.add(add(client))
+    engine = await engines.next()
+    await engine.next(AddSequence)
+    client.abort(stream)
+    await engine.next(AbortSequence)
+    engine.die()
+    assert [(o.finish_reason, o.released) for o in await collect(stream)] == [("abort", True)]
+
+
+async def test_an_abort_between_engines_is_a_release(engines: Engines, make_client: MakeClient) -> None:
+    client = make_client()
+    stream = await client.add(add(client))
+    engine = await engines.next()
+    await engine.next(AddSequence)
+    engines.may_start.clear()
+    engine.die()
+    await until(lambda: engines.attempts == 2)
+    assert not stream.released
+    client.abort(stream)
+    assert [(o.finish_reason, o.released) for o in await collect(stream)] == [("abort", True)]
+    assert client.num_streams == 0
+
+
+async def test_a_sequence_does_not_wait_for_ever_for_an_engine(engines: Engines, make_client: MakeClient) -> None:
+    client = make_client(ready_wait=0.01)
+    stream = await client.add(add(client))
+    engine = await engines.next()
+    await engine.next(AddSequence)
+    engines.may_start.clear()
+    engine.die()
+    outputs = await collect(stream)
+    assert outputs[-1].finish_reason == "error"
+    assert "no other was up" in str(outputs[-1].error)
+    assert client.num_streams == 0
+
+
+async def test_an_engine_in_time_ends_the_waiting(engines: Engines, make_client: MakeClient) -> None:
+    client = make_client(ready_wait=0.02)
+    stream = await client.add(add(client))
+    engine = await engines.next()
+    number = (await engine.next(AddSequence)).sequence_id
+    engine.die()
+    second = await engines.next()
+    await second.next(AddSequence)
+    # Longer than anyone would have waited without an engine.
+    await asyncio.sleep(0.03)
+    assert not stream.released
+    await second.send(SequenceOutput(number, [1], "stop", released=True))
+    assert ids(await collect(stream)) == [1]
+
+
+async def test_failing_starts_are_repeated_with_pauses(engines: Engines, make_client: MakeClient) -> None:
+    pauses: list[int] = []
+
+    class Backoff(tuple[float, ...]):
+        def __getitem__(self, failures: Any) -> Any:
+            pauses.append(failures)
+            return super().__getitem__(failures)
+
+    engines.failures = 4
+    client = make_client(backoff=Backoff((0.0, 0.001, 0.002)))
+    await client.wait_ready()
+    assert engines.attempts == 5
+    # Longer and longer, up to the longest; a start that succeeds begins anew.
+    assert pauses == [0, 1, 2, 2, 2]
+    (await engines.next()).die()
+    await engines.next()
+    assert pauses[5:] == [0]
+
+
+async def test_waiting_for_an_engine_is_bounded_and_says_why(engines: Engines, make_client: MakeClient) -> None:
+    engines.failures = 10**6
+    client = make_client(ready_wait=0.005, backoff=(0.0, 0.001))
+    for call in (client.wait_ready, lambda: client.add(add(client)), lambda: client.wait_ready(0.001)):
+        with pytest.raises(Unavailable, match="RuntimeError at start") as caught:
+            await asyncio.wait_for(call(), PATIENCE)
+        assert caught.value.retry_after
+    assert client.num_streams == 0
+    assert not client.ready
+
+
+async def test_a_start_whose_socket_does_not_answer_is_a_failed_one(tmp_path: Path) -> None:
+    class Deaf(FakeEngine):
+        async def listen(self) -> FakeEngine:
+            await super().listen()
+            self.socket_path += ".not-there"
+            return self
+
+    started: list[FakeEngine] = []
+
+    async def spawn() -> FakeEngine:
+        kind = Deaf if not started else FakeEngine
+        started.append(await kind(len(started), tmp_path).listen())
+        return started[-1]
+
+    client = EngineClient(spawn, ready_wait=PATIENCE, backoff=(0.0,))
+    client.start()
+    await client.wait_ready()
+    assert started[0].ended
+    assert client.engine is started[1]
+    await client.close()
+    assert started[1].ended
+
+
+@pytest.mark.parametrize(
+    "garbage", [b"\0\0\0\x03abc", b"\0\0\0\x01\x93", encode_frame(AbortSequence(1)).replace(b"abort", b"xbort")]
+)
+async def test_an_engine_that_sends_garbage_is_replaced(
+    garbage: bytes, engines: Engines, make_client: MakeClient
+) -> None:
+    client = make_client()
+    stream = await client.add(add(client))
+    first = await engines.next()
+    number = (await first.next(AddSequence)).sequence_id
+    await first.send_bytes(garbage)
+    second = await engines.next()
+    assert first.ended
+    assert (await second.next(AddSequence)).sequence_id == number
+    await second.send(SequenceOutput(number, [1], "stop", released=True))
+    assert ids(await collect(stream)) == [1]
+
+
+async def test_a_frame_may_come_in_pieces_and_be_large(engines: Engines, make_client: MakeClient) -> None:
+    client = make_client()
+    stream = await client.add(add(client))
+    engine = await engines.next()
+    number = (await engine.next(AddSequence)).sequence_id
+    many = list(range(200_000))
+    data = encode_frame(StepFrame(1, [SequenceOutput(number, many, "stop", released=True)], 0, 0))
+    for piece in (data[:3], data[3:5], data[5:1000], data[1000:]):
+        await engine.send_bytes(piece)
+        await asyncio.sleep(0)
+    assert ids(await collect(stream)) == many
+
+
+async def test_closing_ends_the_engine_and_every_stream(engines: Engines, make_client: MakeClient) -> None:
+    client = make_client()
+    stream = await client.add(add(client))
+    engine = await engines.next()
+    await client.close()
+    assert engine.ended
+    assert (await collect(stream))[-1].finish_reason == "error"
+    await asyncio.sleep(0.002)
+    assert engines.attempts == 1
+
+
+async def test_closing_before_an_engine_is_up(engines: Engines, make_client: MakeClient) -> None:
+    engines.may_start.clear()
+    client = make_client()
+    await until(lambda: engines.attempts == 1)
+    closing: Awaitable[None] = client.close()
+    await asyncio.wait_for(closing, PATIENCE)
+    assert engines.all == []

@@ -1,0 +1,257 @@
+"""What would stop a start, on machines made of files."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from phi_cluster.cluster.config import Config, KVConfig, ServerConfig
+from phi_cluster.cluster.errors import StartError
+from phi_cluster.cluster.preflight import (
+    ENGINE_NBYTES,
+    PROCESSES_NBYTES,
+    Machine,
+    check_config,
+    check_folder,
+    check_platform,
+    check_port,
+    inspect_machine,
+    kv_budget,
+)
+
+GB = 10**9
+CORES = len(os.sched_getaffinity(0))
+
+
+@pytest.fixture
+def proc(tmp_path: Path) -> Path:
+    """8 GiB, of which 6 are available."""
+    folder = tmp_path / "proc"
+    write(folder, "meminfo", f"MemTotal: {8 * 2**20} kB\nMemFree: 5 kB\nMemAvailable: {6 * 2**20} kB\n")
+    write(folder, "cpuinfo", "flags\t\t: fpu avx2 avx512f\n")
+    return folder
+
+
+@pytest.fixture
+def cgroup(tmp_path: Path) -> Path:
+    folder = tmp_path / "cgroup"
+    folder.mkdir()
+    return folder
+
+
+def write(folder: Path, name: str, text: str) -> None:
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+def test_without_a_cgroup_it_is_the_machines(proc: Path, cgroup: Path) -> None:
+    machine = inspect_machine(proc, cgroup)
+    assert machine == Machine(CORES, 8 * 2**30, 6 * 2**30, "AVX-512")
+
+
+@pytest.mark.parametrize(
+    ("limit", "used"),
+    [("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")],
+)
+def test_a_cgroups_limit_is_the_memory(limit: str, used: str, proc: Path, cgroup: Path) -> None:
+    write(cgroup, limit, f"{4 * 2**30}\n")
+    write(cgroup, used, f"{2**30}\n")
+    machine = inspect_machine(proc, cgroup)
+    assert (machine.memory_nbytes, machine.available_nbytes) == (4 * 2**30, 3 * 2**30)
+    # The machine itself may have less to give.
+    write(cgroup, used, "0")
+    write(proc, "meminfo", f"MemTotal: {8 * 2**20} kB\nMemAvailable: {2**20} kB\n")
+    assert inspect_machine(proc, cgroup).available_nbytes == 2**30
+
+
+@pytest.mark.parametrize(
+    ("folder", "line"), [("", "inactive_file"), ("memory/", "inactive_file 5\ntotal_inactive_file")]
+)
+def test_unused_file_pages_are_available(folder: str, line: str, proc: Path, cgroup: Path) -> None:
+    """What packing a model has read and written stays in the cgroup's count until somebody needs the memory."""
+    names = ("memory.limit_in_bytes", "memory.usage_in_bytes") if folder else ("memory.max", "memory.current")
+    write(cgroup, folder + names[0], str(4 * 2**30))
+    write(cgroup, folder + names[1], str(3 * 2**30))
+    write(cgroup, f"{folder}memory.stat", f"anon 17\nfile 18\n{line} {2**30}\n")
+    assert inspect_machine(proc, cgroup).available_nbytes == 2 * 2**30
+
+
+@pytest.mark.parametrize("limit", ["max", str(2**63), ""])
+def test_no_limit(limit: str, proc: Path, cgroup: Path) -> None:
+    write(cgroup, "memory.max", limit)
+    assert inspect_machine(proc, cgroup).memory_nbytes == 8 * 2**30
+
+
+def test_a_cgroup_over_its_limit_has_nothing_left(proc: Path, cgroup: Path) -> None:
+    write(cgroup, "memory.max", str(2**30))
+    write(cgroup, "memory.current", str(2**30 + 4096))
+    assert inspect_machine(proc, cgroup).available_nbytes == 0
+
+
+@pytest.mark.parametrize(
+    ("files", "cores"),
+    [
+        ({"cpu.max": "100000 100000"}, 1),
+        ({"cpu.max": "5000 100000"}, 1),
+        ({"cpu.max": "max 100000"}, CORES),
+        ({"cpu.max": f"{CORES * 900000} 100000"}, CORES),
+        ({"cpu.max": "nonsense"}, CORES),
+        ({"cpu/cpu.cfs_quota_us": "100000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 1),
+        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, CORES),
+    ],
+)
+def test_cores_are_what_the_quota_allows(files: dict[str, str], cores: int, proc: Path, cgroup: Path) -> None:
+    for name, text in files.items():
+        write(cgroup, name, text)
+    assert inspect_machine(proc, cgroup).cores == cores
+
+
+@pytest.mark.parametrize(
+    ("flags", "name"),
+    [
+        ("avx2 avx512f avx512_bf16 amx_bf16", "AMX bf16"),
+        ("avx2 avx512f avx512_bf16", "AVX-512 bf16"),
+        ("avx2", "AVX2"),
+        ("fp asimd", "NEON"),
+        ("", "no vector instructions"),
+    ],
+)
+def test_instructions_in_words(flags: str, name: str, proc: Path, cgroup: Path) -> None:
+    write(proc, "cpuinfo", f"flags : {flags}\n")
+    assert inspect_machine(proc, cgroup).instructions == name
+
+
+def test_this_machine_can_be_inspected() -> None:
+    machine = inspect_machine()
+    assert 1 <= machine.cores <= CORES
+    assert 0 <= machine.available_nbytes <= machine.memory_nbytes
+    check_platform()
+
+
+# Configuration.
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    with socket.socket() as one, socket.socket() as other:
+        one.bind(("127.0.0.1", 0))
+        other.bind(("127.0.0.1", 0))
+        ports = one.getsockname()[1], other.getsockname()[1]
+    return Config(
+        state_dir=tmp_path / "state",
+        cache_dir=tmp_path / "deep" / "cache",
+        server=ServerConfig(port=ports[0], metrics_port=ports[1]),
+    )
+
+
+@pytest.fixture
+def listener() -> Iterator[socket.socket]:
+    """As HAProxy does: with SO_REUSEPORT, so that a second one could share the port."""
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        yield listener
+
+
+MACHINE = Machine(2, 8 * GB, 8 * GB, "AVX2")
+
+
+def refusal(config: Config, shm: Path = Path("/dev/shm")) -> str:
+    with pytest.raises(StartError) as caught:
+        check_config(config, MACHINE, shm)
+    assert "\n" not in caught.value.message
+    return caught.value.message
+
+
+def with_server(config: Config, **changes: object) -> Config:
+    return config.model_copy(update={"server": config.server.model_copy(update=changes)})
+
+
+def test_a_good_configuration_passes_and_its_folders_are_private(config: Config) -> None:
+    check_config(config, MACHINE)
+    for path in (config.state_path, config.cache_path):
+        assert path.stat().st_mode & 0o777 == 0o700
+        assert list(path.iterdir()) == []
+    check_config(config, MACHINE)
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.5", "example.com"])
+def test_without_keys_only_loopback_is_served(host: str, config: Config) -> None:
+    told = refusal(with_server(config, host=host))
+    assert told.startswith(f"server.host: {host} would serve without API keys")
+
+
+def test_a_taken_port_is_named(config: Config, listener: socket.socket) -> None:
+    port = listener.getsockname()[1]
+    assert refusal(with_server(config, port=port)).startswith(f"server.port: cannot listen on 127.0.0.1:{port} (Addre")
+    assert refusal(with_server(config, metrics_port=port)).startswith("server.metrics_port: ")
+    with pytest.raises(StartError, match="name: cannot listen"):
+        check_port("name", "127.0.0.1", port)
+
+
+def test_a_port_that_was_just_closed_is_free(listener: socket.socket) -> None:
+    port = listener.getsockname()[1]
+    with socket.create_connection(("127.0.0.1", port)), listener.accept()[0] as accepted:
+        # Whoever closes first keeps the connection in TIME_WAIT.
+        accepted.close()
+    listener.close()
+    check_port("name", "127.0.0.1", port)
+
+
+def test_one_port_for_both_is_refused(config: Config) -> None:
+    told = refusal(with_server(config, metrics_port=config.server.port))
+    assert told == f"server.metrics_port: {config.server.port} is server.port too; choose another port"
+
+
+def test_shared_memory_must_be_there(config: Config, tmp_path: Path) -> None:
+    assert "mount a tmpfs" in refusal(config, tmp_path / "none")
+
+
+def test_a_folder_that_cannot_be_written_is_named(config: Config, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    told = refusal(config.model_copy(update={"cache_dir": tmp_path / "file" / "cache"}))
+    assert told.startswith(f"cache_dir: cannot write to {tmp_path}/file/cache (Not a directory")
+    with pytest.raises(StartError, match="state_dir: cannot write to /proc/phi"):
+        check_folder("state_dir", Path("/proc/phi"))
+
+
+# Memory.
+
+
+def test_the_budget_is_half_of_what_is_left() -> None:
+    fixed = GB + PROCESSES_NBYTES + 2 * ENGINE_NBYTES
+    machine = Machine(2, 16 * GB, 10 * GB, "AVX2")
+    assert kv_budget(Config(replicas=2), machine, GB, Path("/")) == (10 * GB - fixed) // 2
+
+
+def test_a_configured_budget_is_taken_if_it_fits() -> None:
+    machine = Machine(2, 16 * GB, 10 * GB, "AVX2")
+    fixed = PROCESSES_NBYTES + ENGINE_NBYTES
+    fits = 10 * GB - fixed
+    assert kv_budget(Config(kv=KVConfig(budget=fits)), machine, 0, Path("/")) == fits
+    with pytest.raises(StartError, match="lower kv.budget"):
+        kv_budget(Config(kv=KVConfig(budget=fits + 1)), machine, 0, Path("/"))
+
+
+@pytest.mark.parametrize(
+    ("available", "budget"), [(0, None), (PROCESSES_NBYTES + ENGINE_NBYTES + 2**25, None), (16 * GB, 10**6)]
+)
+def test_too_little_memory_says_how_much_is_there_and_needed(available: int, budget: int | None) -> None:
+    machine = Machine(2, 16 * GB, available, "AVX2")
+    with pytest.raises(StartError) as caught:
+        kv_budget(Config(kv=KVConfig(budget=budget)), machine, 0, Path("/"))
+    told = caught.value.message
+    assert told.startswith(f"too little memory: {available // 10**6} MB are available")
+    assert f"take {(PROCESSES_NBYTES + ENGINE_NBYTES) // 10**6} MB and the KV cache 33 MB" in told
+
+
+def test_weights_must_fit_into_shared_memory() -> None:
+    machine = Machine(2, 10**18, 10**18, "AVX2")
+    with pytest.raises(StartError, match=r"/dev/shm has \d+ MB free, the weights need 500000000000 MB there; enlarge"):
+        kv_budget(Config(), machine, 5 * 10**17)

@@ -1,0 +1,102 @@
+"""Identity, liveness and private memory of real processes."""
+
+import contextlib
+import ctypes
+import mmap
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+from phi_cluster.cluster.messages import ProcessId
+from phi_cluster.cluster.processes import is_alive, private_bytes, process_id
+
+
+@contextlib.contextmanager
+def child(code: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A Python child that has printed one line (it is where we want it) and waits on stdin."""
+    process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.readline()
+    with process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+WAIT = "import sys; print('up', flush=True); sys.stdin.read()"
+
+
+def test_self_has_an_identity_and_is_alive() -> None:
+    me = process_id()
+    assert me.pid == os.getpid()
+    assert me == process_id(os.getpid())
+    assert is_alive(me)
+
+
+def test_a_later_process_with_the_same_pid_is_not_the_same() -> None:
+    me = process_id()
+    assert not is_alive(ProcessId(me.pid, me.start_ticks + 1))
+    assert not is_alive(ProcessId(me.pid, me.start_ticks - 1))
+
+
+def test_a_zombie_is_dead() -> None:
+    with child(WAIT) as process:
+        identity = process_id(process.pid)
+        assert is_alive(identity)
+        process.kill()
+        # Waits for the end without reaping: the zombie stays.
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        assert not is_alive(identity)
+        process.wait()
+        assert not is_alive(identity)
+        with pytest.raises(ProcessLookupError):
+            process_id(process.pid)
+        with pytest.raises(ProcessLookupError):
+            private_bytes(process.pid)
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="calls exit(2) of one thread by its number")
+def test_a_process_whose_main_thread_ended_is_alive_while_another_runs() -> None:
+    code = (
+        "import ctypes, sys, threading\n"
+        "def wait():\n"
+        "    while 'Z' not in open('/proc/self/stat').read().rpartition(')')[2]: pass\n"
+        "    print('up', flush=True); sys.stdin.read()\n"
+        "threading.Thread(target=wait).start()\n"
+        # 60 is exit(2): it ends the calling thread only. CDLL releases the interpreter lock around it.
+        "ctypes.CDLL(None).syscall(60, 0)\n"
+    )
+    with child(code) as process:
+        identity = process_id(process.pid)
+        assert is_alive(identity)
+        process.kill()
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        assert not is_alive(identity)
+
+
+def test_names_with_spaces_and_parentheses_are_read() -> None:
+    code = f"open('/proc/self/comm', 'w').write('a) S (b 1 2'); {WAIT}"
+    with child(code) as process:
+        identity = process_id(process.pid)
+        assert is_alive(identity)
+        assert identity.start_ticks > process_id().start_ticks - 1
+
+
+def test_private_bytes_count_anonymous_memory_and_not_shared() -> None:
+    size = 32 << 20
+    before = private_bytes()
+    with mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as private:
+        ctypes.memset(ctypes.addressof(ctypes.c_char.from_buffer(private)), 1, size)
+        assert private_bytes() - before > size * 0.95
+    before = private_bytes()
+    fd = os.memfd_create("test")
+    os.ftruncate(fd, size)
+    with mmap.mmap(fd, size) as shared:
+        shared.write(b"x" * 4096 * 4)
+        assert private_bytes() - before < size * 0.1
+    os.close(fd)
