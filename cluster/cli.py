@@ -82,9 +82,7 @@ def _with_url(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
 
 def _config(parsed: argparse.Namespace) -> Config:
-    return load_config(
-        parsed.config, {"model": parsed.model, "server": {"host": parsed.host, "port": parsed.port}}
-    )
+    return load_config(parsed.config, {"model": parsed.model, "server": {"host": parsed.host, "port": parsed.port}})
 
 
 def _serve(parsed: argparse.Namespace) -> int:

@@ -1,6 +1,7 @@
 """What Ray and Serve read from the environment: in their own processes, and some of it when they are imported.
 
-Owns: these settings, each with its reason. So it is called before anything imports Ray, and imports neither.
+Owns: these settings, each with its reason. Knows nothing of Ray itself: it is called before anything imports Ray, so
+it must not.
 """
 
 from __future__ import annotations

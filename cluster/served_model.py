@@ -44,6 +44,7 @@ def describe_model(config: Config, folder: Path) -> ServedModel:
     """Reads the checkpoint's config and settles dtype and limits. Raises StartError in one sentence."""
     try:
         model = Phi3Config.from_folder(folder)
+        fingerprint = model_fingerprint(folder)
     except UnsupportedModel as error:
         raise StartError(f"{config.model}: {error}") from None
     dtype = "bfloat16" if config.dtype == "auto" else config.dtype
@@ -60,7 +61,7 @@ def describe_model(config: Config, folder: Path) -> ServedModel:
         names=config.served_model_name or (name,),
         folder=folder,
         config=model,
-        fingerprint=model_fingerprint(folder),
+        fingerprint=fingerprint,
         dtype=dtype,
         max_model_len=max_model_len,
     )

@@ -21,7 +21,7 @@ from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from phi_cluster.cluster.engine_client import EngineClient, EngineFailed, SequenceStream
+from phi_cluster.cluster.engine_client import EngineClient, EngineFailed, EngineHandle, SequenceStream
 from phi_cluster.cluster.errors import ContextOverflow, InvalidRequest, Overloaded, PhiError
 from phi_cluster.cluster.messages import AddSequence, BeginTurn, CommitTurn, ProcessId, SessionKey, TurnGrant
 from phi_cluster.cluster.turn_api import FinishReason, TextDelta, TurnEvent, TurnFinished, TurnRequest, TurnStarted
@@ -140,7 +140,7 @@ class Turns:
             num_prompt_tokens=reply.num_prompt_tokens,
             num_cached_tokens=reply.num_cached_tokens,
             num_completion_tokens=len(reply.token_ids),
-            engine_replaced=self._was_replaced(grant.key.digest),
+            engine_replaced=self._was_replaced(grant.key.digest, engine),
         )
 
     def _render(self, request: TurnRequest) -> str:
@@ -275,10 +275,11 @@ class Turns:
         with suppress(PhiError):
             await commit.make()
 
-    def _was_replaced(self, digest: str) -> bool:
-        engine = self._engines.engine
-        pid = 0 if engine is None else engine.process.pid
-        before = self._served_by.pop(digest, pid)
+    def _was_replaced(self, digest: str, at_begin: EngineHandle | None) -> bool:
+        """Whether another engine than the session's last one, or the one its turn began with, serves it now."""
+        now = self._engines.engine
+        pid = 0 if now is None else now.process.pid
+        before = self._served_by.pop(digest, 0 if at_begin is None else at_begin.process.pid)
         self._served_by[digest] = pid
         if len(self._served_by) > _REMEMBERED_SESSIONS:
             self._served_by.popitem(last=False)

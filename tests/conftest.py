@@ -137,13 +137,13 @@ def _free_ports() -> tuple[int, int, int]:
 class Server:
     """A running `phi-cluster serve`. `state_dir` outlives it."""
 
-    def __init__(self, folder: Path, state_dir: Path, config: Mapping[str, Any]):
-        """Returns when it says that it is ready."""
+    def __init__(self, folder: Path, state_dir: Path, config: Mapping[str, Any], ports: tuple[int, int, int]):
+        """Returns when it says that it is ready. `ports`: API, metrics, first internal one."""
         self.state_dir = state_dir
-        self.port, self.metrics_port, self.internal_ports = _free_ports()
+        self.ports = self.port, self.metrics_port, self.internal_ports = ports
         self.url = f"http://127.0.0.1:{self.port}"
         self.metrics_url = f"http://127.0.0.1:{self.metrics_port}/metrics"
-        self._shm_before = _shm()
+        self.shm_before = _shm()
         self._log = folder / "log"
         own = {
             "state_dir": str(state_dir),
@@ -222,7 +222,7 @@ class Server:
         assert not left, f"processes are left: {left}"
         ports = (self.port, self.metrics_port, *range(self.internal_ports, self.internal_ports + _INTERNAL_PORTS))
         assert not [port for port in _listening() if port in ports], "ports are left"
-        assert not _shm() - self._shm_before, "files in /dev/shm are left"
+        assert not _shm() - self.shm_before, "files in /dev/shm are left"
 
     def kill_all(self, spare: str | None = None) -> list[Process]:
         """kill -9 of every process at once, but those whose command holds `spare`; returns these."""
@@ -274,9 +274,15 @@ class Launch:
         self._make_folder = make_folder
         self._servers: list[Server] = []
 
-    def __call__(self, config: Mapping[str, Any], state_dir: Path | None = None) -> Server:
+    def __call__(
+        self, config: Mapping[str, Any], state_dir: Path | None = None, like: Server | None = None
+    ) -> Server:
+        """`like`: on the same ports as a server that was killed."""
         folder = self._make_folder("server")
-        server = Server(folder, state_dir or folder / "state", config)
+        ports = like.ports if like is not None else _free_ports()
+        server = Server(folder, state_dir or folder / "state", config, ports)
+        if like is not None:
+            server.shm_before = like.shm_before
         self._servers.append(server)
         return server
 

@@ -33,7 +33,15 @@ class EngineActor:
         """Raises RuntimeError if the self-test fails."""
         from phi_cluster.cluster.engine.server import build_engine_server
 
-        server = build_engine_server(self._served, self._settings, index, ray.get(buffers[0]))
+        self._weights = ray.get(buffers[0])
+        server = build_engine_server(self._served, self._settings, index, self._weights)
         self._thread = threading.Thread(target=server.run, name="engine", daemon=True)
         self._thread.start()
+        return process_id()
+
+    def weights_address(self) -> int:
+        """Where the middle of the weights lies in this process (to look at its protection)."""
+        return self._weights.ctypes.data + self._weights.nbytes // 2
+
+    def process(self) -> ProcessId:
         return process_id()

@@ -188,6 +188,12 @@ class Client:
     def conversation(self, session_id: str | None, key: str | None = None) -> Conversation:
         return Conversation(self.http, session_id, key)
 
+    def resumed(self, other: Conversation) -> Conversation:
+        """The same conversation as it was held with another server."""
+        conversation = self.conversation(other.session_id)
+        conversation.messages, conversation.replies = list(other.messages), list(other.replies)
+        return conversation
+
     def session(self, session_id: str) -> dict[str, Any]:
         """Raises Refused."""
         response = self.http.get(f"/v1/sessions/{session_id}")

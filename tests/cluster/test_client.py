@@ -64,7 +64,7 @@ def test_a_refusal_is_told_in_the_servers_words() -> None:
     body = {"error": {"message": "no session 'a'", "type": "x", "param": None, "code": None}}
     with (
         client(lambda request: httpx.Response(404, json=body)) as one,
-        pytest.raises(PhiError, match="^no session 'a'$"),
+        pytest.raises(PhiError, match=r"^no session 'a'$"),
     ):
         one.ask("GET", "/v1/sessions/a")
 
@@ -146,13 +146,12 @@ def test_a_reply_that_is_refused() -> None:
 
 def test_a_reply_that_ends_in_an_error() -> None:
     content = events(delta("Hel"), {"error": {"message": "the engine gave the request up"}}, "data: [DONE]")
-    seen = []
+    seen: list[str | ChatAnswer] = []
     with (
         client(lambda request: httpx.Response(200, content=content)) as one,
         pytest.raises(PhiError, match="gave the request up"),
     ):
-        for piece in one.chat([], "demo", 0.0):
-            seen.append(piece)
+        seen.extend(one.chat([], "demo", 0.0))
     assert seen == ["Hel"]
 
 
@@ -162,13 +161,12 @@ def test_a_connection_that_breaks_in_the_middle() -> None:
             yield events(delta("Hel"))
             raise httpx.ReadError("reset")
 
-    seen = []
+    seen: list[str | ChatAnswer] = []
     with (
         client(lambda request: httpx.Response(200, stream=Broken())) as one,
         pytest.raises(Unavailable, match="the session keeps what was said"),
     ):
-        for piece in one.chat([], "demo", 0.0):
-            seen.append(piece)
+        seen.extend(one.chat([], "demo", 0.0))
     assert seen == ["Hel"]
 
 

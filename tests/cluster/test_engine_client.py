@@ -128,7 +128,8 @@ async def make_client(engines: Engines) -> AsyncIterator[MakeClient]:
     made: list[EngineClient] = []
 
     def make(**options: Any) -> EngineClient:
-        client = EngineClient(engines.spawn, **({"ready_wait": PATIENCE, "backoff": (0.0,)} | options))
+        defaults: dict[str, Any] = {"ready_wait": PATIENCE, "backoff": (0.0,)}
+        client = EngineClient(engines.spawn, **(defaults | options))
         made.append(client)
         client.start()
         return client
@@ -164,7 +165,7 @@ async def collect(stream: SequenceStream) -> list[SequenceOutput]:
 
 async def until(check: Callable[[], bool]) -> None:
     async def poll() -> None:
-        while not check():
+        while not check():  # noqa: ASYNC110 -- one turn of the loop, not a sleep
             await asyncio.sleep(0)
 
     await asyncio.wait_for(poll(), PATIENCE)
@@ -312,7 +313,8 @@ async def test_tokens_come_exactly_once_whatever_dies_when(engines: Engines, mak
         await until(lambda engine=engine: not engine.frames.empty())  # type: ignore[misc]
         await play(engine, {}, rng.randrange(1, 30))
         engine.die()
-    engine, known = await engines.next(), {}
+    engine = await engines.next()
+    known: dict[int, int] = {}
     while client.num_streams:
         await play(engine, known, 1)
     carried_on = 0

@@ -153,6 +153,7 @@ def config(tmp_path: Path) -> Config:
 def listener() -> Iterator[socket.socket]:
     """As HAProxy does: with SO_REUSEPORT, so that a second one could share the port."""
     with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         listener.bind(("127.0.0.1", 0))
         listener.listen()
@@ -235,7 +236,7 @@ def test_a_configured_budget_is_taken_if_it_fits() -> None:
     fixed = PROCESSES_NBYTES + ENGINE_NBYTES
     fits = 10 * GB - fixed
     assert kv_budget(Config(kv=KVConfig(budget=fits)), machine, 0, Path("/")) == fits
-    with pytest.raises(StartError, match="lower kv.budget"):
+    with pytest.raises(StartError, match=r"lower kv\.budget"):
         kv_budget(Config(kv=KVConfig(budget=fits + 1)), machine, 0, Path("/"))
 
 

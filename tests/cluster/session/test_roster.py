@@ -133,9 +133,7 @@ def test_an_adopted_entry_is_found(roster: Roster, sessions: Sessions) -> None:
     assert sessions.opened == []
 
 
-async def test_a_request_goes_on_with_the_conversation_that_it_repeats(
-    roster: Roster, say: Callable[..., Any]
-) -> None:
+async def test_a_request_goes_on_with_the_conversation_that_it_repeats(roster: Roster, say: Callable[..., Any]) -> None:
     first = roster.continue_or_open("t", "one>")
     await say(first, "one>1.")
     second = roster.continue_or_open("t", "two>")
@@ -183,9 +181,7 @@ async def test_named_sessions_are_never_taken_for_unnamed_requests(roster: Roste
     assert roster.continue_or_open("t", "a>1.b>").key.ephemeral
 
 
-async def test_surplus_conversations_go_longest_idle_first(
-    roster: Roster, say: Callable[..., Any], clock: Any
-) -> None:
+async def test_surplus_conversations_go_longest_idle_first(roster: Roster, say: Callable[..., Any], clock: Any) -> None:
     entries = []
     for text in ("a>", "b>", "c>", "d>"):
         entry = roster.continue_or_open("t", text)

@@ -1,0 +1,229 @@
+"""kill -9 of every kind of process: conversations go on, and from the same cache where it lives elsewhere.
+
+One server and one conversation per victim; a twin that nothing happens to says what the right answers are.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import signal
+
+import pytest
+
+pytestmark = [pytest.mark.cluster, pytest.mark.slow]
+
+CONFIG = {
+    # Rounding must not decide between a computed and a stored row.
+    "dtype": "float32",
+    "sessions": {"spawn_interval": "100ms"},
+}
+FIRST = "My name is Odalys and I live in Lima. What is the capital of France?"
+SECOND = "What is my name?"
+THIRD = "Where do I live?"
+
+
+@pytest.fixture(scope="module")
+def server(launch):
+    server = launch(CONFIG)
+    yield server
+    if server.main.lives:
+        server.stop()
+
+
+@pytest.fixture(scope="module")
+def twin(client):
+    """The conversation that nothing happens to."""
+    twin = client.conversation("twin")
+    for question in (FIRST, SECOND, THIRD):
+        twin.say(question, max_tokens=24)
+    return twin
+
+
+def begin(client, name):
+    """A conversation of one turn that an actor holds."""
+    talk = client.conversation(name)
+    talk.say(FIRST, max_tokens=24)
+    client.with_actor(name)
+    return talk
+
+
+def go_on(client, talk, twin, *, warm=True):
+    """The second and third turn are served, and are what the twin said; `warm`: the second from the cache."""
+    for number, question in enumerate((SECOND, THIRD), start=1):
+        before, reply = talk.last, client.patient(talk, question, max_tokens=24)
+        assert reply.text == twin.replies[number].text
+        assert reply.prompt == twin.replies[number].prompt
+        if warm or number > 1:
+            assert reply.cached >= before.prompt + before.completion - 1
+    assert client.session(talk.session_id)["turns"] == 3
+
+
+def engine_of(client, name):
+    return client.session(name)["engine_pid"]
+
+
+def test_the_engine_between_turns(client, server, twin):
+    talk = begin(client, "engine")
+    victim = server.process("ray::EngineActor")
+    assert engine_of(client, "engine") == victim.pid
+    before = client.session("engine")
+    victim.kill()
+    go_on(client, talk, twin)
+    assert talk.replies[1].details["engine_replaced"] is True
+    assert talk.replies[2].details["engine_replaced"] is False
+    after = client.session("engine")
+    assert after["engine_pid"] not in (None, victim.pid)
+    assert (after["actor_pid"], after["activation"]) == (before["actor_pid"], before["activation"])
+
+
+def test_the_engine_in_mid_stream(client, server, until):
+    question = "Tell me a story about a fox."
+    undisturbed = client.conversation("fox-undisturbed").say(question, max_tokens=60, ignore_eos=True)
+    recoveries = client.metric("phi_recoveries_total", component="engine")
+    talk = client.conversation("fox")
+    with talk.stream(question, max_tokens=60, ignore_eos=True) as stream:
+        stream.read(10)
+        server.process("ray::EngineActor").kill()
+        reply = stream.finish()
+    assert (reply.text, reply.completion) == (undisturbed.text, 60)
+    assert reply.cached == undisturbed.cached == 0
+    again = talk.say("And then?", max_tokens=4)
+    assert again.cached >= reply.prompt + reply.completion - 1
+    until(
+        lambda: client.metric("phi_recoveries_total", component="engine") == recoveries + 1, "the recovery to be counted"
+    )
+
+
+def test_the_engine_under_eight_streams(client, server):
+    questions = [f"Tell me about the number {number}." for number in range(8)]
+    ask = {"max_tokens": 24, "ignore_eos": True}
+    undisturbed = [client.conversation(None).say(question, **ask).text for question in questions]
+
+    def run(number: int) -> str:
+        with client.conversation(f"eight-{number}").stream(questions[number], **ask) as stream:
+            started.append(stream.read(2))
+            return stream.finish().text
+
+    started: list[object] = []
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        running = [pool.submit(run, number) for number in range(8)]
+        client._until(lambda: len(started) >= 4, "four of eight streams")
+        server.process("ray::EngineActor").kill()
+        texts = [one.result(120) for one in running]
+    assert texts == undisturbed
+
+
+def test_the_replica(client, server, twin, until):
+    talk = begin(client, "replica")
+    before = client.session("replica")
+    victims = [server.process("ray::ServeReplica"), server.process("ray::EngineActor")]
+    victims[0].kill()
+    # Its engine must not go on writing on its own.
+    until(lambda: not victims[1].lives, "the end of the replica's engine", 10)
+    go_on(client, talk, twin)
+    after = client.session("replica")
+    assert (after["actor_pid"], after["activation"]) == (before["actor_pid"], before["activation"])
+    assert until(server.is_ready, "the edge to be ready")
+
+
+def test_the_replica_in_mid_turn(client, server, until):
+    """Nobody can commit that turn any more: the session is free for the next one, with what was committed before."""
+    talk = begin(client, "torn")
+    committed = talk.last
+    with talk.stream("Tell me a long story.", max_tokens=1000, ignore_eos=True) as stream:
+        stream.read(3)
+        server.process("ray::ServeReplica").kill()
+    reply = client.patient(talk, "What is my name?", max_tokens=8)
+    assert reply.cached >= committed.prompt + committed.completion - 1
+    assert client.session("torn")["turns"] == 2
+    until(server.is_ready, "the edge to be ready")
+
+
+def test_the_session_actor_between_turns(client, server, twin):
+    talk = begin(client, "actor")
+    victim = {p.pid: p for p in server.processes("ray::SessionActor")}[client.session("actor")["actor_pid"]]
+    victim.kill()
+    # Its memory died with it: the journal has everything.
+    go_on(client, talk, twin, warm=False)
+    assert client.with_actor("actor")["actor_pid"] != victim.pid
+
+
+def test_the_session_actor_in_mid_stream(client, server, twin):
+    talk = begin(client, "actor-mid")
+    victim = {p.pid: p for p in server.processes("ray::SessionActor")}[client.session("actor-mid")["actor_pid"]]
+    with talk.stream(SECOND, max_tokens=24) as stream:
+        stream.read(2)
+        victim.kill()
+        reply = stream.finish()
+    assert reply.text == twin.replies[1].text
+    assert client.session("actor-mid")["turns"] == 2
+    assert talk.say(THIRD, max_tokens=24).text == twin.replies[2].text
+
+
+def test_the_keeper(client, server, twin, until):
+    talk, held = begin(client, "keeper"), client.conversation("keeper-held")
+    before = {name: one["turns"] for name, one in client.sessions().items()}
+    actor_pid = client.session("keeper")["actor_pid"]
+    victim = server.process("ray::Keeper")
+    # This session is too new to have an actor of its own for sure: held by the keeper or not, it must come back.
+    held.say(FIRST, max_tokens=24)
+    victim.kill()
+    go_on(client, talk, twin)
+    go_on(client, held, twin, warm=False)
+    assert server.process("ray::Keeper").pid != victim.pid
+    after = {name: one["turns"] for name, one in client.sessions().items()}
+    assert after == before | {"keeper": 3, "keeper-held": 3}
+    assert client.session("keeper")["actor_pid"] == actor_pid
+    # New sessions get actors again.
+    client.conversation("after-keeper").say("Hi", max_tokens=2)
+    client.with_actor("after-keeper")
+    until(lambda: client.metric("phi_sessions", state="active") >= 2, "the gauges to be back")
+
+
+def test_the_controller(client, server, twin, until):
+    talk = begin(client, "controller")
+    tokens = client.metric("phi_generation_tokens_total")
+    victim = server.process("ray::Controller")
+    victim.kill()
+    go_on(client, talk, twin)
+    until(
+        lambda: client.metric("phi_generation_tokens_total") >= tokens + talk.replies[1].completion,
+        "the counters to be back",
+    )
+    assert server.process("ray::Controller").pid != victim.pid
+    until(lambda: client.metric("phi_sessions", state="active") >= 1, "the gauges to be back")
+
+
+def test_the_weight_store(client, server, twin):
+    """Engines that run go on; the next one makes it publish again."""
+    talk = begin(client, "weights")
+    server.process("ray::WeightStore").kill()
+    talk.say(SECOND, max_tokens=24)
+    assert talk.last.text == twin.replies[1].text
+    server.process("ray::EngineActor").kill()
+    before = talk.last
+    reply = client.patient(talk, THIRD, max_tokens=24)
+    assert reply.text == twin.replies[2].text
+    assert reply.cached >= before.prompt + before.completion - 1
+
+
+def test_everything_at_once(launch, server, client, make_client, twin):
+    """Committed turns outlive all processes; the next start ends the HAProxy that still listens. Runs last."""
+    talks = [client.conversation(f"survivor-{number}") for number in range(3)]
+    for talk in talks:
+        talk.say(FIRST, max_tokens=24)
+    committed = client.sessions()
+    folder = server.runtime_dir
+    [haproxy] = server.kill_all(spare="haproxy -")
+    assert haproxy.lives
+
+    second = launch(CONFIG, server.state_dir, like=server)
+    assert not haproxy.lives
+    assert not folder.exists()
+    client = make_client(second)
+    stored = {name: (one["turns"], one["num_tokens"], one["state"]) for name, one in client.sessions().items()}
+    assert stored == {name: (one["turns"], one["num_tokens"], "stored") for name, one in committed.items()}
+    for talk in talks:
+        go_on(client, client.resumed(talk), twin, warm=False)
+    client.close()
+    second.stop(signal.SIGTERM)
