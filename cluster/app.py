@@ -19,23 +19,28 @@ from types import ModuleType
 from typing import IO, Any
 
 import ray
+from ray.exceptions import RayError
 
 from phi_cluster.cluster import ray_cluster
 from phi_cluster.cluster.actors import CONTROLLER, NAMESPACE, create, detached_options, keeper_name, weight_store_name
 from phi_cluster.cluster.config import Config
 from phi_cluster.cluster.controller import Controller
 from phi_cluster.cluster.errors import StartError
-from phi_cluster.cluster.preflight import Machine, check_config, check_platform, inspect_machine, kv_budget
+from phi_cluster.cluster.preflight import (
+    Machine,
+    check_config,
+    check_platform,
+    inspect_machine,
+    kv_budget,
+    object_store_nbytes,
+)
 from phi_cluster.cluster.runtime_dir import clear_dead_servers, remove_runtime_dir
 from phi_cluster.cluster.served_model import ServedModel, describe_model
 from phi_cluster.cluster.session.keeper import Keeper
 from phi_cluster.cluster.weight_store import WeightStore, ensure_packed
 from phi_cluster.model.hub import resolve_model
 from phi_cluster.model.model_cache import ProgressEvent
-
-# Room for large messages. With the weights, the store stays below the share at which Ray begins to spill it to disk.
-_OBJECT_STORE_EXTRA_NBYTES = 200 * 10**6
-_SPILL_SHARE = 0.7
+from phi_cluster.model.tokenizer import Tokenizer
 
 
 class Report:
@@ -87,6 +92,11 @@ def prepare(config: Config, report: Report) -> Prepared:
     except (ValueError, OSError) as error:
         raise StartError(str(error)) from None
     served = describe_model(config, folder)
+    try:
+        # Each replica loads it too; here what is wrong with it can still be said in one sentence.
+        Tokenizer.from_folder(folder)
+    except (ValueError, OSError) as error:
+        raise StartError(f"{config.model}: {error}") from None
 
     def packing(done: int, total: int) -> None:
         report.progress(ProgressEvent("packing", done, total, f"{served.names[0]} {served.dtype}"))
@@ -118,6 +128,14 @@ class Server:
     def keeper(self) -> Any:
         return ray.get_actor(keeper_name(self._node_id), namespace=NAMESPACE)
 
+    def num_streams(self) -> int:
+        """Requests that are running or waiting, as of a second ago."""
+        try:
+            controller = ray.get_actor(CONTROLLER, namespace=NAMESPACE)
+            return ray.get(controller.num_open_requests.remote(), timeout=2)
+        except (ValueError, RayError):
+            return 0
+
     def stop(self) -> int:
         """Drains streams, ends all processes and removes the runtime folder. Returns how many sessions are kept."""
         kept = 0
@@ -141,8 +159,7 @@ class Server:
             loading = pool.submit(importlib.import_module, "phi_cluster.cluster.replica")
             with self._timed("ray", report):
                 num_cpus = prepared.num_threads * config.replicas
-                store_nbytes = int(prepared.weights_nbytes / _SPILL_SHARE) + _OBJECT_STORE_EXTRA_NBYTES
-                ray_cluster.start_ray(self._runtime_dir, num_cpus, store_nbytes)
+                ray_cluster.start_ray(self._runtime_dir, num_cpus, object_store_nbytes(prepared.weights_nbytes))
             self._node_id = ray.get_runtime_context().get_node_id()
             parts = [
                 pool.submit(self._start_actors, prepared, report),

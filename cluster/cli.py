@@ -124,7 +124,8 @@ def _run_server(config: Config, runtime_dir: Path, out: TextIO) -> int:
         )
         stop.wait()
     finally:
-        print("\ndraining …", end=" ", file=out, flush=True)
+        streams = server.num_streams()
+        print(f"\ndraining {streams} stream{'' if streams == 1 else 's'} …", end=" ", file=out, flush=True)
         kept = server.stop()
         print(f"{kept} session{'' if kept == 1 else 's'} kept … stopped clean", file=out, flush=True)
     return 0

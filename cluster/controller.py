@@ -82,6 +82,17 @@ class Controller:
         await self.start()
         self._replicas[replica_id] = (time.monotonic(), snapshot, pid, engine_pid or 0)
 
+    async def num_open_requests(self) -> int:
+        """Requests running or waiting in all replicas, as last reported."""
+        names = ("phi_num_requests_running", "phi_num_requests_waiting")
+        return sum(
+            int(value)
+            for _, snapshot, _, _ in self._replicas.values()
+            for name, _, _, samples in snapshot
+            if name in names
+            for _, _, value in samples
+        )
+
     def collect(self) -> Iterator[Metric]:
         """All metrics, for prometheus_client; from what was collected last."""
         reports = list(self._reports.values())

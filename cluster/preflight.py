@@ -20,6 +20,9 @@ from phi_cluster.cluster.errors import StartError
 PROCESSES_NBYTES = 1_500 * 10**6
 ENGINE_NBYTES = 500 * 10**6
 _LEAST_DISK_NBYTES = 500 * 10**6
+# Room for large messages, and Ray's own limit (80 %) with a distance.
+_OBJECT_STORE_EXTRA_NBYTES = 200 * 10**6
+_SPILL_SHARE = 0.7
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,11 @@ def check_platform() -> None:
 
 def check_config(config: Config, machine: Machine, shm: Path = Path("/dev/shm")) -> None:
     """Raises StartError for what can be known from the configuration and the machine alone."""
+    if os.environ.get("RAY_ADDRESS"):
+        raise StartError(
+            f"RAY_ADDRESS is {os.environ['RAY_ADDRESS']}: phi-cluster starts a Ray of its own, since Serve's settings "
+            "must be in all of its processes, and cannot join one that was started otherwise; unset RAY_ADDRESS"
+        )
     if config.server.host not in ("127.0.0.1", "localhost", "::1"):
         raise StartError(
             f"server.host: {config.server.host} would serve without API keys to everyone who can reach it; "
@@ -113,10 +121,11 @@ def kv_budget(config: Config, machine: Machine, weights_nbytes: int, shm: Path =
     fixed = weights_nbytes + PROCESSES_NBYTES + config.replicas * ENGINE_NBYTES
     room = machine.available_nbytes - fixed
     free_shm = shutil.disk_usage(shm).free
-    if weights_nbytes > free_shm:
+    needed_shm = object_store_nbytes(weights_nbytes)
+    if needed_shm > free_shm:
         raise StartError(
-            f"{shm} has {free_shm // 10**6} MB free, the weights need {weights_nbytes // 10**6} MB there; "
-            "enlarge it (docker run --shm-size) or choose a smaller model or dtype"
+            f"{shm} has {free_shm // 10**6} MB free, the object store with the weights needs {needed_shm // 10**6} MB "
+            "there; enlarge it (docker run --shm-size) or choose a smaller model or dtype"
         )
     wanted = config.kv.budget if config.kv.budget is not None else max(room // 2, 0)
     if room < wanted or wanted < 32 * 2**20:
@@ -126,6 +135,11 @@ def kv_budget(config: Config, machine: Machine, weights_nbytes: int, shm: Path =
             "free memory, lower kv.budget or choose a smaller model or dtype"
         )
     return wanted
+
+
+def object_store_nbytes(weights_nbytes: int) -> int:
+    """Size of Ray's object store in bytes: with the weights it stays below the share at which Ray begins to spill."""
+    return int(weights_nbytes / _SPILL_SHARE) + _OBJECT_STORE_EXTRA_NBYTES
 
 
 def _cores(cgroup: Path) -> int:

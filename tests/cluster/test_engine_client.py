@@ -35,7 +35,9 @@ class FakeEngine:
 
     def __init__(self, number: int, folder: Path):
         self.process = ProcessId(1000 + number, number)
-        self.socket_path = str(folder / f"{number}.sock")
+        self._path = str(folder / f"{number}.sock")
+        # Called in the moment in which the client connects.
+        self.on_connect: Callable[[], None] = lambda: None
         self.frames: asyncio.Queue[Frame] = asyncio.Queue()
         self.ended = False
         self.may_end = asyncio.Event()
@@ -43,8 +45,13 @@ class FakeEngine:
         self._connected = asyncio.Event()
         self._step = 0
 
+    @property
+    def socket_path(self) -> str:
+        self.on_connect()
+        return self._path
+
     async def listen(self) -> FakeEngine:
-        self._server = await asyncio.start_unix_server(self._serve, self.socket_path)
+        self._server = await asyncio.start_unix_server(self._serve, self._path)
         return self
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -97,6 +104,7 @@ class Engines:
         self.attempts = 0
         self.may_start = asyncio.Event()
         self.may_start.set()
+        self.on_connect: Callable[[], None] = lambda: None
         self._started: asyncio.Queue[FakeEngine] = asyncio.Queue()
         self.all: list[FakeEngine] = []
 
@@ -107,6 +115,7 @@ class Engines:
             self.failures -= 1
             raise RuntimeError("no room for an engine")
         engine = await FakeEngine(len(self.all) + 1, self._folder).listen()
+        engine.on_connect = self.on_connect
         self.all.append(engine)
         self._started.put_nowait(engine)
         return engine
@@ -415,6 +424,22 @@ async def test_an_abort_between_engines_is_a_release(engines: Engines, make_clie
     assert client.num_streams == 0
 
 
+async def test_an_abort_while_the_next_engine_is_connected_reaches_it(
+    engines: Engines, make_client: MakeClient
+) -> None:
+    client = make_client()
+    stream = await client.add(add(client))
+    engine = await engines.next()
+    number = (await engine.next(AddSequence)).sequence_id
+    engines.on_connect = lambda: client.abort(stream)
+    engine.die()
+    second = await engines.next()
+    assert (await second.next(AddSequence)).sequence_id == number
+    assert await second.next(AbortSequence) == AbortSequence(number)
+    await second.send(SequenceOutput(number, [], "abort", released=True))
+    await collect(stream)
+
+
 async def test_a_sequence_does_not_wait_for_ever_for_an_engine(engines: Engines, make_client: MakeClient) -> None:
     client = make_client(ready_wait=0.01)
     stream = await client.add(add(client))
@@ -477,7 +502,7 @@ async def test_a_start_whose_socket_does_not_answer_is_a_failed_one(tmp_path: Pa
     class Deaf(FakeEngine):
         async def listen(self) -> FakeEngine:
             await super().listen()
-            self.socket_path += ".not-there"
+            self._path += ".not-there"
             return self
 
     started: list[FakeEngine] = []

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import signal
+from typing import Any
 
 import pytest
 
@@ -77,66 +78,50 @@ def test_the_engine_between_turns(client, server, twin):
 
 
 def test_the_engine_in_mid_stream(client, server, until):
-    question = "Tell me a story about a fox."
-    undisturbed = client.conversation("fox-undisturbed").say(question, max_tokens=60, ignore_eos=True)
+    """Four replies go on where they stopped, on the next engine, and are what they would have been."""
+    questions = [f"Tell me a story about {what}." for what in ("a fox", "the number 7", "rain", "Lima")]
+    ask = {"max_tokens": 40, "ignore_eos": True}
+    undisturbed = [client.conversation(None).say(question, **ask) for question in questions]
     recoveries = client.metric("phi_recoveries_total", component="engine")
-    talk = client.conversation("fox")
-    with talk.stream(question, max_tokens=60, ignore_eos=True) as stream:
-        stream.read(10)
+    talks = [client.conversation(f"story-{number}") for number in range(4)]
+    started: list[object] = []
+
+    def run(number: int) -> Any:
+        with talks[number].stream(questions[number], **ask) as stream:
+            started.append(stream.read(3))
+            return stream.finish()
+
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        running = [pool.submit(run, number) for number in range(4)]
+        until(lambda: len(started) == 4, "four streams")
+        assert not any(one.done() for one in running)
         server.process("ray::EngineActor").kill()
-        reply = stream.finish()
-    assert (reply.text, reply.completion) == (undisturbed.text, 60)
-    assert reply.cached == undisturbed.cached == 0
-    again = talk.say("And then?", max_tokens=4)
-    assert again.cached >= reply.prompt + reply.completion - 1
+        replies = [one.result(120) for one in running]
+    assert [reply.text for reply in replies] == [reply.text for reply in undisturbed]
+    assert {reply.completion for reply in replies} == {40}
+    again = talks[0].say("And then?", max_tokens=4)
+    assert again.cached >= replies[0].prompt + replies[0].completion - 1
     until(
         lambda: client.metric("phi_recoveries_total", component="engine") == recoveries + 1, "the recovery to be counted"
     )
 
 
-def test_the_engine_under_eight_streams(client, server):
-    questions = [f"Tell me about the number {number}." for number in range(8)]
-    ask = {"max_tokens": 24, "ignore_eos": True}
-    undisturbed = [client.conversation(None).say(question, **ask).text for question in questions]
-
-    def run(number: int) -> str:
-        with client.conversation(f"eight-{number}").stream(questions[number], **ask) as stream:
-            started.append(stream.read(2))
-            return stream.finish().text
-
-    started: list[object] = []
-    with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        running = [pool.submit(run, number) for number in range(8)]
-        client._until(lambda: len(started) >= 4, "four of eight streams")
-        server.process("ray::EngineActor").kill()
-        texts = [one.result(120) for one in running]
-    assert texts == undisturbed
-
-
 def test_the_replica(client, server, twin, until):
-    talk = begin(client, "replica")
+    """Between two turns of one session, and in the middle of a turn of another."""
+    talk, torn = begin(client, "replica"), begin(client, "torn")
     before = client.session("replica")
     victims = [server.process("ray::ServeReplica"), server.process("ray::EngineActor")]
-    victims[0].kill()
+    with torn.stream("Tell me a long story.", max_tokens=1000, ignore_eos=True) as stream:
+        stream.read(3)
+        victims[0].kill()
     # Its engine must not go on writing on its own.
     until(lambda: not victims[1].lives, "the end of the replica's engine", 10)
     go_on(client, talk, twin)
     after = client.session("replica")
     assert (after["actor_pid"], after["activation"]) == (before["actor_pid"], before["activation"])
-    assert until(server.is_ready, "the edge to be ready")
-
-
-def test_the_replica_in_mid_turn(client, server, until):
-    """Nobody can commit that turn any more: the session is free for the next one, with what was committed before."""
-    talk = begin(client, "torn")
-    committed = talk.last
-    with talk.stream("Tell me a long story.", max_tokens=1000, ignore_eos=True) as stream:
-        stream.read(3)
-        server.process("ray::ServeReplica").kill()
-    reply = client.patient(talk, "What is my name?", max_tokens=8)
-    assert reply.cached >= committed.prompt + committed.completion - 1
-    assert client.session("torn")["turns"] == 2
-    until(server.is_ready, "the edge to be ready")
+    # Nobody can commit the torn turn any more: the session is free, with what was committed before.
+    go_on(client, torn, twin)
+    assert server.is_ready()
 
 
 def test_the_session_actor_between_turns(client, server, twin):
@@ -180,31 +165,22 @@ def test_the_keeper(client, server, twin, until):
     until(lambda: client.metric("phi_sessions", state="active") >= 2, "the gauges to be back")
 
 
-def test_the_controller(client, server, twin, until):
+def test_the_controller_and_the_weight_store(client, server, twin, until):
+    """Nobody needs them for a turn. What they know is collected, or published, again."""
     talk = begin(client, "controller")
-    tokens = client.metric("phi_generation_tokens_total")
-    victim = server.process("ray::Controller")
-    victim.kill()
+    victims = [server.process("ray::Controller"), server.process("ray::WeightStore")]
+    for victim in victims:
+        victim.kill()
     go_on(client, talk, twin)
-    until(
-        lambda: client.metric("phi_generation_tokens_total") >= tokens + talk.replies[1].completion,
-        "the counters to be back",
-    )
-    assert server.process("ray::Controller").pid != victim.pid
+    # Counters of replicas that live go on; only those of earlier replicas died with the controller.
+    tokens = sum(reply.completion for reply in talk.replies)
+    until(lambda: client.metric("phi_generation_tokens_total") >= tokens, "the counters to be back")
     until(lambda: client.metric("phi_sessions", state="active") >= 1, "the gauges to be back")
-
-
-def test_the_weight_store(client, server, twin):
-    """Engines that run go on; the next one makes it publish again."""
-    talk = begin(client, "weights")
-    server.process("ray::WeightStore").kill()
-    talk.say(SECOND, max_tokens=24)
-    assert talk.last.text == twin.replies[1].text
+    assert server.process("ray::Controller").pid != victims[0].pid
+    # The next engine needs the weights.
     server.process("ray::EngineActor").kill()
     before = talk.last
-    reply = client.patient(talk, THIRD, max_tokens=24)
-    assert reply.text == twin.replies[2].text
-    assert reply.cached >= before.prompt + before.completion - 1
+    assert client.patient(talk, "Thank you.", max_tokens=4).cached >= before.prompt + before.completion - 1
 
 
 def test_everything_at_once(launch, server, client, make_client, twin):

@@ -136,6 +136,11 @@ def test_this_machine_can_be_inspected() -> None:
 # Configuration.
 
 
+@pytest.fixture(autouse=True)
+def _no_ray_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+
+
 @pytest.fixture
 def config(tmp_path: Path) -> Config:
     with socket.socket() as one, socket.socket() as other:
@@ -210,6 +215,11 @@ def test_one_port_for_both_is_refused(config: Config) -> None:
     assert told == f"server.metrics_port: {config.server.port} is server.port too; choose another port"
 
 
+def test_a_ray_that_was_started_otherwise_is_not_joined(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    assert refusal(config).endswith("unset RAY_ADDRESS")
+
+
 def test_shared_memory_must_be_there(config: Config, tmp_path: Path) -> None:
     assert "mount a tmpfs" in refusal(config, tmp_path / "none")
 
@@ -254,5 +264,5 @@ def test_too_little_memory_says_how_much_is_there_and_needed(available: int, bud
 
 def test_weights_must_fit_into_shared_memory() -> None:
     machine = Machine(2, 10**18, 10**18, "AVX2")
-    with pytest.raises(StartError, match=r"/dev/shm has \d+ MB free, the weights need 500000000000 MB there; enlarge"):
+    with pytest.raises(StartError, match=r"/dev/shm has \d+ MB free, .*the weights needs? \d{12} MB there; enlarge"):
         kv_budget(Config(), machine, 5 * 10**17)

@@ -50,17 +50,22 @@ CHATML = (
 )
 
 
-@pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
-    """All bytes, and a few merges: text can be spelled in many ways, as in a real one."""
+def build_tokenizer(*, rstrip: bool = False) -> Tokenizer:
+    """All bytes, and a few merges: text can be spelled in many ways, as in a real one. `rstrip`: special tokens take
+    the whitespace behind them, as Phi-3's do."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     merges = [("h", "e"), ("l", "l"), ("he", "ll"), ("hell", "o"), ("Ġ", "w"), ("Ġw", "o"), ("u", "s"), ("e", "r")]
     pieces = [*alphabet, *("".join(pair) for pair in merges)]
     backend = Backend(models.BPE({piece: i for i, piece in enumerate(pieces)}, merges))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens([AddedToken(text) for text in ("<|im_start|>", "<|im_end|>")])
+    backend.add_special_tokens([AddedToken(text, rstrip=rstrip) for text in ("<|im_start|>", "<|im_end|>")])
     return Tokenizer(json.loads(backend.to_str()), {"eos_token": "<|im_end|>"}, CHATML)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return build_tokenizer()
 
 
 @dataclass
@@ -403,6 +408,23 @@ async def test_the_next_turn_sends_only_what_is_new(world: World, tokenizer: Tok
     assert (commit.num_kept_tokens, commit.num_cached_tokens) == (kept, kept - 1)
     transcript = world.sessions.transcript("tenant", "demo")
     assert tokenizer.decode(transcript.token_ids) == "user\nhi\nassistant\nhello\nuser\nmore\nassistant\nbye"
+
+
+async def test_what_is_new_is_encoded_as_what_follows_the_last_kept_token() -> None:
+    """Its beginning may belong to the token in front of it: ids are those of the whole text encoded at once."""
+    tokenizer = build_tokenizer(rstrip=True)
+    world = World(tokenizer)
+    world.engines.replies.append(([*tokenizer.encode("hello"), world.end], "stop"))
+    await world.run(chat("hi"))
+    world.engines.replies.append(([*tokenizer.encode("bye"), world.end], "stop"))
+    await world.run(chat("hi", "hello", "more"))
+    assert world.engines.streams[1].add.num_kept_tokens > 0
+    whole = [{"role": r, "content": c} for r, c in (("user", "hi"), ("assistant", "hello"), ("user", "more"))]
+    assert world.sessions.transcript("tenant", "demo").token_ids.tolist() == [
+        *tokenizer.encode(tokenizer.render_chat(whole)),
+        *tokenizer.encode("bye"),
+        world.end,
+    ]
 
 
 async def test_an_edited_history_keeps_what_is_before_the_edit(world: World) -> None:

@@ -81,7 +81,9 @@ def fresh(prompt: list[int]) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    "prompts", [(SHORT, SHORT), (LONG, LONG), (LONG, SHORT), (SHORT, LONG, SHORT)], ids=["short", "long", "mixed", "back"]
+    "prompts",
+    [(SHORT, SHORT), (LONG, LONG), (LONG, SHORT), (SHORT, LONG, SHORT)],
+    ids=["short", "long", "mixed", "back"],
 )
 @pytest.mark.parametrize("memory", ["one session, cleared", "one session, not cleared", "a session each"])
 def test_one_after_the_other(prompts: tuple[list[int], ...], memory: str) -> None:
