@@ -239,7 +239,9 @@ def _wait_ready(config: Config, timeout: float = 300.0, poll: Callable[[], None]
 
     deadline = time.monotonic() + timeout
     last = "no answer"
-    with httpx.Client(base_url=f"http://{config.server.host}:{config.server.port}", timeout=5.0) as client:
+    host = f"[{config.server.host}]" if ":" in config.server.host else config.server.host
+    # A proxy of the environment is for other hosts.
+    with httpx.Client(base_url=f"http://{host}:{config.server.port}", timeout=5.0, trust_env=False) as client:
         while time.monotonic() < deadline:
             try:
                 answer = client.get("/ready")

@@ -27,7 +27,14 @@ from phi_cluster.cluster.errors import PhiError
 from phi_cluster.cluster.processes import private_bytes
 from phi_cluster.cluster.session.recycler import RecyclePolicy, SessionSnapshot, decide
 from phi_cluster.cluster.session.reports import KeeperReport, private_or_zero
-from phi_cluster.monitoring.metrics import FamilySnapshot, NodeView, merge_snapshots, node_metrics, without_gauges
+from phi_cluster.monitoring.metrics import (
+    FamilySnapshot,
+    NodeView,
+    merge_snapshots,
+    node_metrics,
+    snapshot_of,
+    without_gauges,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +68,8 @@ class Controller:
         self._past_recycles: Counter[str] = Counter()
         self._past_activations = 0
         self._replicas: dict[str, tuple[float, list[FamilySnapshot], int, int]] = {}
-        self._past_replicas: list[list[FamilySnapshot]] = []
+        # The sums of all replicas that are gone.
+        self._past_replicas: list[FamilySnapshot] = []
         self._running: asyncio.Task[None] | None = None
 
     async def start(self) -> int:
@@ -100,7 +108,7 @@ class Controller:
         activations = self._past_activations + sum(r.activations for r in reports)
         yield from node_metrics([self._view(r) for r in reports], activations, dict(recycles), self._weights_nbytes)
         live = [snapshot for _, snapshot, _, _ in list(self._replicas.values())]
-        yield from merge_snapshots([*self._past_replicas, *live])
+        yield from merge_snapshots([self._past_replicas, *live])
 
     async def _run(self) -> None:
         while True:
@@ -165,7 +173,8 @@ class Controller:
         for replica_id, (reported_at, snapshot, _, _) in list(self._replicas.items()):
             if reported_at < deadline:
                 del self._replicas[replica_id]
-                self._past_replicas.append(without_gauges(snapshot))
+                past = merge_snapshots([self._past_replicas, without_gauges(snapshot)])
+                self._past_replicas = snapshot_of(past)
 
     def _view(self, report: KeeperReport) -> NodeView:
         kv_bytes: Counter[str] = Counter()

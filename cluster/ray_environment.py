@@ -11,6 +11,7 @@ import secrets
 from pathlib import Path
 
 from phi_cluster.cluster.config import Config
+from phi_cluster.cluster.runtime_dir import RUNTIME_DIR_VARIABLE
 
 # A stream may last so long while its replica or HAProxy is being replaced.
 _LONGEST_STREAM_SECONDS = 3600
@@ -23,6 +24,7 @@ def set_environment(config: Config, runtime_dir: Path) -> None:
     first_port = config.server.internal_ports
     os.environ.update(
         {
+            RUNTIME_DIR_VARIABLE: str(runtime_dir),
             "RAY_USAGE_STATS_ENABLED": "0",
             # Serve: HAProxy in front, replicas answer directly, streams outlive reloads.
             "RAY_SERVE_ENABLE_HA_PROXY": "1",

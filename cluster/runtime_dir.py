@@ -18,6 +18,8 @@ from phi_cluster.cluster.processes import is_alive, process_id
 
 # Short, because a Unix socket's path may have 107 bytes and Ray appends some 70.
 _PREFIX = "phi-"
+# In the environment of all processes of a server: its folder.
+RUNTIME_DIR_VARIABLE = "PHI_CLUSTER_RUNTIME_DIR"
 
 
 def _base() -> Path:
@@ -47,7 +49,7 @@ def clear_dead_servers(base: Path | None = None) -> list[str]:
             continue
         if not ours or is_alive(ProcessId(pid, start_ticks)):
             continue
-        for orphan in _processes_using(path):
+        for orphan in _processes_of(path):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(orphan, signal.SIGKILL)
                 done.append(f"ended process {orphan} of a server that was killed")
@@ -55,20 +57,16 @@ def clear_dead_servers(base: Path | None = None) -> list[str]:
     return done
 
 
-def _processes_using(path: Path) -> list[int]:
-    """Our processes whose command line or working directory lies in `path`: they belong to that server alone."""
-    inside = f"{path}/"
+def _processes_of(path: Path) -> list[int]:
+    """Our processes that were started by the server of this folder: they inherited its mark."""
+    mark = f"{RUNTIME_DIR_VARIABLE}={path}".encode()
     found = []
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit() or int(entry.name) == os.getpid():
             continue
         try:
-            if entry.stat().st_uid != os.getuid():
-                continue
-            arguments = (entry / "cmdline").read_bytes().decode(errors="replace")
-            directory = os.readlink(entry / "cwd")
+            if entry.stat().st_uid == os.getuid() and mark in (entry / "environ").read_bytes().split(b"\0"):
+                found.append(int(entry.name))
         except OSError:
             continue
-        if inside in arguments or f"{directory}/".startswith(inside):
-            found.append(int(entry.name))
     return found

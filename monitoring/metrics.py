@@ -107,15 +107,20 @@ class RequestMetrics:
         """All families with their samples, picklable."""
         self._running.set(self._engine_running)
         self._waiting.set(max(self._open - self._engine_running, 0))
-        return [
-            (
-                family.name,
-                family.type,
-                family.documentation,
-                [(s.name, s.labels, s.value) for s in family.samples if not s.name.endswith("_created")],
-            )
-            for family in self.registry.collect()
-        ]
+        return snapshot_of(self.registry.collect())
+
+
+def snapshot_of(families: Iterable[Metric]) -> list[FamilySnapshot]:
+    """Families with their samples, picklable."""
+    return [
+        (
+            family.name,
+            family.type,
+            family.documentation,
+            [(s.name, s.labels, s.value) for s in family.samples if not s.name.endswith("_created")],
+        )
+        for family in families
+    ]
 
 
 def merge_snapshots(snapshots: Iterable[list[FamilySnapshot]]) -> Iterator[Metric]:

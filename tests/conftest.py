@@ -274,9 +274,7 @@ class Launch:
         self._make_folder = make_folder
         self._servers: list[Server] = []
 
-    def __call__(
-        self, config: Mapping[str, Any], state_dir: Path | None = None, like: Server | None = None
-    ) -> Server:
+    def __call__(self, config: Mapping[str, Any], state_dir: Path | None = None, like: Server | None = None) -> Server:
         """`like`: on the same ports as a server that was killed."""
         folder = self._make_folder("server")
         ports = like.ports if like is not None else _free_ports()

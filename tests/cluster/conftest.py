@@ -104,9 +104,7 @@ class Stream:
     def __init__(self, conversation: Conversation, text: str, body: dict[str, Any]):
         self._conversation = conversation
         self._text = text
-        self._open = conversation._http.stream(
-            "POST", "/v1/chat/completions", json=body, headers=conversation._headers
-        )
+        self._open = conversation._http.stream("POST", "/v1/chat/completions", json=body, headers=conversation._headers)
         self.pieces: list[str] = []
         self.comments = 0
 

@@ -102,7 +102,8 @@ def test_the_engine_in_mid_stream(client, server, until):
     again = talks[0].say("And then?", max_tokens=4)
     assert again.cached >= replies[0].prompt + replies[0].completion - 1
     until(
-        lambda: client.metric("phi_recoveries_total", component="engine") == recoveries + 1, "the recovery to be counted"
+        lambda: client.metric("phi_recoveries_total", component="engine") == recoveries + 1,
+        "the recovery to be counted",
     )
 
 

@@ -11,20 +11,27 @@ from pathlib import Path
 import pytest
 
 from phi_cluster.cluster.processes import process_id
-from phi_cluster.cluster.runtime_dir import clear_dead_servers, create_runtime_dir, remove_runtime_dir
+from phi_cluster.cluster.runtime_dir import (
+    RUNTIME_DIR_VARIABLE,
+    clear_dead_servers,
+    create_runtime_dir,
+    remove_runtime_dir,
+)
 
 Start = Callable[..., "subprocess.Popen[bytes]"]
 
 
 @pytest.fixture
 def start() -> Iterator[Start]:
-    """`start(*arguments, cwd=...)`: a process with these arguments that waits; ended with the test."""
+    """`start(*arguments, server=...)`: a process with these arguments that waits, of the server of that folder; ended
+    with the test."""
     started: list[subprocess.Popen[bytes]] = []
 
-    def run(*arguments: str, cwd: Path | None = None) -> subprocess.Popen[bytes]:
+    def run(*arguments: str, server: Path | None = None) -> subprocess.Popen[bytes]:
+        environment = os.environ | ({RUNTIME_DIR_VARIABLE: str(server)} if server else {})
         code = "import sys; print('up', flush=True); sys.stdin.read()"
         process = subprocess.Popen(
-            [sys.executable, "-c", code, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=cwd
+            [sys.executable, "-c", code, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
         )
         started.append(process)
         assert process.stdout is not None
@@ -78,7 +85,7 @@ def test_a_dead_servers_folder_is_removed(tmp_path: Path, dead: Path) -> None:
 
 def test_a_living_servers_folder_stays_with_its_processes(tmp_path: Path, start: Start) -> None:
     mine = create_runtime_dir(tmp_path)
-    child = start(f"{mine}/haproxy.cfg")
+    child = start(server=mine)
     other = folder_of(tmp_path, child.pid, process_id(child.pid).start_ticks)
     assert clear_dead_servers(tmp_path) == []
     assert mine.is_dir()
@@ -87,16 +94,15 @@ def test_a_living_servers_folder_stays_with_its_processes(tmp_path: Path, start:
 
 
 def test_orphans_of_a_dead_server_are_ended(tmp_path: Path, dead: Path, start: Start) -> None:
-    by_argument = start("-f", f"{dead}/haproxy/haproxy.cfg")
-    by_folder = start(cwd=dead / "ray")
-    # Another server whose name begins alike, and one that has nothing to do with it.
-    alike = start(f"{dead}5/haproxy.cfg")
-    stranger = start(cwd=tmp_path)
+    first, second = start(server=dead), start("-f", f"{dead}/haproxy/haproxy.cfg", server=dead)
+    # Another server whose name begins alike, and a user who reads the dead one's logs.
+    alike = start(server=Path(f"{dead}5"))
+    stranger = start(f"{dead}/ray/log")
     done = clear_dead_servers(tmp_path)
     assert sorted(done) == sorted(
-        f"ended process {p.pid} of a server that was killed" for p in (by_argument, by_folder)
+        f"ended process {p.pid} of a server that was killed" for p in (first, second)
     )
-    assert by_argument.wait(5) == by_folder.wait(5) == -9
+    assert first.wait(5) == second.wait(5) == -9
     assert alike.poll() is None
     assert stranger.poll() is None
     assert not dead.exists()

@@ -420,9 +420,7 @@ def test_bad_input_is_refused_and_the_server_lives(client, server):
             assert answer.status_code == 400, (session_id[:20], answer.text[:300])
         for bad in (b"a\rb", b"a\x00b", b"a\nb"):
             assert raw_status(server.port, b"x-session-id: " + bad) == 400, bad
-        answer = client.http.post(
-            "/v1/completions", json={"prompt": [1, 2, 49152], "max_tokens": 1}
-        )
+        answer = client.http.post("/v1/completions", json={"prompt": [1, 2, 49152], "max_tokens": 1})
         assert answer.status_code == 400
         assert oversized_status(server.port, 100 * 2**20) == 413
         reply = stream.finish()
@@ -502,9 +500,7 @@ def test_many_at_once_get_what_each_gets_alone(client):
     assert again == alone
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         together = list(
-            pool.map(
-                lambda n: client.conversation(f"together-{n}").say(prompts[n % 4], max_tokens=12).text, range(8)
-            )
+            pool.map(lambda n: client.conversation(f"together-{n}").say(prompts[n % 4], max_tokens=12).text, range(8))
         )
     assert together == alone * 2
 
