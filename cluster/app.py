@@ -227,9 +227,7 @@ def _lock_state(state_path: Path) -> IO[str]:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         lock.close()
-        raise StartError(
-            f"state_dir: another phi-cluster uses {state_path}; end it or set another state_dir"
-        ) from None
+        raise StartError(f"state_dir: another phi-cluster uses {state_path}; end it or set another state_dir") from None
     return lock
 
 

@@ -38,8 +38,12 @@ from phi_cluster.monitoring.metrics import (
 
 logger = logging.getLogger(__name__)
 
-# A replica that has not reported for so long is gone: its gauges go, its counters stay in the sums.
+# A replica that has not reported for so long does not count in gauges. Only one that is gone for sure is folded into
+# the sums: if it reported again, it would count twice.
 _REPLICA_SILENCE_SECONDS = 5.0
+_REPLICA_GONE_SECONDS = 600.0
+# Longer than a hand-over may wait for a turn; a keeper or an actor that hangs must not stop the rounds.
+_RECYCLE_SECONDS = 30.0
 
 
 @ray.remote(num_cpus=0)
@@ -79,7 +83,6 @@ class Controller:
             registry.register(self)
             host, port = self._metrics_address
             self._server, _ = start_http_server(port, addr=host, registry=registry)
-            await self._round()
             self._running = asyncio.create_task(self._run())
         return os.getpid()
 
@@ -95,7 +98,7 @@ class Controller:
         names = ("phi_num_requests_running", "phi_num_requests_waiting")
         return sum(
             int(value)
-            for _, snapshot, _, _ in self._replicas.values()
+            for snapshot in self._snapshots()
             for name, _, _, samples in snapshot
             if name in names
             for _, _, value in samples
@@ -107,13 +110,22 @@ class Controller:
         recycles = self._past_recycles + sum((Counter(r.recycles) for r in reports), Counter())
         activations = self._past_activations + sum(r.activations for r in reports)
         yield from node_metrics([self._view(r) for r in reports], activations, dict(recycles), self._weights_nbytes)
-        live = [snapshot for _, snapshot, _, _ in list(self._replicas.values())]
-        yield from merge_snapshots([self._past_replicas, *live])
+        yield from merge_snapshots([self._past_replicas, *self._snapshots()])
+
+    def _snapshots(self) -> list[list[FamilySnapshot]]:
+        """What each replica reported last; of those that are silent, without what was true only then."""
+        deadline = time.monotonic() - _REPLICA_SILENCE_SECONDS
+        replicas = list(self._replicas.values())
+        return [snapshot if at >= deadline else without_gauges(snapshot) for at, snapshot, _, _ in replicas]
 
     async def _run(self) -> None:
         while True:
+            try:
+                await self._round()
+            except Exception:
+                # Whatever it is: without this task nothing would be renewed, and the metrics would stand still.
+                logger.exception("a round of the controller failed")
             await asyncio.sleep(self._rhythm.interval)
-            await self._round()
 
     async def _round(self) -> None:
         self._forget_silent_replicas()
@@ -148,8 +160,9 @@ class Controller:
         ]
         for order in decide(snapshots, self._policy, now, self._rhythm.max_per_round):
             try:
-                await keeper.recycle.remote(reports[order.digest].stats.key, order.reason)
-            except (PhiError, RayError) as error:
+                call = keeper.recycle.remote(reports[order.digest].stats.key, order.reason)
+                await asyncio.wait_for(call, _RECYCLE_SECONDS)
+            except (PhiError, RayError, asyncio.TimeoutError) as error:
                 # In a long turn, deleted meanwhile, or its actor died: the next round looks again.
                 logger.info("a session was not recycled (%s): %s", order.reason.value, error)
 
@@ -169,7 +182,7 @@ class Controller:
         self._past_activations += report.activations
 
     def _forget_silent_replicas(self) -> None:
-        deadline = time.monotonic() - _REPLICA_SILENCE_SECONDS
+        deadline = time.monotonic() - _REPLICA_GONE_SECONDS
         for replica_id, (reported_at, snapshot, _, _) in list(self._replicas.items()):
             if reported_at < deadline:
                 del self._replicas[replica_id]
@@ -187,8 +200,9 @@ class Controller:
             "session_actor": sum(s.private_nbytes for s in report.sessions),
             "keeper": report.private_nbytes,
             "controller": private_bytes(),
-            "replica": sum(private_or_zero(pid) for _, _, pid, _ in self._replicas.values()),
-            "engine": sum(private_or_zero(pid) for _, _, _, pid in self._replicas.values()),
+            # Copied: this runs in the metrics server's thread.
+            "replica": sum(private_or_zero(pid) for _, _, pid, _ in list(self._replicas.values())),
+            "engine": sum(private_or_zero(pid) for _, _, _, pid in list(self._replicas.values())),
         }
         return NodeView(
             node=report.node_id[:12],

@@ -84,12 +84,15 @@ class EngineClient:
         spawn: Callable[[], Awaitable[EngineHandle]],
         *,
         ready_wait: float = 60.0,
+        step_wait: float = 60.0,
         backoff: Sequence[float] = _BACKOFF_SECONDS,
     ):
-        """`ready_wait`: how long a request waits for an engine, also one whose engine died in the middle. `backoff`:
-        seconds before a start, by the number of starts that failed before it. Both in seconds."""
+        """`ready_wait`: how long a request waits for an engine, also one whose engine died in the middle. `step_wait`:
+        an engine silent for so long is taken for hung (longer than the longest step). `backoff`: before a start, by
+        the number of starts that failed before it. All in seconds."""
         self._spawn = spawn
         self._ready_wait = ready_wait
+        self._step_wait = step_wait
         self._backoff = backoff
         self._streams: dict[int, SequenceStream] = {}
         self._next_sequence_id = 1
@@ -207,9 +210,14 @@ class EngineClient:
         """Delivers frames until the engine's end of the socket closes."""
         while True:
             try:
-                length = int.from_bytes(await reader.readexactly(4), "big")
+                # An engine steps every few seconds also when idle: one that is silent for long hangs.
+                head = await asyncio.wait_for(reader.readexactly(4), self._step_wait)
+                length = int.from_bytes(head, "big")
                 frame = decode_frame(await reader.readexactly(length))
             except (asyncio.IncompleteReadError, ConnectionError):
+                return
+            except asyncio.TimeoutError:
+                logger.error("the engine has made no step for %g s and is replaced", self._step_wait)
                 return
             except (ValueError, TypeError):
                 # Whoever writes that is no engine to be trusted: it is ended like a dead one.

@@ -117,6 +117,8 @@ class AddSequence:
 
     sequence_id: int
     segment: SegmentRef
+    # Of the turn: an engine that reads this late, when another turn has begun, must not touch the segment.
+    epoch: int
     num_kept_tokens: int
     token_ids: list[int] = field(repr=False)
     sampling: dict[str, Any] = field(repr=False)
@@ -177,6 +179,7 @@ def encode_frame(message: Frame) -> bytes:
             "add",
             message.sequence_id,
             [segment.pid, segment.fd, segment.nonce],
+            message.epoch,
             message.num_kept_tokens,
             message.token_ids,
             message.sampling,
@@ -201,10 +204,8 @@ def decode_frame(packed: bytes) -> Frame:
     """The inverse of `encode_frame`, without the length. Raises ValueError on an unknown kind."""
     kind, *fields = msgpack.unpackb(packed)
     if kind == "add":
-        sequence_id, segment, num_kept_tokens, token_ids, sampling, max_num_tokens, num_prompt_tokens = fields
-        return AddSequence(
-            sequence_id, SegmentRef(*segment), num_kept_tokens, token_ids, sampling, max_num_tokens, num_prompt_tokens
-        )
+        sequence_id, segment, *rest = fields
+        return AddSequence(sequence_id, SegmentRef(*segment), *rest)
     if kind == "extend":
         return ExtendSequence(*fields)
     if kind == "abort":

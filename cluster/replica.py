@@ -40,6 +40,7 @@ logger = logging.getLogger(__name__)
 # Without a step for so long an engine is not ready, and then not alive: it steps every few seconds also when idle.
 _STEP_SILENCE_SECONDS = 15.0
 _START_SECONDS = 300.0
+_LAST_COMMITS_SECONDS = 5.0
 
 
 class RayEngine:
@@ -105,6 +106,13 @@ class Replica:
         )
         return build_app(settings, self._turns, _Sessions(self._sessions, self._engines), self, self._metrics)
 
+    async def __del__(self) -> None:
+        """Serve calls this at the end, when all answers are given: turns whose client had left may still commit."""
+        deadline = time.monotonic() + _LAST_COMMITS_SECONDS
+        while self._turns.num_running and time.monotonic() < deadline:  # noqa: ASYNC110 -- for a moment, once
+            await asyncio.sleep(0.02)
+        await self._engines.close()
+
     async def check_health(self) -> None:
         """Serve replaces a replica whose check raises."""
         if not self.live():
@@ -156,10 +164,10 @@ class Replica:
             device=self._config.device,
             socket_path=str(self._runtime_dir / f"engine-{uuid.uuid4().hex[:8]}.sock"),
         )
+        # Ray sets OMP_NUM_THREADS from num_cpus. Without an environment of its own the actor gets a process that is up.
         options: dict[str, Any] = {
             "num_cpus": self._num_threads,
             "num_gpus": 1 if self._config.device == "cuda" else 0,
-            "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(self._num_threads)}},
         }
         actor = create(EngineActor, options, self._served, settings)
         try:

@@ -11,6 +11,7 @@ import os
 import shutil
 import signal
 import tempfile
+import time
 from pathlib import Path
 
 from phi_cluster.cluster.messages import ProcessId
@@ -51,10 +52,19 @@ def clear_dead_servers(base: Path | None = None) -> list[str]:
             continue
         for orphan in _processes_of(path):
             with contextlib.suppress(ProcessLookupError):
+                identity = process_id(orphan)
                 os.kill(orphan, signal.SIGKILL)
+                _wait_dead(identity)
                 done.append(f"ended process {orphan} of a server that was killed")
         remove_runtime_dir(path)
     return done
+
+
+def _wait_dead(process: ProcessId, seconds: float = 5.0) -> None:
+    """Its ports are free only then."""
+    deadline = time.monotonic() + seconds
+    while is_alive(process) and time.monotonic() < deadline:
+        time.sleep(0.01)
 
 
 def _processes_of(path: Path) -> list[int]:

@@ -195,6 +195,7 @@ class Turns:
         add = AddSequence(
             sequence_id=self._engines.next_sequence_id(),
             segment=grant.segment,
+            epoch=grant.epoch,
             num_kept_tokens=num_kept,
             token_ids=new_ids,
             sampling=sampling,
@@ -343,11 +344,20 @@ class _Commit:
         if self._made:
             return
         self._made = True
+        await asyncio.shield(self._record())
+
+    async def _record(self) -> None:
+        grant = self._grant
         if self.prompt_ids is None:
             # Nothing came of it (a refused prompt): the session stays as it was.
-            await asyncio.shield(self._sessions.abandon(self._grant.key, self._grant.epoch))
-        else:
-            await asyncio.shield(self._sessions.commit(self._message()))
+            await self._sessions.abandon(grant.key, grant.epoch)
+            return
+        try:
+            await self._sessions.commit(self._message())
+        except BaseException:
+            # The turn is over all the same: its session must not stay busy.
+            await self._sessions.abandon(grant.key, grant.epoch)
+            raise
 
     def _message(self) -> CommitTurn:
         grant, reply = self._grant, self.reply

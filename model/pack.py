@@ -32,7 +32,9 @@ def main(arguments: list[str]) -> int:
         config = Phi3Config.from_folder(Path(folder))
         buffer, packed = pack_weights(Path(folder), config, getattr(torch, dtype), progress)
         buffer.tofile(weights)
-        Path(index).write_text(json.dumps(packed.to_dict()))
+        aside = Path(f"{weights}.json")
+        aside.write_text(json.dumps(packed.to_dict()))
+        aside.rename(index)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -189,9 +189,7 @@ def node_metrics(
         recycled.add_metric([reason], count)
     yield from (kv_bytes, usage, budget, sessions, private, recycled)
     yield _bytes_histogram([nbytes for node in nodes for nbytes in node.session_bytes])
-    yield CounterMetricFamily(
-        "phi_session_activations", "Session actors that took a session over.", value=activations
-    )
+    yield CounterMetricFamily("phi_session_activations", "Session actors that took a session over.", value=activations)
     yield GaugeMetricFamily("phi_weights_bytes", "Weights in the object store, in bytes a node.", value=weights_nbytes)
 
 

@@ -44,7 +44,7 @@ def until(check: Callable[[], T], what: str, timeout: float = 30.0) -> T:
             last = answer
         except httpx.TransportError as error:
             last = error
-        time.sleep(0.03)
+        time.sleep(0.1)
     raise AssertionError(f"not within {timeout:.0f} s: {what} (last: {last!r})")
 
 
@@ -196,7 +196,12 @@ class Server:
 
     def process(self, name: str) -> Process:
         """The one process of this name; waits for it, because it may be being replaced."""
-        return until(lambda: found[0] if len(found := self.processes(name)) == 1 else None, f"one {name}")
+
+        def look() -> list[Process]:
+            found = self.processes(name)
+            return found if len(found) == 1 else []
+
+        return until(look, f"one {name}")[0]
 
     def is_ready(self) -> bool:
         import httpx

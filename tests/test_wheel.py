@@ -1,5 +1,5 @@
-"""The wheel is complete and stands alone: installed beside nothing of the source tree, it serves from a directory full of
-files with our top-level names, and beside a foreign `cluster` package."""
+"""The wheel is complete and stands alone: installed beside nothing of the source tree, it serves from a directory full
+of files with our top-level names, and beside a foreign `cluster` package."""
 
 from __future__ import annotations
 

@@ -55,9 +55,9 @@ class DeviceKV(SegmentKV):
     """As SegmentKV, with keys and values on the device. The segment's own count of computed tokens stays 0: it holds
     no keys and values."""
 
-    def __init__(self, ref: SegmentRef, layout: SegmentLayout, fingerprint: str, caches: DeviceCaches):
+    def __init__(self, ref: SegmentRef, layout: SegmentLayout, fingerprint: str, caches: DeviceCaches, epoch: int):
         """Raises SegmentGone or SegmentMismatch."""
-        super().__init__(ref, layout, fingerprint, caches.dtype)
+        super().__init__(ref, layout, fingerprint, caches.dtype, epoch)
         self._caches = caches
         self._on_device = caches.borrow(ref.nonce)
         self._nonce = ref.nonce

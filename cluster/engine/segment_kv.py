@@ -10,7 +10,7 @@ import torch
 
 from phi_cluster.cluster.messages import SegmentRef
 from phi_cluster.cluster.processes import process_id
-from phi_cluster.cluster.session.segment import Segment
+from phi_cluster.cluster.session.segment import Segment, SegmentMismatch
 from phi_cluster.cluster.session.segment_layout import SegmentLayout
 from phi_cluster.model.kv_cache import KVCache
 
@@ -18,13 +18,25 @@ from phi_cluster.model.kv_cache import KVCache
 class SegmentKV:
     """Keys and values lie in the segment itself, shared with whoever maps it."""
 
-    def __init__(self, ref: SegmentRef, layout: SegmentLayout, fingerprint: str, dtype: torch.dtype):
-        """Raises SegmentGone or SegmentMismatch."""
+    def __init__(self, ref: SegmentRef, layout: SegmentLayout, fingerprint: str, dtype: torch.dtype, epoch: int):
+        """Raises SegmentGone or SegmentMismatch, also if the segment has been lent to a later turn than `epoch`."""
         self._segment = Segment.open(ref, layout, fingerprint)
-        self._segment.writer = process_id()
+        self._me = process_id()
+        if self._segment.epoch == epoch:
+            self._segment.writer = self._me
+            # Who takes a session over raises the epoch, then looks for a writer: one of us two sees the other.
+            if self._segment.epoch != epoch:
+                self._leave()
+        if self._segment.epoch != epoch:
+            self._segment.close()
+            raise SegmentMismatch("the segment has been lent to a later turn")
         self.cache: KVCache | None = KVCache(layout.kv, dtype, self._segment.kv_buffer)
         self._closed = False
         self.bytes_per_token = layout.kv.bytes_per_token
+
+    def _leave(self) -> None:
+        if self._segment.writer == self._me:
+            self._segment.writer = None
 
     @property
     def num_tokens(self) -> int:
@@ -62,7 +74,7 @@ class SegmentKV:
         self.cache = None
         if not self._closed:
             self._closed = True
-            self._segment.writer = None
+            self._leave()
         self._segment.close()
 
 

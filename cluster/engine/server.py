@@ -128,6 +128,9 @@ class EngineServer:
             self._listener.close()
             with connection:
                 self._serve(connection)
+        except ConnectionError:
+            # The replica is gone, and its sequences with it.
+            pass
         except Exception:
             logger.exception("the engine failed")
         finally:
@@ -161,9 +164,7 @@ class EngineServer:
 
     def _send(self, connection: socket.socket, outputs: list[SequenceOutput]) -> None:
         step = self._engine.step_count + self._idle_steps
-        connection.sendall(
-            encode_frame(StepFrame(step, outputs, self._engine.num_running, self._engine.num_waiting))
-        )
+        connection.sendall(encode_frame(StepFrame(step, outputs, self._engine.num_running, self._engine.num_waiting)))
 
     def _receive(self, connection: socket.socket) -> bool:
         """Takes in what has come; False at the end of the connection."""
@@ -185,9 +186,7 @@ class EngineServer:
             try:
                 self._engine.add(self._open(frame))
             except (OSError, ValueError) as error:
-                self._refused.append(
-                    SequenceOutput(frame.sequence_id, [], "error", released=True, error=str(error))
-                )
+                self._refused.append(SequenceOutput(frame.sequence_id, [], "error", released=True, error=str(error)))
         elif isinstance(frame, AbortSequence):
             self._engine.abort(frame.sequence_id)
         elif isinstance(frame, ExtendSequence):
@@ -199,7 +198,7 @@ class EngineServer:
         Raises SegmentGone (OSError), and ValueError for ids or numbers that cannot be.
         """
         params = SamplingParams.from_dict(frame.sampling)
-        kv = self._open_kv(frame.segment)
+        kv = self._open_kv(frame.segment, frame.epoch)
         try:
             token_ids = splice(kv, frame.num_kept_tokens, frame.token_ids)
             return Sequence(
@@ -214,11 +213,11 @@ class EngineServer:
             kv.close()
             raise
 
-    def _open_kv(self, ref: SegmentRef) -> SegmentKV:
+    def _open_kv(self, ref: SegmentRef, epoch: int) -> SegmentKV:
         served = self._served
         if self._device_caches is not None:
-            return DeviceKV(ref, served.layout, served.fingerprint, self._device_caches)
-        return SegmentKV(ref, served.layout, served.fingerprint, self._dtype)
+            return DeviceKV(ref, served.layout, served.fingerprint, self._device_caches, epoch)
+        return SegmentKV(ref, served.layout, served.fingerprint, self._dtype, epoch)
 
     def _take_refused(self) -> list[SequenceOutput]:
         refused, self._refused = self._refused, []

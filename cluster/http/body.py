@@ -61,9 +61,7 @@ def _check_media_type(request: Request) -> None:
     media_type, *parameters = request.headers.get("content-type", "").lower().split(";")
     media_type = media_type.strip()
     if media_type and media_type != "application/json" and not media_type.endswith("+json"):
-        raise HTTPException(
-            415, "Content-Type: must be application/json (curl: -H 'Content-Type: application/json')"
-        )
+        raise HTTPException(415, "Content-Type: must be application/json (curl: -H 'Content-Type: application/json')")
     for parameter in parameters:
         name, _, value = parameter.strip().partition("=")
         if name == "charset" and value.strip("\"' ") not in ("utf-8", "utf8", "us-ascii"):

@@ -36,9 +36,7 @@ def _joined_parts(given: Any) -> Any:
         if not isinstance(kind, str):
             raise refusal(f'part {index} must be an object, {{"type": "text", "text": ...}}')
         if kind != "text":
-            raise refusal(
-                f"part {index} has type {kind[:32]}, which is not supported: this model reads text only"
-            )
+            raise refusal(f"part {index} has type {kind[:32]}, which is not supported: this model reads text only")
         if part.keys() != {"type", "text"} or not isinstance(part["text"], str):
             raise refusal(f'part {index} must be exactly {{"type": "text", "text": "a string"}}')
         texts.append(part["text"])
@@ -116,13 +114,9 @@ class ChatRequest(GenerationFields):
     }
 
     messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES)
-    max_completion_tokens: int | None = Field(
-        None, ge=1, le=2**31 - 1, description="newer name of max_tokens"
-    )
+    max_completion_tokens: int | None = Field(None, ge=1, le=2**31 - 1, description="newer name of max_tokens")
     add_generation_prompt: bool = Field(True, description="begin a new assistant message")
-    continue_final_message: bool = Field(
-        False, description="go on with the last message, the assistant's own"
-    )
+    continue_final_message: bool = Field(False, description="go on with the last message, the assistant's own")
     # Accepted, without effect.
     metadata: dict[str, str] | None = Field(None, description="accepted, without effect")
     parallel_tool_calls: bool | None = Field(None, description="accepted, without effect: there are no tools")
@@ -133,13 +127,8 @@ class ChatRequest(GenerationFields):
 
     @model_validator(mode="after")
     def _check_messages(self) -> ChatRequest:
-        if (
-            None not in (self.max_tokens, self.max_completion_tokens)
-            and self.max_tokens != self.max_completion_tokens
-        ):
-            raise refusal(
-                "{param} and max_tokens are one limit by two names: send one", "max_completion_tokens"
-            )
+        if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
+            raise refusal("{param} and max_tokens are one limit by two names: send one", "max_completion_tokens")
         if self.continue_final_message:
             if self.add_generation_prompt and "add_generation_prompt" in self.model_fields_set:
                 raise refusal("{param} excludes add_generation_prompt: send one", "continue_final_message")

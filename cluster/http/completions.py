@@ -31,9 +31,7 @@ def completions_router(edge: Edge) -> APIRouter:
     router = APIRouter()
     settings = edge.settings
 
-    @router.post(
-        "/v1/completions", tags=["completions"], **generation_docs(CompletionRequest, Completion, Completion)
-    )
+    @router.post("/v1/completions", tags=["completions"], **generation_docs(CompletionRequest, Completion, Completion))
     async def create_completion(request: Request) -> Response:
         """Text that continues the prompt."""
         caller = caller_of(request)
@@ -48,9 +46,7 @@ def completions_router(edge: Edge) -> APIRouter:
             stop=tuple(completion.stop),
         )
         reply = CompletionReply.begin(caller, edge)
-        return TurnResponse(
-            edge, caller, turn, reply, stream=completion.stream, include_usage=completion.include_usage
-        )
+        return TurnResponse(edge, caller, turn, reply, stream=completion.stream, include_usage=completion.include_usage)
 
     return router
 

@@ -41,9 +41,7 @@ class EventStream:
 
     async def end(self, *events: Mapping[str, Any]) -> None:
         """The last `events`, then `[DONE]`."""
-        await self._write(
-            b"".join(b"data: " + to_json(event) + b"\n\n" for event in events) + DONE, last=True
-        )
+        await self._write(b"".join(b"data: " + to_json(event) + b"\n\n" for event in events) + DONE, last=True)
 
     async def fail(self, error: PhiError) -> None:
         """`error` with its own status if nothing was sent yet, else as an event, followed by `[DONE]`.

@@ -46,6 +46,4 @@ class Observation:
     def finish(self, outcome: Outcome) -> None:
         if not self._finished:
             self._finished = True
-            self._observer.on_finish(
-                self._endpoint, outcome, self._clock.monotonic() - self._began, *self._counts
-            )
+            self._observer.on_finish(self._endpoint, outcome, self._clock.monotonic() - self._began, *self._counts)

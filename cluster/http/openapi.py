@@ -23,9 +23,7 @@ def error_docs(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {status: {"model": ErrorBody} for status in statuses}
 
 
-def generation_docs(
-    request: type[BaseModel], whole: type[BaseModel], chunk: type[BaseModel]
-) -> dict[str, Any]:
+def generation_docs(request: type[BaseModel], whole: type[BaseModel], chunk: type[BaseModel]) -> dict[str, Any]:
     """Keyword arguments of a route that takes `request` and answers with `whole` or a stream of `chunk`s."""
     stream = {"schema": {"$ref": _REF.format(model=chunk.__name__)}}
     headers = [
@@ -53,9 +51,7 @@ def install_openapi(app: FastAPI, requests: list[type[BaseModel]], chunks: list[
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
-            document = get_openapi(
-                title=app.title, version=app.version, description=app.description, routes=app.routes
-            )
+            document = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
             _, definitions = models_json_schema(
                 [
                     *((model, "validation") for model in requests),

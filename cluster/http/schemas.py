@@ -88,9 +88,7 @@ Stops = Annotated[
 LogitBias = Annotated[
     dict[int, Annotated[float, Field(ge=-100, le=100)]],
     BeforeValidator(_bias_by_id),
-    WithJsonSchema(
-        {"type": "object", "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100}}
-    ),
+    WithJsonSchema({"type": "object", "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100}}),
 ]
 
 
@@ -108,9 +106,7 @@ class GenerationFields(StrictModel):
     stream: bool = Field(False, description="send server-sent events as text comes")
     stream_options: StreamOptions | None = Field(None, description="only with stream")
     max_tokens: int | None = Field(None, ge=1, le=_MAX_COUNT, description="most tokens in the reply")
-    min_tokens: int = Field(
-        0, ge=0, le=_MAX_COUNT, description="the reply does not end before so many tokens"
-    )
+    min_tokens: int = Field(0, ge=0, le=_MAX_COUNT, description="the reply does not end before so many tokens")
     temperature: float = Field(1.0, ge=0, le=2, description="0 takes the likeliest token")
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int = Field(0, ge=-1, le=_MAX_COUNT, description="0 or -1: off")

@@ -152,9 +152,7 @@ def _page_of(request: Request) -> tuple[int, str | None]:
     given: dict[str, str] = {}
     for name, value in request.query_params.multi_items():
         if name not in ("limit", "after"):
-            raise InvalidRequest(
-                f"{name[:64]} is not a parameter here: there are limit and after", param=name[:64]
-            )
+            raise InvalidRequest(f"{name[:64]} is not a parameter here: there are limit and after", param=name[:64])
         if name in given:
             raise InvalidRequest(f"{name}: send this parameter once", param=name)
         given[name] = value

@@ -41,9 +41,7 @@ class StrictModel(BaseModel):
                     known[name] = value
             elif name not in cls.not_supported:
                 raise refusal(f"{{param}} is not a field here{cls._nearest(name)}", name)
-            elif value is not None and not any(
-                _same(value, harmless) for harmless in cls.not_supported[name]
-            ):
+            elif value is not None and not any(_same(value, harmless) for harmless in cls.not_supported[name]):
                 raise refusal("{param} is not supported yet: leave it out", name)
         return known
 

@@ -5,6 +5,7 @@ Owns: spawning, the warm ones, and ending those that are done. Knows nothing of 
 
 from __future__ import annotations
 
+import asyncio
 import sys
 import uuid
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from phi_cluster.cluster.session.segment import SegmentLayout
 
 # Spawning costs a CPU-second: at this niceness it takes what engines leave.
 _PRIORITY = f"nice -n 19 {sys.executable}"
+# One that is silent for so long hangs.
+ANSWER_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,8 @@ class ActorPool:
     def __init__(self, layout: SegmentLayout, fingerprint: str, state_path: Path, node_id: str):
         self._arguments = (layout, fingerprint, state_path)
         self._node_id = node_id
+        # Of all names of this node's session actors.
+        self.name_prefix = f"{SESSION_PREFIX}{node_id}-"
         self._warm: list[PooledActor] = []
 
     @property
@@ -45,7 +50,7 @@ class ActorPool:
 
     async def spawn(self) -> PooledActor:
         """Starts one and waits until it is up (about a second). Raises RayError."""
-        options = detached_options(f"{SESSION_PREFIX}{uuid.uuid4().hex}", self._node_id, restarts=0)
+        options = detached_options(f"{self.name_prefix}{uuid.uuid4().hex}", self._node_id, restarts=0)
         options["runtime_env"] = {"py_executable": _PRIORITY}
         handle = create(SessionActor, options, *self._arguments)
         try:
@@ -62,10 +67,10 @@ class ActorPool:
         while self._warm:
             actor = self._warm.pop()
             try:
-                await actor.handle.process.remote()
+                await asyncio.wait_for(actor.handle.process.remote(), ANSWER_SECONDS)
                 return actor
-            except RayError:
-                continue
+            except (RayError, asyncio.TimeoutError):
+                self.end(actor)
         return await self.spawn()
 
     @staticmethod

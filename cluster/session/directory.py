@@ -8,11 +8,12 @@ engines or HTTP.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from phi_cluster.cluster.errors import PhiError, StaleEpoch, Unavailable
 from phi_cluster.cluster.messages import BeginTurn, CommitTurn, Moved, SessionKey, TurnGrant
@@ -21,8 +22,11 @@ from phi_cluster.cluster.session.recycler import RecycleReason
 from phi_cluster.cluster.session.session import SessionStats
 
 _REMEMBERED_HOLDERS = 4096
-_RETRIES = 60
+# A keeper that was killed is back in seconds, on a busy machine in tens of them.
+_RETRIES = 300
 _RETRY_SECONDS = 0.1
+# So many hops are made at once; who needs more goes round in circles, because something is about to change.
+_QUICK_HOPS = 3
 
 
 class SessionDirectory:
@@ -50,12 +54,16 @@ class SessionDirectory:
         await self._ask_keeper("reserve", key, num_tokens)
 
     async def commit(self, commit: CommitTurn) -> None:
-        """Raises StaleEpoch and the journal's errors."""
+        """Raises StaleEpoch and the journal's errors. The turn is over in any case."""
         try:
             stats = await self._call(commit.key, "commit", commit)
         except StaleEpoch:
             if commit.key.ephemeral:
                 return
+            raise
+        except (PhiError, RayError):
+            # Nobody writes any more: what could not be recorded must not keep the session busy.
+            self._in_background(self._abandon_quietly(commit.key, commit.epoch))
             raise
         await self._settle(commit.key, stats)
 
@@ -85,18 +93,20 @@ class SessionDirectory:
         """Calls whoever holds the session, and follows it. Not for calls that may not be repeated: a commit is
         idempotent, an epoch may be taken twice."""
         digest = key.digest
-        for _ in range(_RETRIES):
+        for attempt in range(_RETRIES):
+            if attempt >= _QUICK_HOPS:
+                await asyncio.sleep(_RETRY_SECONDS)
             actor = self._holders.get(digest)
             try:
-                holder = actor if actor is not None else self._keeper()
+                holder = actor if actor is not None else self._find_keeper()
                 answer = await _unwrapped(getattr(holder, method).remote(*arguments))
-            except (RayActorError, ValueError):
+            except RayActorError:
                 # The keeper is being restarted, or the actor died: the keeper knows where the session goes on.
                 self._holders.pop(digest, None)
-                if actor is None:
-                    await asyncio.sleep(_RETRY_SECONDS)
-                else:
+                if actor is not None:
                     await self._ask_keeper("actor_died", key)
+                elif attempt < _QUICK_HOPS:
+                    await asyncio.sleep(_RETRY_SECONDS)
                 continue
             if isinstance(answer, HeldBy):
                 self._remember(digest, answer.actor)
@@ -111,24 +121,37 @@ class SessionDirectory:
     async def _ask_keeper(self, method: str, *arguments: Any) -> Any:
         for _ in range(_RETRIES):
             try:
-                return await _unwrapped(getattr(self._keeper(), method).remote(*arguments))
-            except (RayActorError, ValueError):
+                return await _unwrapped(getattr(self._find_keeper(), method).remote(*arguments))
+            except RayActorError:
                 await asyncio.sleep(_RETRY_SECONDS)
         raise Unavailable("the keeper of this node does not answer; try again", retry_after=2)
 
+    def _find_keeper(self) -> Any:
+        """Raises RayActorError while there is none."""
+        try:
+            return self._keeper()
+        except ValueError:
+            raise RayActorError(error_msg="this node has no keeper (yet)") from None
+
     async def _settle(self, key: SessionKey, stats: SessionStats | Moved) -> None:
-        # The keeper settles what it holds itself.
-        if isinstance(stats, SessionStats) and key.digest in self._holders:
+        # The keeper settles what it holds itself. A turn under way is a later one, with a lease of its own.
+        if isinstance(stats, SessionStats) and not stats.in_turn and key.digest in self._holders:
             self._in_background(self._ask_keeper("settle", key, stats.kv_cache_bytes))
 
     async def _withdraw(self, request: BeginTurn, begin: asyncio.Future[TurnGrant]) -> None:
-        try:
-            if not begin.done():
+        if not begin.done():
+            # Whatever comes of it: if the turn begins all the same, it is ended.
+            with contextlib.suppress(PhiError, RayError):
                 await self._call(request.key, "withdraw", request.key, request.request_id)
+        try:
             grant = await begin
-            await self.abandon(grant.key, grant.epoch)
-        except PhiError:
+        except (PhiError, RayError):
             return
+        await self._abandon_quietly(grant.key, grant.epoch)
+
+    async def _abandon_quietly(self, key: SessionKey, epoch: int) -> None:
+        with contextlib.suppress(PhiError, RayError):
+            await self.abandon(key, epoch)
 
     def _remember(self, digest: str, actor: Any) -> None:
         self._holders[digest] = actor

@@ -7,21 +7,23 @@ Knows nothing of who asked for it and of policy.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections import Counter
 from collections.abc import Callable
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
 
-from phi_cluster.cluster.actors import NAMESPACE, SESSION_PREFIX
+from phi_cluster.cluster.actors import NAMESPACE
 from phi_cluster.cluster.config import SessionsConfig
-from phi_cluster.cluster.errors import PhiError
+from phi_cluster.cluster.errors import PhiError, SessionBusy
 from phi_cluster.cluster.messages import Moved, SessionKey
 from phi_cluster.cluster.processes import private_bytes
-from phi_cluster.cluster.session.actor_pool import ActorPool, PooledActor
+from phi_cluster.cluster.session.actor_pool import ANSWER_SECONDS, ActorPool, PooledActor
 from phi_cluster.cluster.session.journal import Journal
 from phi_cluster.cluster.session.recycler import RecycleReason
+from phi_cluster.cluster.session.reports import private_or_zero
 from phi_cluster.cluster.session.roster import Entry, Roster
 from phi_cluster.cluster.session.session import Session, SessionSettings, SessionStats
 
@@ -79,9 +81,16 @@ class HandOvers:
         """Renews the session's actor, make before break; with a reason that deactivates, the keeper takes the session
         and the actor ends. Raises SessionBusy if a turn does not end in time, and what a hand-over raises."""
         async with entry.moving:
+            if self._roster.find(entry.key) is not entry:
+                # Deleted or dropped while this waited.
+                return
             if reason.deactivates:
                 await self._to_keeper(entry, reason)
             else:
+                if entry.actor is None and self._num_actors() >= self._config.max_actors:
+                    # Nothing to renew: it is given an actor when there is room for one.
+                    self.want_actor(entry)
+                    return
                 await self._to_actor(entry, await self._pool.take(), reason)
 
     async def end_actor(self, entry: Entry) -> None:
@@ -91,27 +100,55 @@ class HandOvers:
 
     async def adopt_actors(self) -> list[Entry]:
         """Finds the actors that an earlier keeper of this node had, and enters their sessions."""
-        adopted = []
-        for actor in ray.util.list_named_actors(all_namespaces=True):
-            if actor["namespace"] != NAMESPACE or not actor["name"].startswith(SESSION_PREFIX):
-                continue
-            try:
-                handle = ray.get_actor(actor["name"], namespace=NAMESPACE)
-                pooled = PooledActor(handle, await handle.process.remote())
-                held = await handle.held.remote()
-                baseline = private_bytes(pooled.process.pid)
-            except (ValueError, RayError, ProcessLookupError):
-                continue
-            if held is None or held[1].state == "moved":
-                self._pool.add(pooled)
-                continue
-            if held[1].state == "handing_over":
-                # The keeper died in between; whoever was to follow has nothing yet or holds the same memory.
-                await handle.cancel_hand_over.remote(held[0])
-            entry = Entry(held[0], actor=pooled, private_baseline=baseline, last_stats=held[1])
+        names = [
+            actor["name"]
+            for actor in ray.util.list_named_actors(all_namespaces=True)
+            if actor["namespace"] == NAMESPACE and actor["name"].startswith(self._pool.name_prefix)
+        ]
+        empty: list[PooledActor] = []
+        holders: dict[str, Entry] = {}
+        for found in await asyncio.gather(*(self._look_at(name) for name in names)):
+            if isinstance(found, PooledActor):
+                empty.append(found)
+            elif found is not None:
+                other = holders.get(found.key.digest)
+                if other is not None and _activation(other) > _activation(found):
+                    found, other = other, found
+                if other is not None:
+                    # The keeper died in a hand-over that was all but done: two hold the same memory. Only the
+                    # successor may go on, or two turns would write at once.
+                    self._pool.end(other.actor)
+                holders[found.key.digest] = found
+        for entry in holders.values():
+            if entry.last_stats is not None and entry.last_stats.state == "handing_over":
+                # The keeper died in between, and nobody follows. (One that dies now is found dead later.)
+                with contextlib.suppress(RayError, asyncio.TimeoutError):
+                    await asyncio.wait_for(entry.actor.handle.cancel_hand_over.remote(entry.key), ANSWER_SECONDS)
+        # Entered all at once: if anything above fails, looking again finds the same.
+        for pooled in empty:
+            self._pool.add(pooled)
+        for entry in holders.values():
             self._roster.adopt(entry)
-            adopted.append(entry)
-        return adopted
+        return list(holders.values())
+
+    async def _look_at(self, name: str) -> Entry | PooledActor | None:
+        """What an earlier keeper's actor holds. One that is dead is nobody, one that does not answer is ended."""
+        try:
+            handle = ray.get_actor(name, namespace=NAMESPACE)
+        except ValueError:
+            return None
+        try:
+            pooled = PooledActor(handle, await asyncio.wait_for(handle.process.remote(), ANSWER_SECONDS))
+            held = await asyncio.wait_for(handle.held.remote(), ANSWER_SECONDS)
+            baseline = private_bytes(pooled.process.pid)
+        except asyncio.TimeoutError:
+            ray.kill(handle)
+            return None
+        except (RayError, ProcessLookupError):
+            return None
+        if held is None or held[1].state == "moved":
+            return pooled
+        return Entry(held[0], actor=pooled, private_baseline=baseline, last_stats=held[1])
 
     async def _to_actor(self, entry: Entry, successor: PooledActor, reason: RecycleReason | None) -> None:
         """The successor takes the session, then the predecessor lets go. With `entry.moving` held."""
@@ -122,9 +159,10 @@ class HandOvers:
                 stats: SessionStats | Moved = entry.session.describe()
                 ref = await entry.session.begin_hand_over(_WAIT_SECONDS)
             else:
-                stats = await predecessor.handle.describe.remote(key)
+                # One that hangs would hold the lock for ever.
+                stats = await asyncio.wait_for(predecessor.handle.describe.remote(key), ANSWER_SECONDS)
                 ref = await predecessor.handle.begin_hand_over.remote(key, _WAIT_SECONDS)
-        except (PhiError, RayError):
+        except (PhiError, RayError, asyncio.TimeoutError):
             self._pool.add(successor)
             raise
         if isinstance(ref, Moved) or isinstance(stats, Moved):
@@ -133,16 +171,22 @@ class HandOvers:
         last_used = self._settings.clock() - stats.idle_seconds
         try:
             entry.last_stats = await successor.handle.activate.remote(key, ref, predecessor is not None, last_used)
-        except (PhiError, RayError):
+        except RayError as error:
+            if isinstance(error, RayTaskError):
+                # It refused (the journal cannot be written, the memory is gone): it holds nothing, and is used again.
+                self._pool.add(successor)
+            else:
+                # First of all: it may hold the session.
+                self._pool.end(successor)
             if predecessor is None:
                 assert entry.session is not None
                 entry.session.cancel_hand_over()
             else:
                 await predecessor.handle.cancel_hand_over.remote(key)
-            self._pool.end(successor)
             raise
         held, entry.session, entry.actor, entry.wants_actor = entry.session, None, successor, False
-        entry.private_baseline = private_bytes(successor.process.pid)
+        # It may be dead by now. Whatever it is, the predecessor is let go: it must not keep those who wait there.
+        entry.private_baseline = private_or_zero(successor.process.pid)
         self.activations += 1
         if predecessor is None:
             assert held is not None
@@ -150,15 +194,14 @@ class HandOvers:
         else:
             assert reason is not None
             self.recycles[reason.value] += 1
-            await predecessor.handle.complete_hand_over.remote(key)
-            self._pool.end(predecessor)
+            await self._let_go(key, predecessor)
 
     async def _to_keeper(self, entry: Entry, reason: RecycleReason) -> None:
         """The keeper takes the session's memory, still warm; its actor ends. With `entry.moving` held."""
         actor = entry.actor
         if actor is None:
             return
-        stats = await actor.handle.describe.remote(entry.key)
+        stats = await asyncio.wait_for(actor.handle.describe.remote(entry.key), ANSWER_SECONDS)
         ref = await actor.handle.begin_hand_over.remote(entry.key, _WAIT_SECONDS)
         if isinstance(ref, Moved) or isinstance(stats, Moved):
             return
@@ -172,8 +215,17 @@ class HandOvers:
             raise
         entry.actor, entry.wants_actor = None, False
         self.recycles[reason.value] += 1
-        await actor.handle.complete_hand_over.remote(entry.key)
-        self._pool.end(actor)
+        await self._let_go(entry.key, actor)
+
+    async def _let_go(self, key: SessionKey, predecessor: PooledActor) -> None:
+        """The session is with its successor: the predecessor tells those who wait, and ends."""
+        try:
+            await asyncio.wait_for(predecessor.handle.complete_hand_over.remote(key), ANSWER_SECONDS)
+        except (RayError, asyncio.TimeoutError) as error:
+            # It is dead, or hangs: its end tells them as well.
+            logger.info("a predecessor did not let go by itself: %s", type(error).__name__)
+        finally:
+            self._pool.end(predecessor)
 
     async def _tend(self) -> None:
         """Gives actors to sessions that want one, one spawn at a time, and keeps some warm."""
@@ -182,17 +234,33 @@ class HandOvers:
             await asyncio.sleep(self._config.spawn_interval)
             try:
                 await self._tend_once()
-            except (PhiError, RayError, ProcessLookupError, OSError) as error:
-                # The session stays where it is; the next round tries again.
-                logger.warning("a session did not change hands: %s", error)
+            except Exception:
+                # Whatever it is: without this task no session would get an actor any more. The next round tries again.
+                logger.exception("sessions could not be tended to")
+
+    def _num_actors(self) -> int:
+        return sum(entry.actor is not None for entry in self._roster) + self._pool.num_warm
 
     async def _tend_once(self) -> None:
         waiting = [e for e in self._roster if e.wants_actor and e.session is not None and not e.session.in_turn]
-        num_actors = sum(e.actor is not None for e in self._roster) + self._pool.num_warm
         wanted = min(len(waiting), 1) + self._config.warm_actors
-        if self._pool.num_warm < wanted and num_actors < self._config.max_actors:
+        if self._pool.num_warm < wanted and self._num_actors() < self._config.max_actors:
             self._pool.add(await self._pool.spawn())
         for entry in waiting[: self._pool.num_warm]:
             async with entry.moving:
-                if entry.session is not None and not entry.session.in_turn:
-                    await self._to_actor(entry, await self._pool.take(), None)
+                if entry.session is None or entry.session.in_turn:
+                    continue
+                successor = await self._pool.take()
+                try:
+                    await self._to_actor(entry, successor, None)
+                except SessionBusy:
+                    # A turn began in between; the next round tries again.
+                    continue
+                except (PhiError, RayError) as error:
+                    # The session stays, until its next turn asks again: the others must not wait behind it.
+                    entry.wants_actor = False
+                    logger.warning("a session did not change hands: %s", error)
+
+
+def _activation(entry: Entry) -> int:
+    return 0 if entry.last_stats is None else entry.last_stats.activation

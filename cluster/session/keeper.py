@@ -11,13 +11,15 @@ over between two turns.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import RayActorError, RayError
 
 from phi_cluster.cluster.config import KVConfig, SessionsConfig
 from phi_cluster.cluster.errors import NotFound, PhiError, SessionBusy
@@ -43,6 +45,11 @@ from phi_cluster.cluster.session.session import Session, SessionStats
 from phi_cluster.cluster.session.sqlite_journal import SQLiteJournal, list_sessions
 from phi_cluster.cluster.session.transcript import Transcript
 
+logger = logging.getLogger(__name__)
+
+# A session that the keeper holds closes its journal's file after so long without a turn.
+_REST_SECONDS = 30.0
+
 
 @dataclass(frozen=True)
 class HeldBy:
@@ -51,7 +58,9 @@ class HeldBy:
     actor: Any
 
 
-@ray.remote(num_cpus=0)
+# Whoever waits here, for a turn or for memory, must not take the place of the commit that it waits for: Ray's default
+# is 1000.
+@ray.remote(num_cpus=0, max_concurrency=15_000)  # type: ignore[call-overload]
 class Keeper:
     """All methods are short or wait without holding anything."""
 
@@ -78,7 +87,7 @@ class Keeper:
 
     async def start(self) -> int:
         """Finds what is stored and what actors hold; then tends to the sessions. Idempotent; returns the pid."""
-        if self._starting is None:
+        if self._starting is None or (self._starting.done() and self._starting.exception() is not None):
             self._starting = asyncio.create_task(self._start())
         await asyncio.shield(self._starting)
         return os.getpid()
@@ -115,16 +124,20 @@ class Keeper:
         if entry is None and commit.key.ephemeral:
             # Nothing to add to: an unnamed conversation died with the keeper that held it.
             return Moved(commit.key)
+        if entry is None and not self._roster.is_known(commit.key):
+            # Deleted meanwhile (this is a retry): opening it would bring it back.
+            return Moved(commit.key)
         entry = entry or self._roster.open(commit.key)
         if entry.session is None:
             return HeldBy(entry.actor.handle)
         stats = entry.session.commit(commit)
         if isinstance(stats, SessionStats):
-            self._leases.settle(commit.key.digest, stats.kv_cache_bytes)
+            self._settle(entry, stats)
             self._drop_surplus()
         return stats
 
     async def abandon(self, key: SessionKey, epoch: int) -> SessionStats | HeldBy | Moved:
+        await self.start()
         entry = self._roster.find(key)
         if entry is None:
             return Moved(key)
@@ -132,10 +145,12 @@ class Keeper:
             return HeldBy(entry.actor.handle)
         entry.session.abandon(epoch)
         stats = entry.session.describe()
-        self._leases.settle(key.digest, stats.kv_cache_bytes)
+        self._settle(entry, stats)
+        self._drop_surplus()
         return stats
 
     async def withdraw(self, key: SessionKey, request_id: str) -> bool | HeldBy | Moved:
+        await self.start()
         entry = self._roster.find(key)
         if entry is None:
             return Moved(key)
@@ -143,20 +158,35 @@ class Keeper:
 
     async def reserve(self, key: SessionKey, num_tokens: int) -> None:
         """Leases memory for the session to hold `num_tokens`. Raises Overloaded."""
+        await self.start()
         await self._leases.reserve(key.digest, self._layout.nbytes_used(num_tokens))
+        if self._roster.find(key) is None:
+            # Its client left while it waited, and the session went: nobody would ever give this back.
+            self._leases.release(key.digest)
 
     async def settle(self, key: SessionKey, nbytes: int) -> None:
         """A turn with the session's actor is over."""
-        self._leases.settle(key.digest, nbytes)
+        await self.start()
+        if self._roster.find(key) is not None:
+            self._leases.settle(key.digest, nbytes)
 
     async def actor_died(self, key: SessionKey) -> None:
         """A replica could not reach the session's actor: if it is dead, the session goes on from its journal."""
+        await self.start()
         entry = self._roster.find(key)
         if entry is None or entry.actor is None or self._settings.is_alive(entry.actor.process):
             return
         async with entry.moving:
+            if self._roster.find(key) is not entry:
+                return
             if entry.actor is not None and not self._settings.is_alive(entry.actor.process):
-                entry.session, entry.actor = self._open_session(key), None
+                try:
+                    entry.session, entry.actor = self._open_session(key), None
+                except (PhiError, OSError) as error:
+                    # Left to its journal: its next turn tries again and is told. It must not fail reports and others.
+                    logger.warning("a session whose actor died could not be opened: %s", type(error).__name__)
+                    self._roster.forget(entry, deleted=False)
+                    self._leases.release(key.digest)
 
     # Administration.
 
@@ -168,7 +198,8 @@ class Keeper:
             return self._public(entry, await self._stats(entry))
         if not self._roster.is_known(key):
             raise NotFound(f"no session {key.session_id!r}")
-        return await asyncio.to_thread(self._describe_stored, key)
+        # In place: in a thread it could make a journal anew that is being deleted.
+        return self._describe_stored(key)
 
     async def list(self, tenant: str, limit: int, after: str | None) -> list[dict[str, Any]]:
         """A tenant's named sessions in ascending order of id."""
@@ -178,6 +209,7 @@ class Keeper:
         for name in names[:limit]:
             try:
                 described.append(await self.describe(SessionKey(tenant, name)))
+                await asyncio.sleep(0)
             except PhiError:
                 # Deleted meanwhile, or its journal cannot be read: the others are worth showing.
                 continue
@@ -190,37 +222,53 @@ class Keeper:
             entry = await self._known(key)
             stats = await (entry.session.clear(wait) if entry.session else entry.actor.handle.clear.remote(key, wait))
             if isinstance(stats, SessionStats):
-                self._leases.settle(key.digest, stats.kv_cache_bytes)
+                self._settle(entry, stats)
                 return self._public(entry, stats)
 
     async def delete(self, key: SessionKey) -> None:
         """Raises NotFound and SessionBusy."""
         wait = self._config.turn_wait
-        entry = await self._known(key)
-        async with entry.moving:
-            if entry.session is not None:
-                await entry.session.delete(wait)
-            else:
-                await entry.actor.handle.delete.remote(key, wait)
-                await self._hands.end_actor(entry)
-            self._roster.forget(entry, deleted=True)
-        self._leases.release(key.digest)
+        while True:
+            await self.start()
+            if self._roster.find(key) is None and self._roster.is_known(key):
+                # Without opening it: also one whose journal cannot be read can be deleted.
+                self._journal(key).delete()
+                self._roster.forget_stored(key)
+                return
+            entry = await self._known(key)
+            async with entry.moving:
+                if self._roster.find(key) is not entry:
+                    # Deleted, or dropped for want of room, while this waited.
+                    continue
+                if entry.session is not None:
+                    await entry.session.delete(wait)
+                else:
+                    # An actor that died keeps nobody from deleting what it left.
+                    with contextlib.suppress(RayActorError):
+                        await entry.actor.handle.delete.remote(key, wait)
+                    await self._hands.end_actor(entry)
+                    self._journal(key).delete()
+                self._roster.forget(entry, deleted=True)
+                self._leases.release(key.digest)
+                return
 
     async def recycle(self, key: SessionKey, reason: RecycleReason) -> dict[str, Any]:
         """Renews the session's actor (or gives it back, by reason). Raises NotFound and SessionBusy."""
         entry = await self._known(key)
         await self._hands.recycle(entry, reason)
-        return self._public(entry, await self._stats(entry))
+        return await self.describe(key)
 
     async def report(self) -> KeeperReport:
         await self.start()
         entries = list(self._roster)
         leased = [self._ledger.lease(entry.key.digest) for entry in entries]
         stats = await asyncio.gather(*(self._stats(entry) for entry in entries))
-        for s, before in zip(stats, leased, strict=True):
-            if not s.in_turn and before == self._ledger.lease(s.key.digest) != s.kv_cache_bytes:
+        for entry, s, before in zip(entries, stats, leased, strict=True):
+            if before == self._ledger.lease(s.key.digest) != s.kv_cache_bytes:
                 # A turn that ended without a word (its replica died): the lease shrinks to what is really there.
-                self._leases.settle(s.key.digest, s.kv_cache_bytes)
+                self._settle(entry, s)
+            if entry.session is not None and not entry.session.in_turn and s.idle_seconds > _REST_SECONDS:
+                entry.session.rest()
         in_memory = {entry.key.digest for entry in entries}
         return KeeperReport(
             node_id=self._node_id,
@@ -249,11 +297,17 @@ class Keeper:
         stats = [await self._stats(entry) for entry in entries.values()]
         freed = False
         for digest in self._ledger.pick_victims(nbytes, stats):
-            freed = await self._drop(entries[digest]) or freed
+            try:
+                freed = await self._drop(entries[digest]) or freed
+            except RayError as error:
+                # Its actor died: not the fault of whoever waits for room.
+                logger.info("a cache could not be dropped: %s", type(error).__name__)
         return freed
 
     async def _drop(self, entry: Entry) -> bool:
         key = entry.key
+        if self._roster.find(key) is not entry:
+            return False
         if entry.session is not None:
             try:
                 await entry.session.deactivate(0.0)
@@ -265,9 +319,13 @@ class Keeper:
         freed = await entry.actor.handle.drop_cache.remote(key)
         if isinstance(freed, Moved) or freed == 0:
             return False
-        stats = await self._stats(entry)
-        self._leases.settle(key.digest, stats.kv_cache_bytes)
+        self._settle(entry, await self._stats(entry))
         return True
+
+    def _settle(self, entry: Entry, stats: SessionStats) -> None:
+        """The lease shrinks to what the session holds, unless its next turn has begun, or it is not here any more."""
+        if not stats.in_turn and self._roster.find(entry.key) is entry:
+            self._leases.settle(entry.key.digest, stats.kv_cache_bytes)
 
     def _drop_surplus(self) -> None:
         for entry in self._roster.surplus_ephemeral():

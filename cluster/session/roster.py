@@ -106,11 +106,18 @@ class Roster:
         idle.sort(key=lambda e: -e.session.describe().idle_seconds if e.session else 0.0)
         return idle[: max(count - self._max_ephemeral, 0)]
 
+    def forget_stored(self, key: SessionKey) -> None:
+        """The journal of a session that is not in memory is gone."""
+        names = self._named.get(key.tenant, {})
+        names.pop(key.session_id, None)
+        if not names:
+            self._named.pop(key.tenant, None)
+
     def forget(self, entry: Entry, *, deleted: bool) -> None:
-        """The session is not in memory any more; `deleted`: nor on disk."""
-        self._entries.pop(entry.key.digest, None)
+        """The session is not in memory any more; `deleted`: nor on disk. An entry that is here no more changes
+        nothing: the session may have been opened again since."""
+        if self._entries.get(entry.key.digest) is not entry:
+            return
+        del self._entries[entry.key.digest]
         if deleted and not entry.key.ephemeral:
-            names = self._named.get(entry.key.tenant, {})
-            names.pop(entry.key.session_id, None)
-            if not names:
-                self._named.pop(entry.key.tenant, None)
+            self.forget_stored(entry.key)

@@ -15,6 +15,7 @@ millisecond) are done in place.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -176,6 +177,10 @@ class Session:
             return Moved(self.key)
         try:
             grant = self._conversation.begin(request.text)
+            while self._is_borrowed():
+                # An engine of an earlier turn came in before it could see the new epoch: its words go, when it has.
+                await asyncio.sleep(self._settings.poll_seconds)
+                grant = self._conversation.begin(request.text)
         except BaseException:
             self._gate.release()
             raise
@@ -262,6 +267,8 @@ class Session:
         return self._conversation.transcript.match(text, self._settings.layout.max_model_len)
 
     def describe(self) -> SessionStats:
+        """Statistics now. A turn whose writers have died is ended here too: nobody may ever ask for the next one."""
+        self._reap()
         now = self._settings.clock()
         here = self._state != "moved"
         segment, info = self._conversation.segment, self._conversation.info
@@ -294,9 +301,14 @@ class Session:
         for the successor. Then `complete_hand_over` or `cancel_hand_over`. Raises SessionBusy."""
         if not await self._enter("hand over", wait_seconds, first=True):
             return Moved(self.key)
+        try:
+            self._conversation.journal.close()
+            ref = self._conversation.segment.ref
+        except BaseException:
+            self._gate.release()
+            raise
         self._state = "handing_over"
-        self._conversation.journal.close()
-        return self._conversation.segment.ref
+        return ref
 
     def complete_hand_over(self) -> None:
         """The successor has the memory: let go. All who wait get Moved."""
@@ -350,9 +362,13 @@ class Session:
         turn = self._turn
         if turn is None or not turn.writers:
             return
-        borrower = self._conversation.segment.writer
-        if not any(map(self._settings.is_alive, (*turn.writers, *([borrower] if borrower else ())))):
+        if not self._is_borrowed() and not any(map(self._settings.is_alive, turn.writers)):
             self._end_turn()
+
+    def _is_borrowed(self) -> bool:
+        """Whether an engine that lives has the segment mapped to write to it."""
+        writer = self._conversation.segment.writer
+        return writer is not None and self._settings.is_alive(writer)
 
     def _end_turn(self) -> None:
         self._turn = None
@@ -361,5 +377,6 @@ class Session:
 
     def _leave(self) -> None:
         self._state = "moved"
-        self._conversation.close()
+        # First those who wait: closing a file may fail.
         self._gate.close()
+        self._conversation.close()

@@ -191,9 +191,7 @@ def main() -> None:
     results = []
     for num_streams in parsed.streams:
         # Looked up anew: session actors come and go.
-        result = asyncio.run(
-            measure(parsed.url, num_streams, parsed.tokens, parsed.turns, server_processes(server))
-        )
+        result = asyncio.run(measure(parsed.url, num_streams, parsed.tokens, parsed.turns, server_processes(server)))
         results.append(result)
         print(
             f"{num_streams:>3} streams  {result['tokens_per_second']:>7} tok/s   TTFT {result['ttft_ms_p50']} ms "

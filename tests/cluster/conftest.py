@@ -241,12 +241,12 @@ class Client:
         assert response.status_code == 200
         return response.text
 
-    def metric(self, name: str, **labels: str) -> float:
-        """The sum of a metric's samples with these labels."""
+    def metric(self, name: str, **labels: str | tuple[str, ...]) -> float:
+        """The sum of a metric's samples with these labels (a tuple: any of them), read at one moment."""
         return sum(
             value
             for given, value in self.metrics().get(name, [])
-            if all(given.get(label) == wanted for label, wanted in labels.items())
+            if all(given[label] in (w if isinstance(w, tuple) else (w,)) for label, w in labels.items())
         )
 
     # Memory, seen from outside.

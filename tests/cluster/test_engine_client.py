@@ -156,6 +156,7 @@ def add(client: EngineClient, prompt: list[int] | None = None, **changes: Any) -
     fields: dict[str, Any] = {
         "sequence_id": client.next_sequence_id(),
         "segment": SegmentRef(7, 8, b"nonce"),
+        "epoch": 3,
         "num_kept_tokens": 4,
         "token_ids": prompt,
         "sampling": {"seed": 5, "max_tokens": 100},

@@ -45,7 +45,7 @@ def random_frame(rng: random.Random) -> Frame:
             logit_bias={rng.randrange(50_000): rng.uniform(-100, 100) for _ in range(rng.randrange(4))},
         )
         segment = SegmentRef(number(), number(), rng.randbytes(rng.choice([0, 16])))
-        return AddSequence(number(), segment, number(), ids(), params.to_dict(), number(), number())
+        return AddSequence(number(), segment, number(), number(), ids(), params.to_dict(), number(), number())
     if kind == 1:
         return ExtendSequence(number(), number())
     if kind == 2:
@@ -118,7 +118,7 @@ def test_no_representation_shows_prompts_replies_or_ids() -> None:
         CommitTurn(
             key, 1, "r", 0, 0, b"424242", secret, ((1, 1),), 1, 0, 1, "stop", {"logit_bias": [[424242, 1]]}, 0.0
         ),
-        AddSequence(1, segment, 0, ids, {"stop_token_ids": ids}, 10, 2),
+        AddSequence(1, segment, 3, 0, ids, {"stop_token_ids": ids}, 10, 2),
         SequenceOutput(1, ids),
         StepFrame(1, [SequenceOutput(1, ids)], 1, 0),
     ]

@@ -99,9 +99,7 @@ def test_orphans_of_a_dead_server_are_ended(tmp_path: Path, dead: Path, start: S
     alike = start(server=Path(f"{dead}5"))
     stranger = start(f"{dead}/ray/log")
     done = clear_dead_servers(tmp_path)
-    assert sorted(done) == sorted(
-        f"ended process {p.pid} of a server that was killed" for p in (first, second)
-    )
+    assert sorted(done) == sorted(f"ended process {p.pid} of a server that was killed" for p in (first, second))
     assert first.wait(5) == second.wait(5) == -9
     assert alike.poll() is None
     assert stranger.poll() is None

@@ -367,7 +367,8 @@ def test_a_client_that_leaves_before_the_first_byte_ends_its_generation(client, 
         until(lambda: client.metric("phi_num_requests_running") == 1, "the gauge to show it", 10)
     begin = time.monotonic()
     until(lambda: turns_of(client, name), "the commit of what there was", 30)
-    assert time.monotonic() - begin < 3.0
+    # A step over a part of a long prompt takes a while; the reply asked for would take minutes.
+    assert time.monotonic() - begin < 8.0
     until(lambda: client.metric("phi_num_requests_running") == 0, "the gauge to fall", 10)
 
 

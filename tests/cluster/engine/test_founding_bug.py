@@ -61,7 +61,7 @@ def generate(engine: Engine, requests: list[tuple[Segment, list[int]]]) -> list[
     """Replies of 12 tokens, all at once; each prompt is the whole conversation in its segment."""
     replies: dict[int, list[int]] = {}
     for number, (segment, prompt) in enumerate(requests):
-        kv = SegmentKV(segment.ref, LAYOUT, "test", torch.float32)
+        kv = SegmentKV(segment.ref, LAYOUT, "test", torch.float32, segment.epoch)
         params = SamplingParams(temperature=0.0, seed=0, max_tokens=12)
         ids = splice(kv, 0, prompt)
         engine.add(Sequence(number, kv, ids, len(prompt), params, max_num_tokens=256))

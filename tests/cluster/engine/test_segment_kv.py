@@ -11,7 +11,7 @@ import torch
 from phi_cluster.cluster.engine.device_kv import DeviceCaches, DeviceKV
 from phi_cluster.cluster.engine.segment_kv import SegmentKV, count_agreeing, splice
 from phi_cluster.cluster.processes import process_id
-from phi_cluster.cluster.session.segment import Segment
+from phi_cluster.cluster.session.segment import Segment, SegmentMismatch
 from phi_cluster.cluster.session.segment_layout import SegmentLayout
 from phi_cluster.model.config import Phi3Config
 from phi_cluster.model.kv_layout import KVCacheLayout
@@ -73,8 +73,8 @@ def segment(layout: SegmentLayout) -> Segment:
 def open_kv(request: pytest.FixtureRequest, layout: SegmentLayout) -> OpenKV:
     caches = DeviceCaches(layout.kv, torch.float32, "cpu", max_idle=2)
     if request.param == "device":
-        return lambda segment: DeviceKV(segment.ref, layout, FINGERPRINT, caches)
-    return lambda segment: SegmentKV(segment.ref, layout, FINGERPRINT, torch.float32)
+        return lambda segment: DeviceKV(segment.ref, layout, FINGERPRINT, caches, segment.epoch)
+    return lambda segment: SegmentKV(segment.ref, layout, FINGERPRINT, torch.float32, segment.epoch)
 
 
 def compute(model: Phi3ForCausalLM, kv: SegmentKV) -> torch.Tensor:
@@ -132,6 +132,18 @@ def test_the_writer_is_named_while_the_segment_is_borrowed(segment: Segment, ope
     kv.close()
 
 
+def test_a_segment_lent_to_a_later_turn_is_refused_and_its_writer_stays(
+    segment: Segment, layout: SegmentLayout
+) -> None:
+    segment.epoch = 2
+    SegmentKV(segment.ref, layout, FINGERPRINT, torch.float32, 2)
+    borrower = segment.writer
+    assert borrower is not None
+    with pytest.raises(SegmentMismatch, match="a later turn"):
+        SegmentKV(segment.ref, layout, FINGERPRINT, torch.float32, 1)
+    assert segment.writer == borrower
+
+
 def test_numbers_that_cannot_be_are_refused(segment: Segment, open_kv: OpenKV) -> None:
     kv = open_kv(segment)
     with pytest.raises(ValueError, match="3 tokens are to be kept, the segment holds 0"):
@@ -141,7 +153,7 @@ def test_numbers_that_cannot_be_are_refused(segment: Segment, open_kv: OpenKV) -
 def test_the_segment_never_counts_what_lies_on_the_device(
     model: Phi3ForCausalLM, segment: Segment, layout: SegmentLayout
 ) -> None:
-    kv = DeviceKV(segment.ref, layout, FINGERPRINT, DeviceCaches(layout.kv, torch.float32, "cpu", max_idle=1))
+    kv = DeviceKV(segment.ref, layout, FINGERPRINT, DeviceCaches(layout.kv, torch.float32, "cpu", max_idle=1), 0)
     splice(kv, 0, [5, 6, 7])
     compute(model, kv)
     assert (kv.num_computed_tokens, segment.num_computed_tokens) == (3, 0)
@@ -166,8 +178,9 @@ def test_a_device_computes_what_the_cpu_does(model: Phi3ForCausalLM, layout: Seg
     on_cpu = Phi3ForCausalLM(config, weights, torch.float32)
     on_gpu = Phi3ForCausalLM(config, weights, torch.float32, "cuda")
     segments = Segment.create(layout, FINGERPRINT), Segment.create(layout, FINGERPRINT)
-    there = DeviceKV(segments[0].ref, layout, FINGERPRINT, DeviceCaches(layout.kv, torch.float32, "cuda", max_idle=1))
-    here = SegmentKV(segments[1].ref, layout, FINGERPRINT, torch.float32)
+    caches = DeviceCaches(layout.kv, torch.float32, "cuda", max_idle=1)
+    there = DeviceKV(segments[0].ref, layout, FINGERPRINT, caches, 0)
+    here = SegmentKV(segments[1].ref, layout, FINGERPRINT, torch.float32, 0)
     for kv in (there, here):
         splice(kv, 0, [5, 6, 7, 8])
     assert torch.allclose(compute(on_gpu, there).cpu(), compute(on_cpu, here), atol=1e-3)

@@ -11,6 +11,7 @@ import httpx
 import openai
 import pytest
 from fastapi import FastAPI
+
 from phi_cluster.cluster.errors import NotFound
 from phi_cluster.cluster.http.edge import EdgeSettings
 from phi_cluster.cluster.http.server import build_app

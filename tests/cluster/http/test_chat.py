@@ -4,6 +4,7 @@ import json
 
 import openai
 import pytest
+
 from phi_cluster.cluster.errors import ContextOverflow, Overloaded, SessionBusy
 from phi_cluster.cluster.turn_api import TextDelta, TurnFinished, TurnStarted
 

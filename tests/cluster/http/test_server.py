@@ -5,9 +5,10 @@ import sys
 
 import httpx
 import pytest
+from starlette.datastructures import Headers
+
 from phi_cluster.cluster.http.auth import DEFAULT_TENANT, tenant_of
 from phi_cluster.cluster.http.edge import EdgeSettings
-from starlette.datastructures import Headers
 
 CHAT = "/v1/chat/completions"
 HELLO = {"messages": [{"role": "user", "content": "Hi"}]}
@@ -157,7 +158,5 @@ def test_the_edge_loads_neither_ray_nor_torch():
         "import sys, phi_cluster.cluster.http.server; "
         "sys.exit(', '.join({'ray', 'torch', 'tokenizers', 'numpy'} & set(sys.modules)) or None)"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
-    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr

@@ -1,8 +1,9 @@
 """/v1/sessions: pages, single sessions, actions, and that a key sees only its own."""
 
 import pytest
-from phi_cluster.cluster.http.auth import tenant_of
 from starlette.datastructures import Headers
+
+from phi_cluster.cluster.http.auth import tenant_of
 
 
 @pytest.fixture

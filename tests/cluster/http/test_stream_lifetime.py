@@ -4,6 +4,7 @@ import asyncio
 from dataclasses import replace
 
 import pytest
+
 from phi_cluster.cluster.errors import Overloaded
 from phi_cluster.cluster.turn_api import TextDelta, TurnStarted
 
