@@ -141,7 +141,7 @@ class Server:
         kept = 0
         if ray.is_initialized():
             try:
-                ray_cluster.stop_serve()
+                _load_serve()[0].stop_serve()
                 if self._node_id:
                     kept = ray.get(self.keeper.close.remote(), timeout=10)
             except Exception:
@@ -156,14 +156,14 @@ class Server:
         config = prepared.config
         # What can be done at once is: cores idle while Ray's processes wait for each other.
         with ThreadPoolExecutor(4) as pool:
-            loading = pool.submit(importlib.import_module, "phi_cluster.cluster.replica")
+            loading = pool.submit(_load_serve)
             with self._timed("ray", report):
                 num_cpus = prepared.num_threads * config.replicas
                 ray_cluster.start_ray(self._runtime_dir, num_cpus, object_store_nbytes(prepared.weights_nbytes))
             self._node_id = ray.get_runtime_context().get_node_id()
             parts = [
                 pool.submit(self._start_actors, prepared, report),
-                pool.submit(self._start_edge, config, report),
+                pool.submit(self._start_edge, config, loading, report),
                 pool.submit(self._start_replicas, prepared, loading, report),
             ]
             for part in parts:
@@ -200,16 +200,16 @@ class Server:
             )
             ray.get([store.weights.remote(), keeper.start.remote(), controller.start.remote()])
 
-    def _start_edge(self, config: Config, report: Report) -> None:
+    def _start_edge(self, config: Config, loading: Future[tuple[ModuleType, Any]], report: Report) -> None:
         with self._timed("edge", report):
-            ray_cluster.start_serve(config)
+            loading.result()[0].start_serve(config)
 
-    def _start_replicas(self, prepared: Prepared, loading: Future[ModuleType], report: Report) -> None:
+    def _start_replicas(self, prepared: Prepared, loading: Future[tuple[ModuleType, Any]], report: Report) -> None:
         config, threads = prepared.config, prepared.num_threads
         with self._timed("engine", report):
-            ray_cluster.wait_serve_controller()
-            replica = loading.result().Replica
-            ray_cluster.run_app(replica, config, threads, prepared.served, config, self._runtime_dir, threads)
+            serve_cluster, replica = loading.result()
+            serve_cluster.wait_serve_controller()
+            serve_cluster.run_app(replica, config, threads, prepared.served, config, self._runtime_dir, threads)
 
     @contextmanager
     def _timed(self, part: str, report: Report) -> Iterator[None]:
@@ -217,6 +217,12 @@ class Server:
         yield
         self.timeline[part] = time.monotonic() - begin
         report.started(part, self.timeline[part])
+
+
+def _load_serve() -> tuple[ModuleType, Any]:
+    """Serve, and the class of our replicas: a second or two of imports, done while Ray starts."""
+    serve_cluster = importlib.import_module("phi_cluster.cluster.serve_cluster")
+    return serve_cluster, importlib.import_module("phi_cluster.cluster.replica").Replica
 
 
 def _lock_state(state_path: Path) -> IO[str]:

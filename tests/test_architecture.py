@@ -43,6 +43,7 @@ MAY_IMPORT_RAY = {
     "cluster.replica",
     "cluster.app",
     "cluster.ray_cluster",
+    "cluster.serve_cluster",
 }
 # What runs in processes that must stay small, or that must not crash with the model.
 NO_TORCH = [

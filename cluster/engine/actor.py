@@ -7,6 +7,7 @@ only once it runs: replicas import this file too, to create the actor.
 from __future__ import annotations
 
 import threading
+from concurrent.futures import Future
 from typing import Any
 
 import ray
@@ -31,13 +32,24 @@ class EngineActor:
 
     def start(self, index: dict[str, Any], buffers: list[ray.ObjectRef]) -> ProcessId:
         """Raises RuntimeError if the self-test fails."""
+        self._weights = ray.get(buffers[0])
+        started: Future[None] = Future()
+        # One thread builds and runs it all. A second one that computes would have OpenMP threads of its own, and with
+        # more of them than cores OpenMP lets all of them sleep between two operations instead of waiting awake.
+        threading.Thread(target=self._run, args=(index, started), name="engine", daemon=True).start()
+        started.result()
+        return process_id()
+
+    def _run(self, index: dict[str, Any], started: Future[None]) -> None:
         from phi_cluster.cluster.engine.server import build_engine_server
 
-        self._weights = ray.get(buffers[0])
-        server = build_engine_server(self._served, self._settings, index, self._weights)
-        self._thread = threading.Thread(target=server.run, name="engine", daemon=True)
-        self._thread.start()
-        return process_id()
+        try:
+            server = build_engine_server(self._served, self._settings, index, self._weights)
+        except BaseException as error:
+            started.set_exception(error)
+            return
+        started.set_result(None)
+        server.run()
 
     def weights_address(self) -> int:
         """Where the middle of the weights lies in this process (to look at its protection)."""

@@ -56,6 +56,7 @@ def build_engine_server(
 ) -> EngineServer:
     """Takes the weights' shared buffer as it is (zero-copy, read-only from now on), tests the network and listens.
 
+    To be called by the thread that will run it: OpenMP keeps its number of threads, and the threads, for each caller.
     Raises RuntimeError if the self-test fails.
     """
     torch.set_num_threads(settings.num_threads)
