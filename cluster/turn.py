@@ -3,7 +3,7 @@
     render -> begin_turn (who holds the session, what of the prompt is stored) -> encode what is new
     -> reserve KV memory -> add the sequence to the engine -> text, piece by piece -> released -> commit -> finished
 
-Owns: that order, and what a turn leaves when it ends early. Knows nothing of HTTP, Ray, torch or steps.
+Owns: that order. What a turn leaves is turn_record.py's. Knows nothing of HTTP, Ray, torch or steps.
 
 A turn that is cut short (the client left, an error) is committed with the tokens that came until then: what a client
 has seen is part of the conversation.
@@ -13,18 +13,17 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-import time
-from array import array
 from collections import OrderedDict
 from collections.abc import AsyncGenerator
 from contextlib import aclosing, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from phi_cluster.cluster.engine_client import EngineClient, EngineFailed, EngineHandle, SequenceStream
 from phi_cluster.cluster.errors import ContextOverflow, InvalidRequest, Overloaded, PhiError
-from phi_cluster.cluster.messages import AddSequence, BeginTurn, CommitTurn, ProcessId, SessionKey, TurnGrant
+from phi_cluster.cluster.messages import AddSequence, BeginTurn, ProcessId, SessionKey, TurnGrant
 from phi_cluster.cluster.turn_api import FinishReason, TextDelta, TurnEvent, TurnFinished, TurnRequest, TurnStarted
+from phi_cluster.cluster.turn_record import Recorder, Reply, TurnRecord
 from phi_cluster.model.tokenizer import Detokenizer, StopStrings, TemplateError, Tokenizer
 
 # Prompts given as ids are "rendered" as digits behind this noncharacter, so that they match only their like.
@@ -32,7 +31,7 @@ _IDS_MARK = "\ufdd1"
 _REMEMBERED_SESSIONS = 4096
 
 
-class Sessions(Protocol):
+class Sessions(Recorder, Protocol):
     """Where sessions are; implemented by `session.directory`."""
 
     async def begin_turn(self, request: BeginTurn) -> TurnGrant: ...
@@ -40,24 +39,6 @@ class Sessions(Protocol):
     async def reserve(self, key: SessionKey, num_tokens: int) -> None:
         """Leases KV memory for the session to hold `num_tokens`. Raises Overloaded."""
         ...
-
-    async def commit(self, commit: CommitTurn) -> None: ...
-
-    async def abandon(self, key: SessionKey, epoch: int) -> None:
-        """Ends a turn that leaves nothing."""
-        ...
-
-
-@dataclass
-class _Reply:
-    """What has come of a reply so far. `text` is what the client was given."""
-
-    prompt_text: str
-    num_prompt_tokens: int
-    num_cached_tokens: int = 0
-    token_ids: list[int] = field(default_factory=list)
-    text: str = ""
-    finish_reason: str = "abort"
 
 
 @dataclass(frozen=True)
@@ -121,8 +102,8 @@ class Turns:
             writers=(self._process,) if engine is None else (self._process, engine.process),
         )
         grant = await self._sessions.begin_turn(begin)
-        reply = _Reply(text, 0)
-        commit = _Commit(self._sessions, self._tokenizer, grant, request, reply)
+        reply = Reply(text, 0)
+        commit = TurnRecord(self._sessions, self._tokenizer, grant, request, reply)
         stream: SequenceStream | None = None
         try:
             stream = await self._add(request, grant, commit, text)
@@ -172,7 +153,7 @@ class Turns:
         assert request.prompt is not None
         return 0, 0, list(request.prompt)
 
-    async def _add(self, request: TurnRequest, grant: TurnGrant, commit: _Commit, text: str) -> SequenceStream:
+    async def _add(self, request: TurnRequest, grant: TurnGrant, commit: TurnRecord, text: str) -> SequenceStream:
         # Encoding a long text takes milliseconds per thousand tokens: off the event loop.
         num_kept, kept_chars, new_ids = await asyncio.to_thread(self._encode, request, grant, text)
         num_prompt = num_kept + len(new_ids)
@@ -224,7 +205,7 @@ class Turns:
         }
 
     async def _stream(
-        self, request: TurnRequest, grant: TurnGrant, stream: SequenceStream, reply: _Reply
+        self, request: TurnRequest, grant: TurnGrant, stream: SequenceStream, reply: Reply
     ) -> AsyncGenerator[TurnEvent, None]:
         """Turns the engine's tokens into text until the sequence is released."""
         detokenizer: Detokenizer = self._tokenizer.detokenizer()
@@ -259,12 +240,12 @@ class Turns:
             if text or output.token_ids:
                 yield TextDelta(text, len(output.token_ids))
 
-    def _end_later(self, stream: SequenceStream | None, commit: _Commit) -> None:
+    def _end_later(self, stream: SequenceStream | None, commit: TurnRecord) -> None:
         task = asyncio.get_running_loop().create_task(self._end(stream, commit))
         self._endings.add(task)
         task.add_done_callback(self._endings.discard)
 
-    async def _end(self, stream: SequenceStream | None, commit: _Commit) -> None:
+    async def _end(self, stream: SequenceStream | None, commit: TurnRecord) -> None:
         """Aborts, waits until nobody writes any more, commits what there is."""
         if stream is not None:
             self._engines.abort(stream)
@@ -287,7 +268,7 @@ class Turns:
         return before != pid
 
 
-def _finish_reason(reply: _Reply) -> FinishReason:
+def _finish_reason(reply: Reply) -> FinishReason:
     return "length" if reply.finish_reason == "length" else "stop"
 
 
@@ -322,81 +303,3 @@ class _Lease:
             self._engines.abort(self._stream)
         finally:
             self._growing = None
-
-
-class _Commit:
-    """What the turn will leave in the journal; `make` writes it once."""
-
-    def __init__(self, sessions: Sessions, tokenizer: Tokenizer, grant: TurnGrant, request: TurnRequest, reply: _Reply):
-        self._sessions = sessions
-        self._tokenizer = tokenizer
-        self._grant = grant
-        self._request = request
-        self._made = False
-        self.reply = reply
-        self.num_kept_tokens = grant.num_kept_tokens
-        self.num_kept_chars = grant.num_kept_chars
-        self.prompt_ids: list[int] | None = None
-        self.sampling: dict[str, Any] = {}
-
-    async def make(self) -> None:
-        """Idempotent. Raises PhiError."""
-        if self._made:
-            return
-        self._made = True
-        await asyncio.shield(self._record())
-
-    async def _record(self) -> None:
-        grant = self._grant
-        if self.prompt_ids is None:
-            # Nothing came of it (a refused prompt): the session stays as it was.
-            await self._sessions.abandon(grant.key, grant.epoch)
-            return
-        try:
-            await self._sessions.commit(self._message())
-        except BaseException:
-            # The turn is over all the same: its session must not stay busy.
-            await self._sessions.abandon(grant.key, grant.epoch)
-            raise
-
-    def _message(self) -> CommitTurn:
-        grant, reply = self._grant, self.reply
-        assert self.prompt_ids is not None
-        num_prompt = reply.num_prompt_tokens
-        appended, boundaries = self._reply_text(len(reply.prompt_text), num_prompt)
-        return CommitTurn(
-            key=grant.key,
-            epoch=grant.epoch,
-            request_id=self._request.request_id,
-            num_kept_tokens=self.num_kept_tokens,
-            num_kept_chars=self.num_kept_chars,
-            token_ids=array("i", self.prompt_ids + reply.token_ids).tobytes(),
-            text=reply.prompt_text[self.num_kept_chars :] + appended,
-            boundaries=((len(reply.prompt_text), num_prompt), *boundaries),
-            num_prompt_tokens=num_prompt,
-            num_cached_tokens=reply.num_cached_tokens,
-            num_completion_tokens=len(reply.token_ids),
-            finish_reason=reply.finish_reason,
-            sampling=self.sampling,
-            committed_at=time.time(),
-        )
-
-    def _reply_text(self, chars: int, tokens: int) -> tuple[str, tuple[tuple[int, int], ...]]:
-        """The reply as the template will render it, and where its text and ids agree.
-
-        A reply cut by a stop string or an abort has no such place: its last tokens' text was not given out. Later
-        prompts are then matched id by id.
-        """
-        reply = self.reply
-        if isinstance(self._request.prompt, list):
-            text = "".join(f"{token_id} " for token_id in reply.token_ids)
-            return text, ((chars + len(text), tokens + len(reply.token_ids)),)
-        text = self._tokenizer.sanitize(reply.text)
-        if reply.finish_reason not in ("stop", "length") or not reply.token_ids:
-            return text, ()
-        end = (chars + len(text), tokens + len(reply.token_ids))
-        last = reply.token_ids[-1]
-        if reply.finish_reason == "stop" and self._tokenizer.is_special(last):
-            marker = self._tokenizer.token_text(last)
-            return text + marker, ((end[0], end[1] - 1), (end[0] + len(marker), end[1]))
-        return text, (end,)

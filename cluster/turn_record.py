@@ -1,0 +1,116 @@
+"""What a turn leaves: the text and ids that are appended to the conversation, and where the two agree.
+
+Owns: a reply as it grows, and its record in the journal. Knows nothing of engines, HTTP or Ray.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from array import array
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from phi_cluster.cluster.messages import CommitTurn, SessionKey, TurnGrant
+from phi_cluster.cluster.turn_api import TurnRequest
+from phi_cluster.model.tokenizer import Tokenizer
+
+
+class Recorder(Protocol):
+    """Whoever has the session's journal."""
+
+    async def commit(self, commit: CommitTurn) -> None: ...
+
+    async def abandon(self, key: SessionKey, epoch: int) -> None:
+        """Ends a turn that leaves nothing."""
+        ...
+
+
+@dataclass
+class Reply:
+    """What has come of a reply so far. `text` is what the client was given."""
+
+    prompt_text: str
+    num_prompt_tokens: int
+    num_cached_tokens: int = 0
+    token_ids: list[int] = field(default_factory=list)
+    text: str = ""
+    finish_reason: str = "abort"
+
+
+class TurnRecord:
+    """What the turn will leave in the journal; `make` writes it once."""
+
+    def __init__(self, sessions: Recorder, tokenizer: Tokenizer, grant: TurnGrant, request: TurnRequest, reply: Reply):
+        self._sessions = sessions
+        self._tokenizer = tokenizer
+        self._grant = grant
+        self._request = request
+        self._made = False
+        self.reply = reply
+        self.num_kept_tokens = grant.num_kept_tokens
+        self.num_kept_chars = grant.num_kept_chars
+        self.prompt_ids: list[int] | None = None
+        self.sampling: dict[str, Any] = {}
+
+    async def make(self) -> None:
+        """Idempotent. Raises PhiError."""
+        if self._made:
+            return
+        self._made = True
+        await asyncio.shield(self._record())
+
+    async def _record(self) -> None:
+        grant = self._grant
+        if self.prompt_ids is None:
+            # Nothing came of it (a refused prompt): the session stays as it was.
+            await self._sessions.abandon(grant.key, grant.epoch)
+            return
+        try:
+            await self._sessions.commit(self._message())
+        except BaseException:
+            # The turn is over all the same: its session must not stay busy.
+            await self._sessions.abandon(grant.key, grant.epoch)
+            raise
+
+    def _message(self) -> CommitTurn:
+        grant, reply = self._grant, self.reply
+        assert self.prompt_ids is not None
+        num_prompt = reply.num_prompt_tokens
+        appended, boundaries = self._reply_text(len(reply.prompt_text), num_prompt)
+        return CommitTurn(
+            key=grant.key,
+            epoch=grant.epoch,
+            request_id=self._request.request_id,
+            num_kept_tokens=self.num_kept_tokens,
+            num_kept_chars=self.num_kept_chars,
+            token_ids=array("i", self.prompt_ids + reply.token_ids).tobytes(),
+            text=reply.prompt_text[self.num_kept_chars :] + appended,
+            boundaries=((len(reply.prompt_text), num_prompt), *boundaries),
+            num_prompt_tokens=num_prompt,
+            num_cached_tokens=reply.num_cached_tokens,
+            num_completion_tokens=len(reply.token_ids),
+            finish_reason=reply.finish_reason,
+            sampling=self.sampling,
+            committed_at=time.time(),
+        )
+
+    def _reply_text(self, chars: int, tokens: int) -> tuple[str, tuple[tuple[int, int], ...]]:
+        """The reply as the template will render it, and where its text and ids agree.
+
+        A reply cut by a stop string or an abort has no such place: its last tokens' text was not given out. Later
+        prompts are then matched id by id.
+        """
+        reply = self.reply
+        if isinstance(self._request.prompt, list):
+            text = "".join(f"{token_id} " for token_id in reply.token_ids)
+            return text, ((chars + len(text), tokens + len(reply.token_ids)),)
+        text = self._tokenizer.sanitize(reply.text)
+        if reply.finish_reason not in ("stop", "length") or not reply.token_ids:
+            return text, ()
+        end = (chars + len(text), tokens + len(reply.token_ids))
+        last = reply.token_ids[-1]
+        if reply.finish_reason == "stop" and self._tokenizer.is_special(last):
+            marker = self._tokenizer.token_text(last)
+            return text + marker, ((end[0], end[1] - 1), (end[0] + len(marker), end[1]))
+        return text, (end,)
