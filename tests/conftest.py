@@ -309,3 +309,9 @@ def launch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launch]:
 def until_fixture() -> Callable[..., Any]:
     """`until(check, what, timeout)`: bounded polling."""
     return until
+
+
+@pytest.fixture(scope="session")
+def launch_ports() -> Callable[[], tuple[int, int, int]]:
+    """`launch_ports()`: free (API, metrics, first internal) ports, for a test that starts a server by itself."""
+    return _free_ports
