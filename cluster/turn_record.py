@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import time
 from array import array
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -69,8 +70,9 @@ class TurnRecord:
         try:
             await self._sessions.commit(self._message())
         except BaseException:
-            # The turn is over all the same: its session must not stay busy.
-            await self._sessions.abandon(grant.key, grant.epoch)
+            # The turn is over all the same: its session must not stay busy. What is told is why it was not recorded.
+            with suppress(Exception):
+                await self._sessions.abandon(grant.key, grant.epoch)
             raise
 
     def _message(self) -> CommitTurn:

@@ -61,10 +61,6 @@ class SessionDirectory:
             if commit.key.ephemeral:
                 return
             raise
-        except (PhiError, RayError):
-            # Nobody writes any more: what could not be recorded must not keep the session busy.
-            self._in_background(self._abandon_quietly(commit.key, commit.epoch))
-            raise
         await self._settle(commit.key, stats)
 
     async def abandon(self, key: SessionKey, epoch: int) -> None:
@@ -147,11 +143,8 @@ class SessionDirectory:
             grant = await begin
         except (PhiError, RayError):
             return
-        await self._abandon_quietly(grant.key, grant.epoch)
-
-    async def _abandon_quietly(self, key: SessionKey, epoch: int) -> None:
         with contextlib.suppress(PhiError, RayError):
-            await self.abandon(key, epoch)
+            await self.abandon(grant.key, grant.epoch)
 
     def _remember(self, digest: str, actor: Any) -> None:
         self._holders[digest] = actor

@@ -812,6 +812,19 @@ async def test_a_commit_that_fails_is_an_error_and_is_not_repeated(world: World)
     assert world.calls.count("commit") == 1
 
 
+@pytest.mark.parametrize("abandon_fails", [False, True])
+async def test_a_commit_that_fails_frees_the_session_and_says_why(world: World, abandon_fails: bool) -> None:
+    world.script.errors["commit"] = Overloaded("the disk is full")
+    if abandon_fails:
+        world.script.errors["abandon"] = StaleEpoch("something else")
+    world.reply("hello")
+    with pytest.raises(Overloaded, match="the disk is full"):
+        async for _ in world.turns.run(chat("hi")):
+            pass
+    await world.quiet()
+    assert world.calls[-2:] == ["commit", "abandon"]
+
+
 async def test_too_many_turns_are_refused_at_once(make_world: Callable[..., World]) -> None:
     world = make_world(max_turns=1)
     events, first = await begin(world, chat("hi"))
