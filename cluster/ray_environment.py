@@ -19,7 +19,8 @@ _LONGEST_STREAM_SECONDS = 3600
 
 def set_environment(config: Config, runtime_dir: Path) -> None:
     """Settings that only count before Ray and Serve are imported by their processes."""
-    haproxy = runtime_dir / "haproxy"
+    # Short names: see runtime_dir.MAX_PATH_NBYTES.
+    haproxy = runtime_dir / "h"
     haproxy.mkdir(mode=0o700, exist_ok=True)
     first_port = config.server.internal_ports
     os.environ.update(
@@ -30,10 +31,10 @@ def set_environment(config: Config, runtime_dir: Path) -> None:
             "RAY_SERVE_ENABLE_HA_PROXY": "1",
             "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
             "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(haproxy / "haproxy.cfg"),
-            "RAY_SERVE_HAPROXY_SOCKET_PATH": str(haproxy / "admin.sock"),
+            "RAY_SERVE_HAPROXY_SOCKET_PATH": str(haproxy / "a.sock"),
             "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(haproxy),
             "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(haproxy / "server-state"),
-            "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(haproxy / "metrics.sock"),
+            "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(haproxy / "m.sock"),
             "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
             "RAY_SERVE_HAPROXY_METRICS_PORT": str(first_port + 901),
             "RAY_SERVE_HAPROXY_STATS_PORT": str(first_port + 902),

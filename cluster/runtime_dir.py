@@ -17,20 +17,26 @@ from pathlib import Path
 from phi_cluster.cluster.messages import ProcessId
 from phi_cluster.cluster.processes import is_alive, process_id
 
-# Short, because a Unix socket's path may have 107 bytes and Ray appends some 70.
 _PREFIX = "phi-"
+# HAProxy takes Unix sockets of at most 97 bytes, and Serve puts a node's id of 56 between the folder and the name:
+# "h/<id>/a.sock" (see ray_environment.py). Ray's own paths are shorter than its limit allows.
+MAX_PATH_NBYTES = 97 - len("/h//a.sock") - 56
+# A process id has at most 7 digits; 10 digits of clock ticks are 3 years of uptime, and one more are 30.
+_MAX_NAME_NBYTES = len(_PREFIX) + 7 + 1 + 11
 # In the environment of all processes of a server: its folder.
 RUNTIME_DIR_VARIABLE = "PHI_CLUSTER_RUNTIME_DIR"
 
 
-def _base() -> Path:
-    return Path(tempfile.gettempdir())
+def base_dir() -> Path:
+    """The system's temporary folder, or /tmp where sockets in it would have too long a path."""
+    base = tempfile.gettempdir()
+    return Path(base if len(os.fsencode(base)) + 1 + _MAX_NAME_NBYTES <= MAX_PATH_NBYTES else "/tmp")
 
 
 def create_runtime_dir(base: Path | None = None) -> Path:
     """A new folder (0700) in `base` (the system's temporary folder) that names this process."""
     me = process_id()
-    path = (base or _base()) / f"{_PREFIX}{me.pid}-{me.start_ticks}"
+    path = (base or base_dir()) / f"{_PREFIX}{me.pid}-{me.start_ticks}"
     path.mkdir(mode=0o700)
     return path
 
@@ -42,7 +48,7 @@ def remove_runtime_dir(path: Path) -> None:
 def clear_dead_servers(base: Path | None = None) -> list[str]:
     """Removes folders of servers that are dead, and ends their HAProxy. Returns what was done, for the user."""
     done = []
-    for path in (base or _base()).glob(f"{_PREFIX}[0-9]*-[0-9]*"):
+    for path in (base or base_dir()).glob(f"{_PREFIX}[0-9]*-[0-9]*"):
         try:
             pid, start_ticks = (int(part) for part in path.name.removeprefix(_PREFIX).split("-"))
             ours = path.lstat().st_uid == os.getuid() and not path.is_symlink()

@@ -13,7 +13,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -21,6 +20,8 @@ from typing import Any, TypeVar
 
 import pytest
 import yaml
+
+from phi_cluster.cluster.runtime_dir import base_dir
 
 T = TypeVar("T")
 
@@ -177,7 +178,7 @@ class Server:
 
     @property
     def runtime_dir(self) -> Path:
-        [folder] = Path(tempfile.gettempdir()).glob(f"phi-{self._popen.pid}-*")
+        [folder] = base_dir().glob(f"phi-{self._popen.pid}-*")
         return folder
 
     def processes(self, name: str = "") -> list[Process]:

@@ -12,6 +12,7 @@ import pytest
 
 from phi_cluster.cluster.processes import process_id
 from phi_cluster.cluster.runtime_dir import (
+    MAX_PATH_NBYTES,
     RUNTIME_DIR_VARIABLE,
     clear_dead_servers,
     create_runtime_dir,
@@ -56,6 +57,19 @@ def folder_of(base: Path, pid: int, start_ticks: int) -> Path:
 def dead(tmp_path: Path) -> Path:
     """The folder of a server that is gone: another process has its pid now."""
     return folder_of(tmp_path, os.getpid(), process_id().start_ticks - 1)
+
+
+def test_the_longest_name_leaves_room_for_the_sockets_of_haproxy() -> None:
+    folder = "/tmp/phi-4194304-99999999999"
+    assert len(folder) <= MAX_PATH_NBYTES
+    assert len(f"{folder}/h/{'f' * 56}/a.sock") <= 97
+
+
+def test_a_long_temporary_folder_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / ("x" * 60)))
+    path = create_runtime_dir()
+    assert path.parent == Path("/tmp")
+    remove_runtime_dir(path)
 
 
 def test_a_new_folder_is_private_and_names_its_process(tmp_path: Path) -> None:
