@@ -35,7 +35,7 @@ from phi_cluster.cluster.preflight import (
     object_store_nbytes,
 )
 from phi_cluster.cluster.runtime_dir import clear_dead_servers, remove_runtime_dir
-from phi_cluster.cluster.served_model import ServedModel, describe_model
+from phi_cluster.cluster.served_model import ServedModel, choose_dtypes, describe_model
 from phi_cluster.cluster.session.keeper import Keeper
 from phi_cluster.cluster.weight_store import WeightStore, ensure_packed
 from phi_cluster.model.hub import resolve_model
@@ -51,6 +51,9 @@ class Report:
 
     def cleared(self, what: str) -> None:
         """Something that a killed server left was removed."""
+
+    def noted(self, text: str) -> None:
+        """Nothing is wrong, but the user may want to know."""
 
     def progress(self, event: ProgressEvent) -> None:
         """Long work goes on."""
@@ -85,13 +88,15 @@ def prepare(config: Config, report: Report) -> Prepared:
     machine = inspect_machine()
     check_config(config, machine)
     report.checked(machine)
+    # What is wrong with the dtypes is said before a model is fetched for them.
+    choose_dtypes(config)
     try:
         folder = resolve_model(
             config.model, config.cache_path, report.progress, config.hub_token or os.environ.get("HF_TOKEN")
         )
     except (ValueError, OSError) as error:
         raise StartError(str(error)) from None
-    served = describe_model(config, folder)
+    served = describe_model(config, folder, noted=report.noted)
     try:
         # Each replica loads it too; here what is wrong with it can still be said in one sentence.
         Tokenizer.from_folder(folder)

@@ -153,7 +153,7 @@ def _check(parsed: argparse.Namespace) -> int:
     served = prepared.served
     print(
         f"model        {served.names[0]}, {served.dtype}, {prepared.weights_nbytes / 1e6:.0f} MB of weights, "
-        f"up to {served.max_model_len} tokens"
+        f"KV cache {served.kv_cache_dtype}, up to {served.max_model_len} tokens"
     )
     print(f"memory       {prepared.budget_nbytes / 1e9:.1f} GB for KV caches, {prepared.num_threads} threads an engine")
     print("ok: phi-cluster serve would start")

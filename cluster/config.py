@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from phi_cluster.cluster.errors import StartError
 
@@ -50,6 +50,22 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+class SpeculationConfig(_Section):
+    """Several tokens of a reply in one step, where it repeats what was there before. The reply stays the same."""
+
+    num_tokens: int = Field(
+        0, ge=0, le=16, description="tokens guessed ahead in a step, from what followed the same tokens before; 0: off"
+    )
+    min_match: int = Field(2, ge=1, le=16, description="a guess wants so many last tokens to have occurred before")
+    max_match: int = Field(4, ge=1, le=16, description="so many last tokens are looked up first, then fewer")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> SpeculationConfig:
+        if self.min_match > self.max_match:
+            raise ValueError(f"min_match {self.min_match} is more than max_match {self.max_match}")
+        return self
+
+
 class EngineConfig(_Section):
     """One engine: how much it does in a step."""
 
@@ -62,6 +78,10 @@ class EngineConfig(_Section):
     )
     max_waiting: int = Field(
         256, ge=1, le=100_000, description="turns that may wait in one replica; more get 429 with Retry-After"
+    )
+    # A section whose fields are all commented out is null to YAML.
+    speculation: Annotated[SpeculationConfig, BeforeValidator(lambda value: {} if value is None else value)] = Field(
+        default_factory=SpeculationConfig, description="n-gram speculation: quick where replies quote or repeat"
     )
 
 
@@ -124,8 +144,11 @@ class Config(_Section):
     )
     hub_token: str | None = Field(None, description="token for gated models; unset: the HF_TOKEN variable", repr=False)
     device: Literal["cpu", "cuda"] = Field("cpu", description="cpu, or cuda (has not run on a GPU yet)")
-    dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="of weights and KV cache; auto is bfloat16: half the memory, and quicker one by one"
+    dtype: Literal["auto", "float32", "bfloat16", "int8", "int4"] = Field(
+        "auto", description="of the weights; auto is int8 on a CPU whose kernels were compiled, else bfloat16"
+    )
+    kv_cache_dtype: Literal["auto", "bfloat16", "int8"] = Field(
+        "auto", description="of keys and values; auto is bfloat16 (float32 with dtype float32), int8 is half of that"
     )
     max_model_len: int | None = Field(
         None, ge=16, le=2**20, description="longest conversation in tokens; unset: what the model was trained for"

@@ -23,7 +23,7 @@ from ray.exceptions import RayError
 from phi_cluster.cluster.actors import CONTROLLER, NAMESPACE, create, keeper_name, weight_store_name
 from phi_cluster.cluster.config import Config
 from phi_cluster.cluster.engine.actor import EngineActor
-from phi_cluster.cluster.engine.settings import EngineSettings
+from phi_cluster.cluster.engine.settings import EngineSettings, Speculation
 from phi_cluster.cluster.engine_client import EngineClient
 from phi_cluster.cluster.http.edge import EdgeSettings
 from phi_cluster.cluster.http.server import build_app
@@ -163,6 +163,7 @@ class Replica:
             num_threads=self._num_threads,
             device=self._config.device,
             socket_path=str(self._runtime_dir / f"engine-{uuid.uuid4().hex[:8]}.sock"),
+            speculation=Speculation(**config.speculation.model_dump()),
         )
         # Ray sets OMP_NUM_THREADS from num_cpus. Without an environment of its own the actor gets a process that is up.
         options: dict[str, Any] = {

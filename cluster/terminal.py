@@ -33,6 +33,9 @@ class TerminalReport(Report):
     def cleared(self, what: str) -> None:
         self._line(f"clearing     {what}")
 
+    def noted(self, text: str) -> None:
+        self._line(f"note         {text}")
+
     def progress(self, event: ProgressEvent) -> None:
         now = time.monotonic()
         done = event.done >= event.total > 0

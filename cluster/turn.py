@@ -225,8 +225,13 @@ class Turns:
             if stopped:
                 # What the step in flight brought after a stop string is nobody's.
                 continue
-            reply.token_ids += output.token_ids
-            text, stopped = stops.push(detokenizer.push(output.token_ids))
+            # One by one: of several tokens in a step, those behind a stop string do not count.
+            text, taken = "", 0
+            while taken < len(output.token_ids) and not stopped:
+                piece, stopped = stops.push(detokenizer.push([output.token_ids[taken]]))
+                text += piece
+                taken += 1
+            reply.token_ids += output.token_ids[:taken]
             if stopped:
                 reply.finish_reason = "stop_string"
                 self._engines.abort(stream)
@@ -237,8 +242,8 @@ class Turns:
                 if hit:
                     reply.finish_reason = "stop_string"
             reply.text += text
-            if text or output.token_ids:
-                yield TextDelta(text, len(output.token_ids))
+            if text or taken:
+                yield TextDelta(text, taken)
 
     def _end_later(self, stream: SequenceStream | None, commit: TurnRecord) -> None:
         task = asyncio.get_running_loop().create_task(self._end(stream, commit))

@@ -21,11 +21,15 @@ import ray
 from phi_cluster.cluster.errors import StartError
 from phi_cluster.cluster.served_model import ServedModel
 
+# Raise it when model/quantize.py packs other bytes than before, or means others by them, so that older files are not
+# taken for new ones.
+_PACKED_VERSION = {"int8": "-1", "int4": "-1"}
+
 
 def packed_paths(model: ServedModel, cache_path: Path) -> tuple[Path, Path]:
     """Where the packed weights and their index lie."""
-    folder = cache_path / "packed"
-    return folder / f"{model.fingerprint}-{model.dtype}.bin", folder / f"{model.fingerprint}-{model.dtype}.json"
+    name = f"{model.fingerprint}-{model.dtype}{_PACKED_VERSION.get(model.dtype, '')}"
+    return cache_path / "packed" / f"{name}.bin", cache_path / "packed" / f"{name}.json"
 
 
 def ensure_packed(

@@ -15,9 +15,9 @@ PAGE_NBYTES = 4096
 
 @dataclass(frozen=True)
 class KVCacheLayout:
-    """Layer after layer, K and then V: each a region of `max_model_len` contiguous rows, one for each token,
-    of `num_kv_heads * head_dim` numbers of `itemsize` bytes. Each region begins on a page, so that pages
-    beyond a length can be given back.
+    """Layer after layer, K and then V: each a region of `max_model_len` contiguous rows, one for each token. A
+    row is, for each of `num_kv_heads`, a scale of `scale_nbytes` bytes (4: float32; 0: none) and `head_dim` numbers
+    of `itemsize` bytes. Each region begins on a page, so that pages beyond a length can be given back.
 
     Offsets are bytes from the beginning of the KV area, which its owner places on a page.
     """
@@ -27,6 +27,7 @@ class KVCacheLayout:
     head_dim: int
     max_model_len: int
     itemsize: int
+    scale_nbytes: int = 0
 
     def __post_init__(self) -> None:
         for name in ("num_layers", "num_kv_heads", "head_dim", "max_model_len"):
@@ -34,22 +35,25 @@ class KVCacheLayout:
                 raise ValueError(f"{name} is {getattr(self, name)}: at least 1 is expected")
         if self.itemsize not in (1, 2, 4):
             raise ValueError(f"itemsize is {self.itemsize}: 1, 2 or 4 bytes are expected")
+        if self.scale_nbytes not in (0, 4):
+            raise ValueError(f"scale_nbytes is {self.scale_nbytes}: 0 or 4 bytes are expected")
 
     @classmethod
-    def for_config(cls, config: Phi3Config, max_model_len: int, itemsize: int) -> KVCacheLayout:
-        """The layout for a network's keys and values of `itemsize` bytes a number."""
+    def for_config(cls, config: Phi3Config, max_model_len: int, itemsize: int, scale_nbytes: int = 0) -> KVCacheLayout:
+        """The layout for a network's keys and values of `itemsize` bytes a number (and a scale a head)."""
         return cls(
             num_layers=config.num_hidden_layers,
             num_kv_heads=config.num_key_value_heads,
             head_dim=config.head_dim,
             max_model_len=max_model_len,
             itemsize=itemsize,
+            scale_nbytes=scale_nbytes,
         )
 
     @property
     def row_nbytes(self) -> int:
         """Bytes of one token's keys (or values) in one layer."""
-        return self.num_kv_heads * self.head_dim * self.itemsize
+        return self.num_kv_heads * (self.scale_nbytes + self.head_dim * self.itemsize)
 
     @property
     def bytes_per_token(self) -> int:

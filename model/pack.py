@@ -30,13 +30,18 @@ def main(arguments: list[str]) -> int:
 
     try:
         config = Phi3Config.from_folder(Path(folder))
-        buffer, packed = pack_weights(Path(folder), config, getattr(torch, dtype), progress)
-        buffer.tofile(weights)
+        # Threads of our own work on pieces that are too small for torch's.
+        num_threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        _, packed = pack_weights(Path(folder), config, dtype, progress, Path(weights), num_threads)
         aside = Path(f"{weights}.json")
         aside.write_text(json.dumps(packed.to_dict()))
         aside.rename(index)
-    except (ValueError, OSError) as error:
+    except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"error: cannot pack {folder} into {weights}: {error.strerror or error}", file=sys.stderr)
         return 1
     return 0
 

@@ -30,13 +30,15 @@ class SequenceChunk:
 
     `token_ids` is int64 [n], n >= 1; the first stands at absolute position `start`, and the cache holds the
     rows of all positions before it. `long_rope` says which of LongRoPE's regimes the WHOLE sequence is
-    computed in. A sequence may have one chunk in a step.
+    computed in. A sequence may have one chunk in a step. Logits are wanted after each of the last `num_logits`
+    tokens, 0 to n.
     """
 
     token_ids: Tensor
     start: int
     kv_cache: KVCache
     long_rope: bool = False
+    num_logits: int = 1
 
 
 @dataclass
@@ -114,21 +116,22 @@ class Phi3ForCausalLM:
 
     @torch.inference_mode()
     def forward(self, chunks: Sequence[SequenceChunk]) -> Tensor:
-        """float32 [len(chunks), vocab_size]: the logits after each chunk's last token (an inference tensor:
-        clone it to change it outside `torch.inference_mode`).
+        """float32 [sum of num_logits, vocab_size]: the logits after the last `num_logits` tokens of each chunk, in
+        order (an inference tensor: clone it to change it outside `torch.inference_mode`).
 
         Writes the chunks' rows into their caches first and then attends to the stored rows. Raises ValueError
-        for an empty chunk or one that its cache has no room for.
+        for an empty chunk, one that its cache has no room for, or one that has fewer tokens than `num_logits`.
         """
         hidden = self._hidden_states(chunks)
-        if hidden.shape[0] != len(chunks):
-            ends = torch.tensor([len(chunk.token_ids) for chunk in chunks]).cumsum(0) - 1
-            hidden = hidden[ends.to(self.device)]
+        wanted = _wanted_rows(chunks)
+        if len(wanted) != hidden.shape[0]:
+            hidden = hidden[torch.tensor(wanted, dtype=torch.int64, device=self.device)]
         return self._logits(hidden)
 
     @torch.inference_mode()
     def forward_all(self, chunk: SequenceChunk) -> Tensor:
-        """float32 [n, vocab_size]: the logits after each token of one chunk; otherwise as `forward`."""
+        """float32 [n, vocab_size]: the logits after each token of one chunk, whatever its `num_logits`; otherwise as
+        `forward`."""
         return self._logits(self._hidden_states([chunk]))
 
     def _hidden_states(self, chunks: Sequence[SequenceChunk]) -> Tensor:
@@ -197,6 +200,8 @@ class Phi3ForCausalLM:
                     f"a chunk of {n} tokens at {start} does not fit a KV cache of "
                     f"{chunk.kv_cache.layout.max_model_len} tokens"
                 )
+            if not 0 <= chunk.num_logits <= n:
+                raise ValueError(f"num_logits is {chunk.num_logits} for a chunk of {n} tokens")
             # Keys that no query of the chunk may see any more are not read.
             first = 0 if window is None else max(0, start - window + 1)
             rows = chunk.kv_cache.rows
@@ -240,6 +245,9 @@ class Phi3ForCausalLM:
         return cos, sin
 
     def _logits(self, hidden: Tensor) -> Tensor:
+        if not len(hidden):
+            # Chunks of unfinished prefills only: the head is the largest matrix of a small network.
+            return torch.empty((0, len(self.lm_head)), dtype=torch.float32, device=self.device)
         hidden = F.rms_norm(hidden, hidden.shape[-1:], self.norm, self.config.rms_norm_eps)
         return self._linear(hidden, self.lm_head).contiguous().float()
 
@@ -255,3 +263,13 @@ class Phi3ForCausalLM:
         if self._tall:
             return torch.mm(weight, x.t()).t()
         return F.linear(x, weight)
+
+
+def _wanted_rows(chunks: Sequence[SequenceChunk]) -> list[int]:
+    """Which of all chunks' tokens logits are wanted after."""
+    wanted: list[int] = []
+    end = 0
+    for chunk in chunks:
+        end += len(chunk.token_ids)
+        wanted += range(end - chunk.num_logits, end)
+    return wanted

@@ -12,8 +12,9 @@ from collections.abc import Callable
 from typing import Protocol
 
 from phi_cluster.cluster.engine.model_runner import StepOutcome
-from phi_cluster.cluster.engine.scheduler import EngineLimits, Scheduler
+from phi_cluster.cluster.engine.scheduler import EngineLimits, ScheduledSequence, Scheduler
 from phi_cluster.cluster.engine.sequence import Sequence, SequenceStatus
+from phi_cluster.cluster.engine.settings import Speculation
 from phi_cluster.cluster.messages import SequenceOutput
 
 __all__ = ["Engine", "EngineLimits"]
@@ -28,27 +29,37 @@ class Runner(Protocol):
 
     def check(self, sequence: Sequence) -> None: ...
 
-    def run(self, scheduled: list[tuple[Sequence, int]]) -> dict[int, StepOutcome]: ...
+    def run(self, scheduled: list[ScheduledSequence]) -> dict[int, StepOutcome]: ...
 
 
 class Engine:
-    """Continuous batching over `runner`. `clock` gives seconds (monotonic).
+    """Continuous batching over `runner`. `clock` gives seconds (monotonic). With `speculation` a step may bring a
+    sequence several tokens; they are those that it would have got one by one.
 
     Attributes: `step_count`, forward passes so far; `last_step_at`, the clock after the latest (None before the
-    first): whoever watches over the engine believes these and nothing else; `num_preemptions`.
+    first): whoever watches over the engine believes these and nothing else; `num_preemptions`; `num_draft_tokens`,
+    guesses computed so far, and `num_accepted_tokens`, those of them that were right.
     """
 
-    def __init__(self, limits: EngineLimits, runner: Runner, clock: Callable[[], float]):
+    def __init__(
+        self,
+        limits: EngineLimits,
+        runner: Runner,
+        clock: Callable[[], float],
+        speculation: Speculation | None = None,
+    ):
         self._limits = limits
         self._runner = runner
         self._clock = clock
-        self._scheduler = Scheduler(limits, runner.long_rope_for)
+        self._scheduler = Scheduler(limits, runner.long_rope_for, speculation)
         self._sequences: dict[int, Sequence] = {}
         # Sequences that have had an output: num_cached_tokens goes into the first only.
         self._announced: set[int] = set()
         self._outputs: list[SequenceOutput] = []
         self.step_count = 0
         self.num_preemptions = 0
+        self.num_draft_tokens = 0
+        self.num_accepted_tokens = 0
         self.last_step_at: float | None = None
 
     @property
@@ -118,55 +129,76 @@ class Engine:
             self._change_kv(sequence, _change_regime)
         for sequence, why in decision.refused:
             self._finish(sequence, "error", error=why)
-        scheduled = [(s, num) for s, num in decision.scheduled if s.status is SequenceStatus.RUNNING]
+        scheduled = [one for one in decision.scheduled if one.sequence.status is SequenceStatus.RUNNING]
         if scheduled:
             outcomes = self._run(scheduled)
             self.step_count += 1
             self.last_step_at = self._clock()
-            for sequence, num in scheduled:
-                self._update(sequence, num, outcomes.get(sequence.sequence_id))
+            for one in scheduled:
+                self._update(one, outcomes.get(one.sequence.sequence_id))
         outputs, self._outputs = self._outputs, []
         return outputs
 
-    def _run(self, scheduled: list[tuple[Sequence, int]]) -> dict[int, StepOutcome]:
-        """The runner's outcomes. If a step fails as a whole, it is repeated one sequence at a time, so that only
-        the culprit fails; rows that are written twice are the same rows."""
+    def _run(self, scheduled: list[ScheduledSequence]) -> dict[int, StepOutcome]:
+        """The runner's outcomes. If a step fails as a whole, it is repeated one sequence at a time and without drafts,
+        so that only the culprit fails; rows that are written twice are the same rows."""
         try:
             return self._runner.run(scheduled)
         except Exception as error:
-            if len(scheduled) == 1:
-                return {scheduled[0][0].sequence_id: error}
+            if len(scheduled) == 1 and not scheduled[0].draft_ids:
+                return {scheduled[0].sequence.sequence_id: error}
             logger.warning("a step of %d sequences failed and is repeated one by one", len(scheduled), exc_info=True)
         outcomes: dict[int, StepOutcome] = {}
         for one in scheduled:
-            outcomes |= self._run([one])
+            outcomes |= self._run([one._replace(draft_ids=())])
         return outcomes
 
-    def _update(self, sequence: Sequence, num: int, outcome: StepOutcome) -> None:
-        """Mark what was computed, take the token in, and see whether that was the last."""
+    def _update(self, one: ScheduledSequence, outcome: StepOutcome | None) -> None:
+        """Mark what was computed, take the tokens in, and see whether one was the last.
+
+        Token by token: the row, the count of rows, the token. What a wrong draft left lies behind all that is counted
+        and is overwritten by the next step.
+        """
+        sequence, num, draft_ids = one
         if isinstance(outcome, Exception):
             self._fail(sequence, outcome)
             return
-        if (outcome is None) != (num < sequence.num_uncomputed_tokens):
+        if outcome is None or bool(outcome) != (num == sequence.num_uncomputed_tokens):
             self._fail(sequence, RuntimeError("the runner drew no token, or one too early"))
             return
-        try:
-            sequence.kv.set_computed(sequence.num_computed_tokens + num)
-            sequence.num_computed_tokens += num
-            if outcome is None:
-                return
-            sequence.kv.append_tokens([outcome])
-        except Exception as error:
-            self._fail(sequence, error)
+        right = tuple(outcome[:-1])
+        if right != draft_ids[: len(right)]:
+            self._fail(sequence, RuntimeError("the runner drew a token behind a wrong draft"))
             return
-        sequence.append(outcome)
-        reason = sequence.finish_reason(self._limits.max_model_len)
+        taken: list[int] = []
+        reason: str | None = None
+        try:
+            self._mark_computed(sequence, num)
+            for token_id in outcome:
+                if taken:
+                    # The token before was a draft, whose row is there already.
+                    self._mark_computed(sequence, 1)
+                sequence.kv.append_tokens([token_id])
+                sequence.append(token_id)
+                taken.append(token_id)
+                reason = sequence.finish_reason(self._limits.max_model_len)
+                if reason is not None:
+                    break
+        except Exception as error:
+            self._fail(sequence, error, taken)
+            return
+        self.num_draft_tokens += len(draft_ids)
+        self.num_accepted_tokens += max(len(taken) - 1, 0)
         if reason is not None:
-            self._finish(sequence, reason, [outcome])
-        else:
+            self._finish(sequence, reason, taken)
+        elif taken:
             self._outputs.append(
-                SequenceOutput(sequence.sequence_id, [outcome], num_cached_tokens=self._announce(sequence))
+                SequenceOutput(sequence.sequence_id, taken, num_cached_tokens=self._announce(sequence))
             )
+
+    def _mark_computed(self, sequence: Sequence, num: int) -> None:
+        sequence.kv.set_computed(sequence.num_computed_tokens + num)
+        sequence.num_computed_tokens += num
 
     def _change_kv(self, sequence: Sequence, change: Callable[[Sequence], None]) -> None:
         if sequence.status is SequenceStatus.FINISHED:
@@ -176,9 +208,9 @@ class Engine:
         except Exception as error:
             self._fail(sequence, error)
 
-    def _fail(self, sequence: Sequence, error: Exception) -> None:
+    def _fail(self, sequence: Sequence, error: Exception, token_ids: list[int] | None = None) -> None:
         logger.error("sequence %d failed", sequence.sequence_id, exc_info=error)
-        self._finish(sequence, "error", error=f"{type(error).__name__}: {error}")
+        self._finish(sequence, "error", token_ids, error=f"{type(error).__name__}: {error}")
 
     def _finish(
         self, sequence: Sequence, reason: str, token_ids: list[int] | None = None, error: str | None = None

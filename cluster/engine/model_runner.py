@@ -1,22 +1,26 @@
-"""Does what the scheduler decided: one forward pass over all chunks, then a token for whoever is due one.
+"""Does what the scheduler decided: one forward pass over all chunks, then tokens for whoever is due some.
 
-Owns: building the network's input, and the check that ids fit the network. Knows nothing of budgets, queues, the
-order in which memory is marked as written, or of messages.
+Owns: building the network's input, verifying drafts, and the check that ids fit the network. Knows nothing of budgets,
+queues, where drafts come from, the order in which memory is marked as written, or of messages.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from collections.abc import Sequence as AbstractSequence
+from itertools import islice
 from typing import Protocol, TypeAlias
 
 import torch
 
+from phi_cluster.cluster.engine.scheduler import ScheduledSequence
 from phi_cluster.cluster.engine.sequence import Sequence
 from phi_cluster.model.phi3 import SequenceChunk
-from phi_cluster.model.sampler import SamplingError, sample
+from phi_cluster.model.sampler import DrawRows, SamplingError, SamplingRequest, sample
 
-# What a step brought to a sequence: a token; None (its tokens are not all computed yet); or why there is none.
-StepOutcome: TypeAlias = int | Exception | None
+# What a step brought to a sequence: its next tokens, all but the last equal to the drafts (none: its tokens are not
+# all computed yet); or why there is none.
+StepOutcome: TypeAlias = list[int] | Exception
 
 
 class Rope(Protocol):
@@ -46,8 +50,10 @@ class ModelConfig(Protocol):
 class ModelRunner:
     """Runs a network; keeps nothing between two steps."""
 
-    def __init__(self, model: Model, config: ModelConfig):
+    def __init__(self, model: Model, config: ModelConfig, draw: DrawRows | None = None):
+        """`draw`: the sampler's draws, if not numpy's."""
         self._model = model
+        self._draw = draw
         self._vocab_size = config.vocab_size
 
     def long_rope_for(self, num_tokens: int) -> bool:
@@ -63,41 +69,61 @@ class ModelRunner:
                     f"{what} {wrong} is not one of the model's {self._vocab_size} (0 to {self._vocab_size - 1})"
                 )
 
-    def run(self, scheduled: list[tuple[Sequence, int]]) -> dict[int, StepOutcome]:
-        """Compute the next `num` tokens of each sequence; outcomes by sequence id.
+    def run(self, scheduled: list[ScheduledSequence]) -> dict[int, StepOutcome]:
+        """Compute the next tokens of each sequence, and its drafts behind them; outcomes by sequence id.
 
         Writes rows of the KV caches and nothing else, so a step that raises may be repeated. A row of logits that
         no token can be drawn from (NaN) fails its own sequence only.
         """
         chunks = []
-        due: list[int] = []
-        outcomes: dict[int, StepOutcome] = {}
-        for row, (sequence, num) in enumerate(scheduled):
+        requests: list[SamplingRequest] = []
+        for sequence, num, draft_ids in scheduled:
             start = sequence.num_computed_tokens
-            ids = torch.tensor(sequence.token_ids[start : start + num], dtype=torch.int64)
-            chunks.append(SequenceChunk(ids, start, sequence.kv.cache, sequence.long_rope))
-            outcomes[sequence.sequence_id] = None
-            if start + num == sequence.num_tokens:
-                due.append(row)
+            ids = [*sequence.token_ids[start : start + num], *draft_ids]
+            due = 1 + len(draft_ids) if start + num == sequence.num_tokens else 0
+            # All rows at once. Whether a row counts turns out later, but what it would be drawn with is known: it
+            # counts only if all drafts before it were right.
+            requests += [sequence.sampling_request(draft_ids[:i]) for i in range(due)]
+            chunk_ids = torch.tensor(ids, dtype=torch.int64)
+            chunks.append(SequenceChunk(chunk_ids, start, sequence.kv.cache, sequence.long_rope, due))
         logits = self._model.forward(chunks)
-        if logits.shape != (len(chunks), self._vocab_size):
-            raise RuntimeError(f"logits of shape {tuple(logits.shape)} for {len(chunks)} chunks")
-        for row, outcome in self._sample(logits, scheduled, due).items():
-            outcomes[scheduled[row][0].sequence_id] = outcome
-        return outcomes
+        if logits.shape != (len(requests), self._vocab_size):
+            raise RuntimeError(f"logits of shape {tuple(logits.shape)}, {len(requests)} rows were asked for")
+        drawn = iter(_sample(logits, requests, self._draw))
+        return {
+            one.sequence.sequence_id: _verify(list(islice(drawn, chunk.num_logits)), one.draft_ids)
+            for one, chunk in zip(scheduled, chunks, strict=True)
+        }
 
-    def _sample(
-        self, logits: torch.Tensor, scheduled: list[tuple[Sequence, int]], rows: list[int]
-    ) -> dict[int, StepOutcome]:
-        """Tokens for these rows of `logits`, by row."""
-        if not rows:
-            return {}
-        requests = [scheduled[row][0].sampling_request() for row in rows]
-        picked = logits if len(rows) == len(logits) else logits[rows]
-        try:
-            return dict(zip(rows, sample(picked, requests), strict=True))
-        except SamplingError as error:
-            failed: dict[int, StepOutcome] = {
-                rows[i]: RuntimeError(f"no token can be chosen: {why}") for i, why in error.rows.items()
-            }
-        return failed | self._sample(logits, scheduled, [row for row in rows if row not in failed])
+
+def _verify(drawn: list[int | Exception], draft_ids: AbstractSequence[int]) -> StepOutcome:
+    """The tokens that count, of those drawn behind the sequence and behind each draft.
+
+    As long as a draft is what was drawn in its place, the next one was drawn behind the true sequence. The first that
+    differs is true itself; so is the last, behind all drafts.
+    """
+    accepted: list[int] = []
+    for i, token_id in enumerate(drawn):
+        if isinstance(token_id, Exception):
+            # With tokens before it, these count; the next step meets the same row and fails.
+            return accepted or token_id
+        accepted.append(token_id)
+        if i == len(draft_ids) or token_id != draft_ids[i]:
+            break
+    return accepted
+
+
+def _sample(logits: torch.Tensor, requests: list[SamplingRequest], draw: DrawRows | None) -> list[int | Exception]:
+    """For each row of `logits` a token, or why there is none."""
+    if not requests:
+        return []
+    try:
+        return list(sample(logits, requests, draw))
+    except SamplingError as error:
+        why = error.rows
+    rest = [row for row in range(len(requests)) if row not in why]
+    others: Iterator[int | Exception] = iter(_sample(logits[rest], [requests[row] for row in rest], draw))
+    return [
+        RuntimeError(f"no token can be chosen: {why[row]}") if row in why else next(others)
+        for row in range(len(requests))
+    ]

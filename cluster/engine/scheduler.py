@@ -1,13 +1,14 @@
 """Who computes how many tokens in the next step.
 
-Owns: the queue, the set of running sequences, the budgets (sequences, tokens a step, KV bytes), preemption, and
-the choice of LongRoPE's regime. It decides only: it touches no KV memory, runs nothing, and knows nothing of the
-network or of messages. The engine carries a `ScheduleDecision` out.
+Owns: the queue, the set of running sequences, the budgets (sequences, tokens a step, KV bytes), preemption, the
+choice of LongRoPE's regime, and how many tokens ahead may be guessed. It decides only: it touches no KV memory, runs
+nothing, and knows nothing of the network or of messages. The engine carries a `ScheduleDecision` out.
 
 There are no phases: every sequence has `num_computed_tokens` chasing `num_tokens` (the idea of vLLM's v1).
 
 Why nothing starves: sequences are admitted in the order they came, and the youngest gives way. One token a step
 is kept for every running sequence; among those with more to compute, the oldest gets at least half of the rest.
+Drafts (see ngram.py) get what is left over when all tokens that are there have their share.
 """
 
 from __future__ import annotations
@@ -15,12 +16,19 @@ from __future__ import annotations
 import bisect
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
+from phi_cluster.cluster.engine.ngram import NgramIndex
 from phi_cluster.cluster.engine.sequence import Sequence, SequenceStatus
+from phi_cluster.cluster.engine.settings import MAX_DRAFT_TOKENS, Speculation
 
 # A sequence is admitted beside others only if all of them can grow by so many tokens: otherwise it would soon be
 # preempted again, and its prefill would be for nothing.
-_HEADROOM_TOKENS = 32
+#
+# Drafts are made only while there is so much room too. Rows of wrong drafts are then never charged: at most
+# MAX_DRAFT_TOKENS lie behind a sequence, so after the last step with drafts (which may add as many tokens) it has
+# overwritten them before it has used up the room.
+_HEADROOM_TOKENS = 2 * MAX_DRAFT_TOKENS
 
 
 @dataclass(frozen=True)
@@ -42,6 +50,15 @@ class EngineLimits:
                 raise ValueError(f"{name} must be at least 1, got {value}")
 
 
+class ScheduledSequence(NamedTuple):
+    """Compute `num_tokens` tokens (at least 1) from `num_computed_tokens` on and, if they are the last, also the
+    guesses `draft_ids` behind them."""
+
+    sequence: Sequence
+    num_tokens: int
+    draft_ids: tuple[int, ...] = ()
+
+
 @dataclass
 class ScheduleDecision:
     """What is to be done, in this order."""
@@ -52,17 +69,23 @@ class ScheduleDecision:
     regime_changed: list[Sequence] = field(default_factory=list)
     # Can never run; with the reason, for the user.
     refused: list[tuple[Sequence, str]] = field(default_factory=list)
-    # Compute so many tokens (at least 1) of each, from `num_computed_tokens` on.
-    scheduled: list[tuple[Sequence, int]] = field(default_factory=list)
+    scheduled: list[ScheduledSequence] = field(default_factory=list)
 
 
 class Scheduler:
     """`waiting` and `running` are in the order of arrival. `long_rope_for` maps a sequence's number of tokens to
     the regime it must be computed in."""
 
-    def __init__(self, limits: EngineLimits, long_rope_for: Callable[[int], bool]):
+    def __init__(
+        self,
+        limits: EngineLimits,
+        long_rope_for: Callable[[int], bool],
+        speculation: Speculation | None = None,
+    ):
         self._limits = limits
         self._long_rope_for = long_rope_for
+        self._speculation = speculation or Speculation()
+        self._ngrams: dict[int, NgramIndex] = {}
         self._max_running = min(limits.max_num_seqs, limits.max_num_batched_tokens)
         self._arrivals = 0
         self.waiting: list[Sequence] = []
@@ -81,6 +104,7 @@ class Scheduler:
     def remove(self, sequence: Sequence) -> None:
         """Forget a sequence that is over (it may be gone already)."""
         sequence.status = SequenceStatus.FINISHED
+        self._ngrams.pop(sequence.sequence_id, None)
         for sequences in (self.waiting, self.running):
             if sequence in sequences:
                 sequences.remove(sequence)
@@ -99,8 +123,48 @@ class Scheduler:
                 sequence.long_rope = long_rope
                 sequence.restart()
                 decision.regime_changed.append(sequence)
-        decision.scheduled = share_tokens(active, self._limits.max_num_batched_tokens)
+        shares = share_tokens(active, self._limits.max_num_batched_tokens)
+        drafts = self._draft(shares)
+        decision.scheduled = [ScheduledSequence(s, num, drafts.get(s.sequence_id, ())) for s, num in shares]
         return decision
+
+    # Drafts.
+
+    def _draft(self, shares: list[tuple[Sequence, int]]) -> dict[int, tuple[int, ...]]:
+        """Guesses, by sequence id, for sequences that lack one token, from what is left of the step's budget."""
+        budget = self._limits.max_num_batched_tokens - sum(num for _, num in shares)
+        if not self._speculation.num_tokens or budget <= 0 or not self._all_can_grow(self.running):
+            return {}
+        proposals: dict[int, list[int]] = {}
+        for sequence, _ in shares:
+            if sequence.num_uncomputed_tokens == 1 and (draft_ids := self._propose(sequence)):
+                proposals[sequence.sequence_id] = draft_ids
+        return share_drafts(proposals, budget)
+
+    def _propose(self, sequence: Sequence) -> list[int]:
+        """Guesses that could become tokens, all of them with one more behind: within every limit of the sequence."""
+        params, num_tokens = sequence.params, sequence.num_tokens
+        most = min(
+            self._speculation.num_tokens,
+            params.max_tokens - sequence.num_generated_tokens - 1,
+            self._limits.max_model_len - num_tokens - 1,
+            sequence.max_num_tokens - num_tokens - 1,
+        )
+        # The last token behind all drafts must be drawn in the regime that everything is computed in now.
+        while most > 0 and self._long_rope_for(num_tokens + most) != sequence.long_rope:
+            most -= 1
+        if most <= 0:
+            return []
+        ngrams = self._ngrams.get(sequence.sequence_id)
+        if ngrams is None:
+            ngrams = NgramIndex(self._speculation.min_match, self._speculation.max_match)
+            self._ngrams[sequence.sequence_id] = ngrams
+        draft_ids = ngrams.propose(sequence.token_ids, most)
+        if not params.ignore_eos:
+            # A stop token is the end, or masked (min_tokens): neither has anything behind it.
+            stop = next((i for i, token_id in enumerate(draft_ids) if token_id in params.stop_token_ids), None)
+            draft_ids = draft_ids[:stop]
+        return draft_ids
 
     # KV bytes. A running sequence is charged for all of its present tokens, computed or not, so that bytes never
     # run out in the middle of a prefill and nothing but a drawn token makes the sum grow.
@@ -134,7 +198,10 @@ class Scheduler:
             return True
         if len(self.running) >= self._max_running:
             return False
-        return not self._too_large(sum(self._nbytes_soon(s) for s in (*self.running, candidate)))
+        return self._all_can_grow([*self.running, candidate])
+
+    def _all_can_grow(self, sequences: list[Sequence]) -> bool:
+        return not self._too_large(sum(self._nbytes_soon(s) for s in sequences))
 
     def _nbytes_soon(self, sequence: Sequence) -> int:
         growth = sequence.num_prompt_tokens + sequence.params.max_tokens - sequence.num_tokens
@@ -183,6 +250,16 @@ def share_tokens(sequences: list[Sequence], budget: int) -> list[tuple[Sequence,
             shares[sequence.sequence_id] = shares.get(sequence.sequence_id, 0) + share
             rest -= share
     return [(s, shares[s.sequence_id]) for s in sequences if shares.get(s.sequence_id)]
+
+
+def share_drafts(proposals: dict[int, list[int]], budget: int) -> dict[int, tuple[int, ...]]:
+    """At most `budget` of the guesses, by sequence id: all have the same share, and what one does not need goes to
+    those who guess more."""
+    granted: dict[int, tuple[int, ...]] = {}
+    for i, (sequence_id, draft_ids) in enumerate(sorted(proposals.items(), key=lambda item: len(item[1]))):
+        granted[sequence_id] = tuple(draft_ids[: budget // (len(proposals) - i)])
+        budget -= len(granted[sequence_id])
+    return granted
 
 
 def _insert(sequences: list[Sequence], sequence: Sequence) -> None:

@@ -7,6 +7,7 @@ sequences share a step, of the network, of sessions or of text.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence as AbstractSequence
 from enum import Enum
 from typing import Any, Protocol
 
@@ -153,13 +154,17 @@ class Sequence:
             return "length"
         return None
 
-    def sampling_request(self) -> SamplingRequest:
-        """What the sampler needs for the next token."""
+    def sampling_request(self, draft_ids: AbstractSequence[int] = ()) -> SamplingRequest:
+        """What the sampler needs for the token behind `draft_ids`, as if these had been drawn already."""
+        position = self.num_tokens + len(draft_ids)
+        num_generated = self.num_generated_tokens + len(draft_ids)
         if not self.params.has_penalties:
-            return SamplingRequest(self.params, self.num_tokens, self.num_generated_tokens)
+            return SamplingRequest(self.params, position, num_generated)
         if self._prompt_ids is None or self._generated_counts is None:
             self._prompt_ids = np.unique(np.asarray(self.token_ids[: self.num_prompt_tokens], np.int64))
             self._generated_counts = Counter(self.token_ids[self.num_prompt_tokens :])
-        return SamplingRequest(
-            self.params, self.num_tokens, self.num_generated_tokens, self._prompt_ids, self._generated_counts
-        )
+        counts = self._generated_counts
+        if draft_ids:
+            counts = counts.copy()
+            counts.update(draft_ids)
+        return SamplingRequest(self.params, position, num_generated, self._prompt_ids, counts)

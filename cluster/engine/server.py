@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from phi_cluster.cluster.engine.device_kv import DeviceCaches, DeviceKV
 from phi_cluster.cluster.engine.engine import Engine, EngineLimits
+from phi_cluster.cluster.engine.model_runner import Model as Network
 from phi_cluster.cluster.engine.model_runner import ModelRunner
 from phi_cluster.cluster.engine.segment_kv import SegmentKV, splice
 from phi_cluster.cluster.engine.sequence import Sequence
@@ -43,7 +44,9 @@ from phi_cluster.cluster.messages import (
 from phi_cluster.cluster.served_model import ServedModel
 from phi_cluster.model.flat_weights import WeightIndex, protect_read_only, view_weights
 from phi_cluster.model.kv_cache import KVCache
+from phi_cluster.model.ops import library
 from phi_cluster.model.phi3 import Phi3ForCausalLM, SequenceChunk
+from phi_cluster.model.quantized_phi3 import QuantizedPhi3ForCausalLM
 from phi_cluster.model.sampling_params import SamplingParams
 
 logger = logging.getLogger(__name__)
@@ -60,24 +63,32 @@ def build_engine_server(
     Raises RuntimeError if the self-test fails.
     """
     torch.set_num_threads(settings.num_threads)
-    dtype = torch.bfloat16 if served.dtype == "bfloat16" else torch.float32
     protect_read_only(buffer)
     weights = view_weights(buffer, WeightIndex.from_dict(index))
-    model = Phi3ForCausalLM(served.config, weights, dtype, settings.device)
-    self_test = SelfTest(model, served, dtype, settings.device)
+    kv_dtype: torch.dtype = getattr(torch, served.kv_cache_dtype)
+    model: Network
+    if served.dtype in ("int8", "int4"):
+        model = quantized = QuantizedPhi3ForCausalLM(
+            served.config, weights, served.layout.kv, served.kv_cache_dtype, library.load(), settings.num_threads
+        )
+        runner = ModelRunner(quantized, served.config, quantized.draw)
+    else:
+        model = Phi3ForCausalLM(served.config, weights, getattr(torch, served.dtype), settings.device)
+        runner = ModelRunner(model, served.config)
+    self_test = SelfTest(model, served, kv_dtype, settings.device)
     self_test()
     limits = EngineLimits(settings.max_num_seqs, settings.max_num_batched_tokens, served.max_model_len)
-    engine = Engine(limits, ModelRunner(model, served.config), time.monotonic)
+    engine = Engine(limits, runner, time.monotonic, settings.speculation)
     caches = None
     if settings.device != "cpu":
-        caches = DeviceCaches(served.layout.kv, dtype, settings.device, max_idle=settings.max_num_seqs)
-    return EngineServer(engine, served, dtype, settings.socket_path, self_test, caches)
+        caches = DeviceCaches(served.layout.kv, kv_dtype, settings.device, max_idle=settings.max_num_seqs)
+    return EngineServer(engine, served, kv_dtype, settings.socket_path, self_test, caches)
 
 
 class SelfTest:
     """One token through the whole network: the same logits every time, and finite."""
 
-    def __init__(self, model: Phi3ForCausalLM, served: ServedModel, dtype: torch.dtype, device: str):
+    def __init__(self, model: Network, served: ServedModel, dtype: torch.dtype, device: str):
         self._model = model
         self._cache = KVCache(served.layout.kv, dtype, device=device)
         self._device = device

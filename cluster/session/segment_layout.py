@@ -52,7 +52,7 @@ class SegmentLayout:
     def identity(self, fingerprint: str) -> bytes:
         """32 bytes that two segments share only if model and layout are the same."""
         kv = self.kv
-        shape = (kv.num_layers, kv.num_kv_heads, kv.head_dim, kv.max_model_len, kv.itemsize)
+        shape = (kv.num_layers, kv.num_kv_heads, kv.head_dim, kv.max_model_len, kv.itemsize, kv.scale_nbytes)
         return hashlib.blake2b(repr((shape, fingerprint)).encode(), digest_size=32).digest()
 
 

@@ -11,6 +11,7 @@ from pydantic import BaseModel
 
 import phi_cluster.configs
 from phi_cluster.cluster.config import Config, describe_config, load_config
+from phi_cluster.cluster.engine.settings import Speculation
 from phi_cluster.cluster.errors import StartError
 
 
@@ -85,6 +86,8 @@ def test_unknown_fields_name_the_nearest(tmp_path: Path) -> None:
         ("engine: 5", "engine: "),
         ("server: {port: 70000}", "server.port: "),
         ("device: tpu", "device: "),
+        ("dtype: int3", "dtype: Input should be 'auto', 'float32', 'bfloat16', 'int8' or 'int4'"),
+        ("kv_cache_dtype: float32", "kv_cache_dtype: Input should be 'auto', 'bfloat16' or 'int8'"),
         ("- model", "must hold fields"),
         ("just words", "must hold fields"),
         ("{", "is not valid YAML"),
@@ -115,6 +118,27 @@ def test_a_section_whose_fields_are_all_commented_out_is_its_defaults(tmp_path: 
     path = write(tmp_path, "server:\n  # port: 8001\nmodel: x\n")
     assert load_config(path, {}) == Config(model="x")
     assert load_config(path, {"server": {"port": 8002}}).server.port == 8002
+
+
+@pytest.mark.parametrize("text", ["engine: {speculation: }", "engine: {speculation: {}}", "engine:"])
+def test_speculation_is_off_by_default(tmp_path: Path, text: str) -> None:
+    speculation = load_config(write(tmp_path, text), {}).engine.speculation
+    assert speculation.model_dump() == {"num_tokens": 0, "min_match": 2, "max_match": 4}
+    # What the engine reads has the same fields and defaults.
+    assert Speculation(**speculation.model_dump()) == Speculation()
+
+
+@pytest.mark.parametrize("text", ["num_tokens: 17", "num_tokens: -1", "min_match: 0", "min_match: 5", "max_match: 1"])
+def test_speculation_that_cannot_be_is_refused(tmp_path: Path, text: str) -> None:
+    assert refusal(tmp_path, f"engine: {{speculation: {{{text}}}}}").startswith("FILE: engine.speculation")
+    name, _, value = text.partition(": ")
+    with pytest.raises(ValueError, match="must be between"):
+        Speculation(**{name: int(value)})
+
+
+def test_unknown_fields_of_speculation_name_the_nearest(tmp_path: Path) -> None:
+    told = refusal(tmp_path, "engine: {speculation: {num_token: 3}}")
+    assert told == "FILE: unknown field engine.speculation.num_token; did you mean num_tokens?"
 
 
 def test_overrides_lie_over_the_file_and_none_is_not_given(tmp_path: Path) -> None:

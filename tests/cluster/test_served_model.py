@@ -11,7 +11,8 @@ import pytest
 
 from phi_cluster.cluster.config import Config
 from phi_cluster.cluster.errors import StartError
-from phi_cluster.cluster.served_model import describe_model
+from phi_cluster.cluster.served_model import choose_dtypes, compiled_ops_problem, describe_model
+from phi_cluster.model.kv_layout import KVCacheLayout
 
 FIELDS: dict[str, Any] = {
     "architectures": ["Phi3ForCausalLM"],
@@ -52,12 +53,34 @@ def test_configured_names_replace_it(tmp_path: Path) -> None:
     assert describe_model(config, checkpoint(tmp_path)).names == ("phi", "gpt-4o")
 
 
-@pytest.mark.parametrize(("dtype", "itemsize"), [("float32", 4), ("bfloat16", 2)])
-def test_the_layout_follows_from_network_and_dtype(dtype: Any, itemsize: int, tmp_path: Path) -> None:
-    served = describe_model(Config(dtype=dtype, max_model_len=100), checkpoint(tmp_path))
-    assert (served.dtype, served.itemsize) == (dtype, itemsize)
-    kv = served.layout.kv
-    assert (kv.num_layers, kv.num_kv_heads, kv.head_dim, kv.max_model_len, kv.itemsize) == (3, 2, 16, 100, itemsize)
+def works() -> str | None:
+    """The compiled kernels are there."""
+    return None
+
+
+def not_compiled() -> str | None:
+    return "the kernels were not\ncompiled"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kv_cache_dtype", "kv", "itemsize", "scale_nbytes"),
+    [
+        ("float32", "auto", "float32", 4, 0),
+        ("bfloat16", "auto", "bfloat16", 2, 0),
+        ("bfloat16", "bfloat16", "bfloat16", 2, 0),
+        ("int8", "auto", "bfloat16", 2, 0),
+        ("int4", "bfloat16", "bfloat16", 2, 0),
+        ("int8", "int8", "int8", 1, 4),
+        ("int4", "int8", "int8", 1, 4),
+    ],
+)
+def test_the_layout_follows_from_network_and_dtypes(
+    dtype: Any, kv_cache_dtype: Any, kv: str, itemsize: int, scale_nbytes: int, tmp_path: Path
+) -> None:
+    config = Config(dtype=dtype, kv_cache_dtype=kv_cache_dtype, max_model_len=100)
+    served = describe_model(config, checkpoint(tmp_path), works)
+    assert (served.dtype, served.kv_cache_dtype) == (dtype, kv)
+    assert served.layout.kv == KVCacheLayout(3, 2, 16, 100, itemsize, scale_nbytes)
     assert served.layout.max_model_len == 100
 
 
@@ -69,19 +92,70 @@ def test_the_dtype_is_not_part_of_the_fingerprint_but_the_network_is(tmp_path: P
     assert deeper.fingerprint != one.fingerprint
 
 
-def test_auto_is_bfloat16(tmp_path: Path) -> None:
-    assert describe_model(Config(), checkpoint(tmp_path)).dtype == "bfloat16"
+def never_asked() -> str | None:
+    raise AssertionError("the compiled kernels do not matter here")
+
+
+def test_auto_is_int8_where_the_kernels_are_and_says_so_where_not(tmp_path: Path) -> None:
+    told: list[str] = []
+    folder = checkpoint(tmp_path)
+    served = describe_model(Config(), folder, works, told.append)
+    assert (served.dtype, served.kv_cache_dtype, told) == ("int8", "bfloat16", [])
+    served = describe_model(Config(), folder, not_compiled, told.append)
+    assert (served.dtype, served.kv_cache_dtype) == ("bfloat16", "bfloat16")
+    assert told == [
+        "dtype is bfloat16, as the kernels were not compiled; for int8, install a C++ compiler such as g++ and "
+        "reinstall phi-cluster"
+    ]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_kernels_that_are_not_needed_are_not_asked_for(dtype: Any) -> None:
+    assert choose_dtypes(Config(dtype=dtype), never_asked)[0] == dtype
+    assert choose_dtypes(Config(device="cuda"), never_asked) == ("bfloat16", "bfloat16")
+    assert choose_dtypes(Config(device="cuda", dtype=dtype), never_asked)[0] == dtype
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"dtype": "int8"}, "dtype: int8 cannot be used, as the kernels were not compiled; install a C++ compiler"),
+        ({"dtype": "int4"}, "dtype: int4 cannot be used, as the kernels were not compiled; install a C++ compiler"),
+        ({"kv_cache_dtype": "int8"}, "kv_cache_dtype: int8 cannot be used, as the kernels were not compiled; install"),
+        (
+            {"device": "cuda", "dtype": "int8"},
+            "dtype: int8 runs on the CPU only; with device: cuda set dtype: bfloat16",
+        ),
+        ({"dtype": "bfloat16", "kv_cache_dtype": "int8"}, "kv_cache_dtype: int8 does not go with dtype bfloat16, "),
+        ({"device": "cuda", "kv_cache_dtype": "int8"}, "kv_cache_dtype: int8 does not go with dtype bfloat16, "),
+        ({"dtype": "float32", "kv_cache_dtype": "int8"}, "kv_cache_dtype: int8 does not go with dtype float32, "),
+        (
+            {"dtype": "float32", "kv_cache_dtype": "bfloat16"},
+            "kv_cache_dtype: bfloat16 does not go with dtype float32, whose KV cache is float32; leave it at auto",
+        ),
+    ],
+)
+def test_dtypes_that_cannot_be_are_one_sentence(fields: dict[str, Any], told: str, tmp_path: Path) -> None:
+    with pytest.raises(StartError) as caught:
+        describe_model(Config(**fields), checkpoint(tmp_path), not_compiled)
+    assert caught.value.message.startswith(told)
+    assert "\n" not in caught.value.message
+
+
+def test_the_installed_kernels_are_there_or_it_is_said_why_not() -> None:
+    problem = compiled_ops_problem()
+    assert problem is None or len(problem) > 10
 
 
 def test_the_longest_conversation(tmp_path: Path) -> None:
     folder = checkpoint(tmp_path / "short")
-    assert describe_model(Config(), folder).max_model_len == 4096
-    assert describe_model(Config(max_model_len=512), folder).max_model_len == 512
+    assert describe_model(Config(dtype="float32"), folder).max_model_len == 4096
+    assert describe_model(Config(dtype="float32", max_model_len=512), folder).max_model_len == 512
     with pytest.raises(StartError, match=r"max_model_len: 8192 is more than .* 4096"):
-        describe_model(Config(max_model_len=8192), folder)
+        describe_model(Config(dtype="float32", max_model_len=8192), folder)
     endless = checkpoint(tmp_path / "long", max_position_embeddings=2**20)
-    assert describe_model(Config(), endless).max_model_len < 2**20
-    assert describe_model(Config(max_model_len=2**20), endless).max_model_len == 2**20
+    assert describe_model(Config(dtype="float32"), endless).max_model_len < 2**20
+    assert describe_model(Config(dtype="float32", max_model_len=2**20), endless).max_model_len == 2**20
 
 
 def test_an_unsupported_network_is_one_sentence(tmp_path: Path) -> None:

@@ -80,11 +80,13 @@ def test_phases_are_lines_and_parts_share_one(log: io.StringIO) -> None:
     report = TerminalReport(log)
     report.checked(Machine(2, 24 * 2**30, 20 * 2**30, "AVX2"))
     report.cleared("ended process 5 of a server that was killed")
+    report.noted("dtype is bfloat16")
     report.started("ray", 1.26)
     report.started("weights", 0.4)
     report.ready()
     report.ready()
-    first, second, third = log.getvalue().splitlines()
+    first, second, note, third = log.getvalue().splitlines()
     assert "2 cores, AVX2, 24 GiB" in first
     assert second == "clearing     ended process 5 of a server that was killed"
+    assert note == "note         dtype is bfloat16"
     assert third == "starting     ray 1.3s  weights 0.4s"

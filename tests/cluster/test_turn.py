@@ -637,6 +637,27 @@ async def test_a_stop_string_ends_the_reply_in_front_of_it(world: World, tokeniz
     assert [tokens for _, tokens in commit.boundaries] == [commit.num_prompt_tokens]
 
 
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 8, 12, 100])
+@pytest.mark.parametrize("over", [False, True])
+async def test_steps_of_several_tokens_leave_what_single_ones_leave(
+    size: int, over: bool, world: World, tokenizer: Tokenizer
+) -> None:
+    """However many tokens a step brings, those behind a stop string are not part of the reply."""
+    events, first = await begin(world, chat("hi", stop=("STOP",)))
+    token_ids = [tokenizer.encode(char)[0] for char in "hey STOP and more"]
+    for start in range(0, len(token_ids), size):
+        world.engines.push(*token_ids[start : start + size])
+    # It may have come to its end before the abort came.
+    world.engines.push(reason="length" if over else "abort", released=True)
+    seen = [await asyncio.wait_for(first, PATIENCE), *await asyncio.wait_for(collect(events), PATIENCE)]
+    assert said(seen) == "hey "
+    assert sum(event.num_tokens for event in seen if isinstance(event, TextDelta)) == 8
+    assert (finished(seen).finish_reason, finished(seen).num_completion_tokens) == ("stop", 8)
+    [commit] = world.sessions.commits
+    assert commit.finish_reason == "stop_string"
+    assert stored_ids(commit)[commit.num_prompt_tokens :] == token_ids[:8]
+
+
 async def collect(events: Any) -> list[TurnEvent]:
     return [event async for event in events]
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from phi_cluster.cluster.config import Config
 from phi_cluster.cluster.errors import StartError
@@ -54,15 +54,18 @@ def make_model(folder: Path, config: dict[str, Any]) -> ServedModel:
         },
         folder / "model.safetensors",
     )
-    return describe_model(Config(model=str(folder)), folder)
+    return describe_model(Config(model=str(folder), dtype="bfloat16"), folder)
 
 
-def test_packing_happens_once_and_reports_its_progress(tmp_path: Path) -> None:
-    model = make_model(tmp_path / "small", _SMALL)
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8", "int4"])
+def test_packing_happens_once_and_reports_its_progress(dtype: str, tmp_path: Path) -> None:
+    model = replace(make_model(tmp_path / "small", _SMALL), dtype=dtype)
     seen: list[tuple[int, int]] = []
     weights, index = ensure_packed(model, tmp_path / "cache", lambda done, total: seen.append((done, total)))
     assert seen[-1][0] == seen[-1][1] > 0
     assert weights.stat().st_size == json.loads(index.read_text())["nbytes"]
+    assert json.loads(index.read_text())["dtype"] == dtype
+    assert {path.name for path in weights.parent.iterdir()} == {weights.name, index.name}
     seen.clear()
     assert ensure_packed(model, tmp_path / "cache", lambda done, total: seen.append((done, total))) == (weights, index)
     assert seen == []
@@ -79,9 +82,22 @@ def test_a_broken_checkpoint_is_one_sentence_and_leaves_nothing(tmp_path: Path) 
     assert list((tmp_path / "cache" / "packed").iterdir()) == []
 
 
-def test_dtypes_are_packed_apart(tmp_path: Path) -> None:
+def test_dtypes_are_packed_apart_and_quantised_formats_have_versions(tmp_path: Path) -> None:
     model = make_model(tmp_path / "small", _SMALL)
-    assert packed_paths(model, tmp_path) != packed_paths(replace(model, dtype="float32"), tmp_path)
+    names = [packed_paths(replace(model, dtype=dtype), tmp_path)[0].name for dtype in ("bfloat16", "int8", "int4")]
+    assert names == [f"{model.fingerprint}-{end}.bin" for end in ("bfloat16", "int8-1", "int4-1")]
+    # Keys and values are no part of it.
+    assert packed_paths(replace(model, kv_cache_dtype="int8"), tmp_path) == packed_paths(model, tmp_path)
+
+
+def test_weights_that_cannot_be_quantised_are_one_sentence(tmp_path: Path) -> None:
+    model = replace(make_model(tmp_path / "small", _SMALL), dtype="int4")
+    tensors = load_file(model.folder / "model.safetensors")
+    tensors["model.layers.0.mlp.down_proj.weight"][0, 0] = np.inf
+    save_file(tensors, model.folder / "model.safetensors")
+    with pytest.raises(StartError, match=r"^model\.layers\.0\.mlp\.down_proj\.weight holds numbers that are not fin"):
+        ensure_packed(model, tmp_path / "cache")
+    assert list((tmp_path / "cache" / "packed").iterdir()) == []
 
 
 @pytest.fixture(scope="module")

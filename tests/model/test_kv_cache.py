@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import resource
 
@@ -12,6 +13,7 @@ from phi_cluster.model.kv_cache import KVCache
 from phi_cluster.model.kv_layout import KVCacheLayout
 
 LAYOUT = KVCacheLayout(num_layers=2, num_kv_heads=3, head_dim=8, max_model_len=50, itemsize=2)
+INT8 = KVCacheLayout(num_layers=2, num_kv_heads=3, head_dim=8, max_model_len=50, itemsize=1, scale_nbytes=4)
 
 
 def test_rows_lie_where_the_layout_says():
@@ -26,6 +28,32 @@ def test_rows_lie_where_the_layout_says():
             assert bytes(buffer[row : row + LAYOUT.row_nbytes]) == expected
             buffer[row : row + LAYOUT.row_nbytes] = bytes(LAYOUT.row_nbytes)
     assert not any(buffer)
+
+
+def test_rows_of_int8_are_bytes_with_scales_between_them():
+    buffer = bytearray(INT8.nbytes)
+    cache = KVCache(INT8, torch.int8, buffer)
+    assert (cache.rows.dtype, tuple(cache.rows.shape)) == (torch.uint8, (4, 50, 36))
+    assert not hasattr(cache, "keys")
+    assert not hasattr(cache, "values")
+    cache.rows[3, 7] = torch.arange(36, dtype=torch.uint8)
+    row = INT8.region_offset(1, 1) + 7 * INT8.row_nbytes
+    assert buffer[row : row + 36] == bytes(range(36))
+    assert not any(buffer[:row])
+    cache.clear()
+    assert not any(buffer)
+    assert KVCache(INT8, torch.int8).rows.eq(0).all()
+
+
+@pytest.mark.parametrize(("layout", "dtype"), [(LAYOUT, torch.bfloat16), (INT8, torch.int8)])
+def test_the_address_is_where_the_area_begins(layout, dtype):
+    segment = mmap.mmap(-1, mmap.PAGESIZE + layout.nbytes)
+    cache = KVCache(layout, dtype, memoryview(segment)[mmap.PAGESIZE :])
+    ctypes.memset(cache.address + layout.region_offset(1, 0), 0x40, layout.row_nbytes)
+    assert cache.rows[2, 0].view(torch.uint8).eq(0x40).all()
+    begin = mmap.PAGESIZE + layout.region_offset(1, 0)
+    assert segment[begin : begin + layout.row_nbytes] == b"@" * layout.row_nbytes
+    assert KVCache(layout, dtype).address % mmap.PAGESIZE == 0
 
 
 def test_a_part_of_a_buffer_may_be_used():
@@ -74,6 +102,13 @@ def test_clear_leaves_zeros():
 def test_what_does_not_fit_is_refused(buffer, dtype, message):
     with pytest.raises(ValueError, match=message):
         KVCache(LAYOUT, dtype, buffer)
+
+
+def test_scales_and_int8_go_together():
+    with pytest.raises(ValueError, match=r"scales of 0 bytes, which does not fit torch\.int8"):
+        KVCache(KVCacheLayout(2, 3, 8, 50, 1), torch.int8)
+    with pytest.raises(ValueError, match=r"scales of 4 bytes, which does not fit torch\.uint8"):
+        KVCache(INT8, torch.uint8)
 
 
 def test_a_device_has_no_host_buffer():

@@ -57,6 +57,17 @@ def test_ranges_that_touch_are_one():
     assert whole_pages.used_ranges(64) == [(0, whole_pages.nbytes)]
 
 
+def test_a_scale_a_head_is_part_of_a_row():
+    int8 = KVCacheLayout(num_layers=3, num_kv_heads=3, head_dim=64, max_model_len=100, itemsize=1, scale_nbytes=4)
+    assert int8.row_nbytes == 3 * (4 + 64)
+    assert int8.bytes_per_token == 2 * 3 * 204
+    # 100 rows of 204 bytes are 4.98 pages.
+    assert int8.region_nbytes == 5 * PAGE_NBYTES
+    assert int8.used_ranges(7) == [(i * 5 * PAGE_NBYTES, 7 * 204) for i in range(6)]
+    assert int8.nbytes_used(21) == 6 * 2 * PAGE_NBYTES
+    assert int8.tail_ranges(21) == [((5 * i + 2) * PAGE_NBYTES, 3 * PAGE_NBYTES) for i in range(6)]
+
+
 @pytest.mark.parametrize("num_tokens", [-1, 101])
 def test_lengths_outside_the_area_are_refused(num_tokens):
     for method in (LAYOUT.used_ranges, LAYOUT.tail_ranges, LAYOUT.nbytes_used):
@@ -75,6 +86,8 @@ def test_empty_layouts_are_refused(field):
     fields = {"num_layers": 1, "num_kv_heads": 1, "head_dim": 8, "max_model_len": 8, "itemsize": 2}
     with pytest.raises(ValueError, match=f"{field} is 0"):
         KVCacheLayout(**(fields | {field: 0}))
+    with pytest.raises(ValueError, match="scale_nbytes is 2"):
+        KVCacheLayout(**(fields | {"scale_nbytes": 2}))
 
 
 def test_for_config():
@@ -88,4 +101,5 @@ def test_for_config():
         max_position_embeddings=64,
         original_max_position_embeddings=64,
     )
-    assert KVCacheLayout.for_config(config, 32, 4) == KVCacheLayout(5, 2, 8, 32, 4)
+    assert KVCacheLayout.for_config(config, 32, 4) == KVCacheLayout(5, 2, 8, 32, 4, 0)
+    assert KVCacheLayout.for_config(config, 32, 1, 4) == KVCacheLayout(5, 2, 8, 32, 1, 4)

@@ -144,6 +144,51 @@ def test_batched_equals_alone(checkpoint, variant):
         torch.testing.assert_close(stored, chunk.kv_cache.rows[:, :end], rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("wanted", [[1, 1, 1], [0, 2, 1], [5, 3, 0], [0, 0, 1], [0, 0, 0]])
+def test_logits_are_those_that_are_wanted(checkpoint, wanted):
+    model = load(checkpoint("gqa"))
+    sizes = [5, 3, 1]
+
+    def chunks(num_logits: Sequence[int]) -> list[SequenceChunk]:
+        return [
+            SequenceChunk(random_ids(size, seed), 0, new_cache(model), num_logits=num)
+            for seed, (size, num) in enumerate(zip(sizes, num_logits, strict=True))
+        ]
+
+    made = chunks(wanted)
+    logits = model.forward(made)
+    assert logits.shape == (sum(wanted), 131)
+    assert logits.dtype == torch.float32
+    everything = model.forward(chunks(sizes)).split(sizes)
+    expected = torch.cat([rows[size - num :] for rows, size, num in zip(everything, sizes, wanted, strict=True)])
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
+    # Rows are written whatever is wanted.
+    for chunk, size in zip(made, sizes, strict=True):
+        assert not chunk.kv_cache.rows[:, :size].isnan().any()
+
+
+def test_without_wanted_logits_the_head_is_not_computed(checkpoint):
+    model = load(checkpoint("gqa"))
+    used: list[torch.Tensor] = []
+    linear = model._linear
+
+    def spying(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        used.append(weight)
+        return linear(x, weight)
+
+    model._linear = spying  # type: ignore[method-assign]
+    for num_logits in (0, 1):
+        model.forward([SequenceChunk(random_ids(4), 0, new_cache(model), num_logits=num_logits)])
+        assert any(weight is model.lm_head for weight in used) == bool(num_logits)
+
+
+@pytest.mark.parametrize(("size", "num_logits"), [(3, 4), (3, -1)])
+def test_more_logits_than_tokens_are_refused(checkpoint, size, num_logits):
+    model = load(checkpoint("gqa"))
+    with pytest.raises(ValueError, match=f"num_logits is {num_logits} for a chunk of 3 tokens"):
+        model.forward([SequenceChunk(random_ids(size), 0, new_cache(model), num_logits=num_logits)])
+
+
 def test_a_trimmed_cache_equals_one_never_extended(checkpoint):
     model = load(checkpoint("gqa"))
     ids, other = random_ids(20), random_ids(12, seed=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 from typing import Any
 
@@ -10,6 +11,8 @@ import pytest
 import torch
 
 from phi_cluster.model.sampler import (
+    _PACKED_ROW,
+    ROW,
     SamplingError,
     SamplingRequest,
     _inverse_cdf,
@@ -361,6 +364,66 @@ def test_a_mask_over_everything_is_an_error() -> None:
 def test_a_penalty_beyond_float32_is_an_error_of_its_row() -> None:
     with pytest.raises(SamplingError, match="inf"):
         one([1.0, 2.0], repetition_penalty=1e-300, prompt_ids=(0,))
+
+
+# A draw that is made elsewhere
+
+
+def draw_in_numpy(rows: np.ndarray) -> None:
+    """Reads what `rows` say, as the compiled kernel does, and draws with numpy."""
+    assert rows.dtype == ROW
+    assert rows.flags.c_contiguous
+    for row in rows:
+        numbers = (ctypes.c_float * int(row["vocab"])).from_address(int(row["logits"]))
+        params = SamplingParams(
+            seed=int(row["seed"]),
+            max_tokens=1,
+            temperature=float(row["temperature"]),
+            top_p=float(row["top_p"]),
+            top_k=int(row["top_k"]),
+            min_p=float(row["min_p"]),
+        )
+        logits = torch.from_numpy(np.array(numbers))[None]
+        try:
+            row["token"] = sample(logits, [SamplingRequest(params, int(row["position"]))])[0]
+        except SamplingError as error:
+            row["status"] = [word in str(error) for word in ("row", "nan", "inf", "masked")].index(True, 1)
+
+
+def test_a_row_is_56_bytes_as_in_c() -> None:
+    offsets = [ROW.fields[name][1] for name in ROW.names or ()] if ROW.fields else []
+    assert offsets == [0, 8, 16, 24, 32, 36, 40, 44, 48, 52]
+    assert ROW.itemsize == _PACKED_ROW.size == 56
+
+
+def test_the_same_tokens_with_a_draw_made_elsewhere() -> None:
+    logits = random_logits(8, 32, 1003)
+    requests = [
+        *mixed_requests(29),
+        request(seed=-7, temperature=1e300, top_k=10**12),
+        request(seed=2**64 - 1, temperature=1e-6),
+        request(temperature=1, top_p=1),
+    ]
+    expected = sample(logits, requests)
+    assert sample(logits, requests, draw_in_numpy) == expected
+    assert sample(logits.double(), requests, draw_in_numpy) == expected
+    wide = torch.zeros(32, 1010)
+    wide[:, 3:-4] = logits
+    assert sample(wide[:, 3:-4], requests, draw_in_numpy) == expected
+    assert sample(logits.t().contiguous().t(), requests, draw_in_numpy) == expected
+    assert sample(torch.zeros(0, 4), [], draw_in_numpy) == []
+
+
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_bad_rows_are_named_with_a_draw_made_elsewhere(temperature: float) -> None:
+    logits = torch.tensor([[0.0, 1.0], [0.0, NAN], [INF, 0.0], [-INF, -INF], [1.0, 2.0]])
+    messages = []
+    for draw in (None, draw_in_numpy):
+        with pytest.raises(SamplingError) as caught:
+            sample(logits, [request(temperature=temperature)] * 5, draw)
+        messages.append(caught.value.rows)
+    assert list(messages[0]) == [1, 2, 3]
+    assert messages[0] == messages[1]
 
 
 def test_shapes_must_agree() -> None:

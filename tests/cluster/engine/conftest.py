@@ -19,6 +19,7 @@ import torch
 from phi_cluster.cluster.engine.engine import Engine, EngineLimits
 from phi_cluster.cluster.engine.model_runner import ModelRunner
 from phi_cluster.cluster.engine.sequence import Sequence as EngineSequence
+from phi_cluster.cluster.engine.settings import Speculation
 from phi_cluster.cluster.messages import SequenceOutput
 from phi_cluster.model.phi3 import SequenceChunk
 from phi_cluster.model.sampling_params import SamplingParams
@@ -108,37 +109,50 @@ class FakeKV:
 
 
 class FakeModel:
-    """Logits [chunks, VOCAB_SIZE] from the rows that the cache holds. `long_from` is the first length in the long
-    regime."""
+    """Logits [sum of num_logits, VOCAB_SIZE] from the rows that the cache holds up to each token. `long_from` is the
+    first length in the long regime."""
 
     def __init__(self, long_from: int | None = None) -> None:
         self.rope = SimpleNamespace(
             regime_for=lambda n: "long" if long_from is not None and n >= long_from else "short"
         )
-        # [(start, number of tokens)] of each step's chunks.
+        # [(start, number of tokens)] of each step's chunks, and how many rows of logits each wanted.
         self.steps: list[list[tuple[int, int]]] = []
+        self.wanted: list[list[int]] = []
         # Called with a step's chunks before anything is written; may raise.
         self.before: Callable[[Sequence[SequenceChunk]], None] = lambda chunks: None
-        # Changes one chunk's logits, given all of its sequence's tokens.
+        # Changes the logits after one token, given all tokens up to it.
         self.bend: Callable[[torch.Tensor, list[int]], None] = lambda row, token_ids: None
 
     def forward(self, chunks: Sequence[SequenceChunk]) -> torch.Tensor:
         self.before(chunks)
         self.steps.append([(chunk.start, len(chunk.token_ids)) for chunk in chunks])
-        return torch.stack([self._one(chunk) for chunk in chunks])
+        self.wanted.append([chunk.num_logits for chunk in chunks])
+        rows = [row for chunk in chunks for row in self._rows(chunk)]
+        return torch.stack(rows) if rows else torch.empty(0, VOCAB_SIZE)
 
-    def _one(self, chunk: SequenceChunk) -> torch.Tensor:
+    def _rows(self, chunk: SequenceChunk) -> list[torch.Tensor]:
         cache: Any = chunk.kv_cache
-        assert len(chunk.token_ids) >= 1
+        assert 0 <= chunk.num_logits <= len(chunk.token_ids) >= 1
         for i, token_id in enumerate(chunk.token_ids.tolist()):
             cache.write(chunk.start + i, token_id, chunk.long_rope)
-        rows = [cache.rows[position] for position in range(chunk.start + len(chunk.token_ids))]
+        end = chunk.start + len(chunk.token_ids)
+        rows = [cache.rows[position] for position in range(end)]
         assert {long_rope for _, long_rope in rows} == {chunk.long_rope}, "rows of both regimes"
+        return [self._logits(rows[:length]) for length in range(end - chunk.num_logits + 1, end + 1)]
+
+    def _logits(self, rows: list[tuple[int, bool]]) -> torch.Tensor:
         digest = hashlib.blake2b(repr(rows).encode(), digest_size=8).digest()
         numbers = np.random.Generator(np.random.Philox(int.from_bytes(digest, "big"))).standard_normal(VOCAB_SIZE)
         logits = torch.from_numpy(numbers.astype(np.float32) * 3)
         self.bend(logits, [token_id for token_id, _ in rows])
         return logits
+
+
+def repeating(row: torch.Tensor, token_ids: list[int]) -> None:
+    """A `bend`: mostly the last token alone says which one comes next, so replies soon go round in circles, and leave
+    them again."""
+    row[(7 * token_ids[-1] + 3) % 11] += 9.0
 
 
 class Lab:
@@ -148,6 +162,7 @@ class Lab:
     bytes_per_token = BYTES_PER_TOKEN
     KV = FakeKV
     Model = FakeModel
+    repeating = staticmethod(repeating)
 
     def params(self, **overrides: Any) -> SamplingParams:
         return SamplingParams(**{"seed": 1, "max_tokens": 8, "temperature": 0.8, **overrides})
@@ -184,10 +199,11 @@ class Lab:
         max_model_len: int = 1000,
         max_kv_bytes: int | None = None,
         clock: Callable[[], float] = lambda: 0.0,
+        speculation: Speculation | None = None,
     ) -> Engine:
         limits = EngineLimits(max_num_seqs, max_num_batched_tokens, max_model_len, max_kv_bytes)
         runner = ModelRunner(model or FakeModel(), SimpleNamespace(vocab_size=VOCAB_SIZE))
-        return Engine(limits, runner, clock)
+        return Engine(limits, runner, clock, speculation)
 
     def drain(self, engine: Engine, max_steps: int = 2000) -> dict[int, Reply]:
         """Step until there is no work; replies by sequence id."""

@@ -1,7 +1,7 @@
-"""Engine under random traffic: whatever else happens, each sequence's reply is the one it gets alone.
+"""Engine under random traffic: whatever else happens, each sequence's reply is the one it gets alone, a token a step.
 
 Arrivals, aborts, leases that grow, budgets that are too small, long prompts, warm caches, replies taken over in their
-middle, LongRoPE's boundary and steps that fail: all from a seeded generator, so every case is repeatable.
+middle, LongRoPE's boundary, drafts and steps that fail: all from a seeded generator, so every case is repeatable.
 """
 
 from __future__ import annotations
@@ -12,11 +12,13 @@ from typing import Any
 
 import pytest
 
+from phi_cluster.cluster.engine.settings import Speculation
+
 
 class Traffic:
     """One random engine, its sequences, and what must hold after every forward pass."""
 
-    def __init__(self, lab: Any, seed: int):
+    def __init__(self, lab: Any, seed: int, speculates: bool = False):
         self.lab = lab
         self.rng = rng = random.Random(seed)
         self.long_from = rng.choice([None, rng.randint(8, 60)])
@@ -27,6 +29,13 @@ class Traffic:
         self.tight = rng.random() < 0.5
         self.max_kv_bytes = lab.bytes_per_token * rng.randint(90, 150) if self.tight else None
         self.fails = rng.random() < 0.3
+        self.speculation = None
+        # What the network says: anything, or what often comes again.
+        self.bend: Any = lambda row, token_ids: None
+        if speculates:
+            min_match = rng.randint(1, 3)
+            self.speculation = Speculation(rng.choice([1, 3, 4, 16]), min_match, rng.randint(min_match, 4))
+            self.bend = lab.repeating
         self.live: dict[int, Any] = {}
         self.expected: dict[int, Any] = {}
         self.prompts: dict[int, list[int]] = {}
@@ -39,6 +48,7 @@ class Traffic:
             max_num_batched_tokens=self.max_num_batched_tokens,
             max_model_len=self.max_model_len,
             max_kv_bytes=self.max_kv_bytes,
+            speculation=self.speculation,
         )
 
     def _model(self) -> Any:
@@ -54,7 +64,9 @@ class Traffic:
                 traffic.check_budgets(self.steps[-1])
                 return logits
 
-        return CheckedModel(self.long_from)
+        model = CheckedModel(self.long_from)
+        model.bend = self.bend
+        return model
 
     def check_budgets(self, chunks: list[tuple[int, int]]) -> None:
         assert 1 <= len(chunks) <= self.max_num_seqs
@@ -101,9 +113,9 @@ class Traffic:
         self.engine.add(sequence)
 
     def _alone(self, prompt: list[int], params: dict[str, Any]) -> Any:
-        engine = self.lab.engine(
-            self.lab.Model(self.long_from), max_num_batched_tokens=10_000, max_model_len=self.max_model_len
-        )
+        model = self.lab.Model(self.long_from)
+        model.bend = self.bend
+        engine = self.lab.engine(model, max_num_batched_tokens=10_000, max_model_len=self.max_model_len)
         engine.add(self.lab.sequence(0, prompt, **params))
         return self.lab.drain(engine)[0]
 
@@ -113,8 +125,19 @@ class Traffic:
         assert had_work or not outputs
         self.lab.collect(outputs, self.replies)
         for output in outputs:
+            self.check_memory(output.sequence_id)
             if output.released:
                 assert self.live.pop(output.sequence_id).kv.cache.closed
+
+    def check_memory(self, sequence_id: int) -> None:
+        """It holds what has been told, and never a token that was only guessed."""
+        sequence, reply = self.live[sequence_id], self.replies[sequence_id]
+        kv = sequence.kv
+        assert kv.token_ids == sequence.token_ids == self.prompts[sequence_id] + reply.token_ids
+        assert kv.num_tokens <= min(sequence.max_num_tokens, self.max_model_len)
+        assert kv.num_computed_tokens < kv.num_tokens
+        # Rows of guesses lie within the lease too.
+        assert max(kv.cache.rows, default=0) < sequence.max_num_tokens
 
     def abort_one(self) -> None:
         if self.live:
@@ -144,10 +167,11 @@ class Traffic:
             assert (got, reply.finish_reason) == (len(expected.token_ids), expected.finish_reason)
 
 
+@pytest.mark.parametrize("speculates", [False, True], ids=["", "speculating"])
 @pytest.mark.parametrize("seed", range(25))
-def test_random_traffic(lab: Any, seed: int, caplog: pytest.LogCaptureFixture) -> None:
+def test_random_traffic(lab: Any, seed: int, speculates: bool, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.CRITICAL)
-    traffic = Traffic(lab, seed)
+    traffic = Traffic(lab, seed, speculates)
     arrivals = 0
     steps = 0
     while arrivals < 15 or traffic.live:
@@ -168,13 +192,17 @@ def test_random_traffic(lab: Any, seed: int, caplog: pytest.LogCaptureFixture) -
         traffic.check_reply(sequence_id)
 
 
-def test_the_traffic_meets_what_it_is_meant_to_meet(lab: Any, caplog: pytest.LogCaptureFixture) -> None:
-    """The cases above are worth something only if preemption, regime changes and errors do occur in them."""
+@pytest.mark.parametrize("speculates", [False, True], ids=["", "speculating"])
+def test_the_traffic_meets_what_it_is_meant_to_meet(
+    lab: Any, speculates: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The cases above are worth something only if preemption, regime changes, right and wrong drafts and errors do
+    occur in them."""
     caplog.set_level(logging.CRITICAL)
-    preemptions = regime_changes = chunks = failures = 0
+    preemptions = regime_changes = chunks = failures = accepted = rejected = 0
     finished: set[str | None] = set()
     for seed in range(16):
-        traffic = Traffic(lab, seed)
+        traffic = Traffic(lab, seed, speculates)
         sequences = []
         for i in range(15):
             traffic.arrive(i)
@@ -188,6 +216,9 @@ def test_the_traffic_meets_what_it_is_meant_to_meet(lab: Any, caplog: pytest.Log
         chunks += sum(start > 0 and num > 1 for step in traffic.model.steps for start, num in step)
         failures += len(traffic.model.steps) - traffic.engine.step_count
         finished |= {reply.finish_reason for reply in traffic.replies.values()}
+        accepted += traffic.engine.num_accepted_tokens
+        rejected += traffic.engine.num_draft_tokens - traffic.engine.num_accepted_tokens
+    assert (min(accepted, rejected) >= 500) if speculates else (accepted == rejected == 0)
     assert min(preemptions, regime_changes, chunks, failures) >= 10
     assert finished == {"stop", "length", "abort", "error"}
 

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from phi_cluster.cluster.engine.scheduler import EngineLimits, Scheduler, share_tokens
+from phi_cluster.cluster.engine.scheduler import EngineLimits, Scheduler, share_drafts, share_tokens
 from phi_cluster.cluster.engine.sequence import SequenceStatus
+from phi_cluster.cluster.engine.settings import Speculation
 
 
 def scheduler(
@@ -15,13 +16,15 @@ def scheduler(
     max_num_batched_tokens: int = 16,
     max_kv_bytes: int | None = None,
     long_from: int = 10**9,
+    speculation: Speculation | None = None,
+    max_model_len: int = 10_000,
 ) -> Scheduler:
-    limits = EngineLimits(max_num_seqs, max_num_batched_tokens, 10_000, max_kv_bytes)
-    return Scheduler(limits, lambda num_tokens: num_tokens >= long_from)
+    limits = EngineLimits(max_num_seqs, max_num_batched_tokens, max_model_len, max_kv_bytes)
+    return Scheduler(limits, lambda num_tokens: num_tokens >= long_from, speculation)
 
 
 def shares(decision: Any) -> dict[int, int]:
-    return {s.sequence_id: num for s, num in decision.scheduled}
+    return {s.sequence_id: num for s, num, _ in decision.scheduled}
 
 
 def ids(sequences: list[Any]) -> list[int]:
@@ -30,7 +33,7 @@ def ids(sequences: list[Any]) -> list[int]:
 
 def carry_out(decision: Any, token_id: int = 1) -> None:
     """What the engine would do to the sequences."""
-    for sequence, num in decision.scheduled:
+    for sequence, num, _ in decision.scheduled:
         sequence.num_computed_tokens += num
         if sequence.num_uncomputed_tokens == 0:
             sequence.append(token_id)
@@ -264,3 +267,131 @@ def test_trimmed_below_the_boundary_the_cache_is_short_again(lab: Any) -> None:
     assert shares(decision) == {0: 8}
     assert not sequence.long_rope
     assert sequence.num_cached_tokens == 0
+
+
+# Drafts
+
+
+SPECULATION = Speculation(num_tokens=4)
+# Its last two tokens occurred before, and then came 6, 7, 8, 9.
+PROMPT = [1, 4, 5, 6, 7, 8, 9, 2, 3, 4, 5]
+
+
+def drafts(decision: Any) -> dict[int, tuple[int, ...]]:
+    return {s.sequence_id: draft_ids for s, _, draft_ids in decision.scheduled}
+
+
+def decoding(lab: Any, sequence_id: int, token_ids: list[int] | None = None, **arguments: Any) -> Any:
+    """A sequence that lacks one token; the last two of the prompt are its reply so far, unless told otherwise."""
+    kv = lab.KV(PROMPT if token_ids is None else token_ids)
+    kv.num_computed_tokens = kv.num_tokens
+    return lab.sequence(sequence_id, kv=kv, **({"num_prompt_tokens": kv.num_tokens - 2, "max_tokens": 50} | arguments))
+
+
+def only(lab: Any, subject: Scheduler, **arguments: Any) -> tuple[int, ...]:
+    """The drafts of one sequence alone."""
+    subject.add(decoding(lab, 0, **arguments))
+    decision = subject.schedule()
+    assert shares(decision) == {0: 1}
+    return drafts(decision)[0]
+
+
+def test_by_default_there_are_no_drafts(lab: Any) -> None:
+    assert only(lab, scheduler()) == ()
+    assert only(lab, scheduler(speculation=Speculation())) == ()
+
+
+def test_what_followed_before_is_guessed_to_follow_again(lab: Any) -> None:
+    assert only(lab, scheduler(speculation=SPECULATION)) == (6, 7, 8, 9)
+    assert only(lab, scheduler(speculation=Speculation(3, 1, 2))) == (6, 7, 8)
+    assert only(lab, scheduler(speculation=Speculation(4, 3, 4))) == ()
+
+
+@pytest.mark.parametrize(("left", "expected"), [(0, 0), (1, 0), (2, 1), (3, 2), (4, 3), (5, 4), (6, 4)])
+def test_drafts_and_the_token_behind_them_stay_within_every_limit(lab: Any, left: int, expected: int) -> None:
+    num_tokens = len(PROMPT)
+    if left:
+        # With no room left the reply would be over, or paused.
+        assert len(only(lab, scheduler(speculation=SPECULATION), max_tokens=2 + left)) == expected
+        assert len(only(lab, scheduler(speculation=SPECULATION, max_model_len=num_tokens + left))) == expected
+        assert len(only(lab, scheduler(speculation=SPECULATION), max_num_tokens=num_tokens + left)) == expected
+    assert len(only(lab, scheduler(speculation=SPECULATION, max_num_batched_tokens=left + 1))) == min(left, 4)
+    # The token behind the drafts must be one of the regime's: with `long_from` of n, tokens up to position n - 1.
+    if left:
+        assert len(only(lab, scheduler(speculation=SPECULATION, long_from=num_tokens + left))) == expected
+
+
+def test_in_the_long_regime_there_are_drafts_again(lab: Any) -> None:
+    kv = lab.KV(PROMPT, long_rope=True)
+    kv.num_computed_tokens = kv.num_tokens
+    subject = scheduler(speculation=SPECULATION, long_from=len(PROMPT))
+    subject.add(lab.sequence(0, kv=kv, max_tokens=20))
+    assert drafts(subject.schedule()) == {0: (6, 7, 8, 9)}
+
+
+@pytest.mark.parametrize("min_tokens", [0, 40])
+def test_nothing_is_guessed_from_a_stop_token_on(lab: Any, min_tokens: int) -> None:
+    stops = {"stop_token_ids": (8, 30), "min_tokens": min_tokens}
+    assert only(lab, scheduler(speculation=SPECULATION), **stops) == (6, 7)
+    assert only(lab, scheduler(speculation=SPECULATION), **stops, ignore_eos=True) == (6, 7, 8, 9)
+    assert only(lab, scheduler(speculation=SPECULATION), stop_token_ids=(6,)) == ()
+
+
+def test_only_who_lacks_one_token_has_drafts_and_prefill_goes_first(lab: Any) -> None:
+    subject = scheduler(max_num_batched_tokens=16, speculation=SPECULATION)
+    subject.add(decoding(lab, 0))
+    subject.add(lab.sequence(1, PROMPT))
+    # 16 tokens: one, and eleven of the prompt; the rest is for drafts.
+    decision = subject.schedule()
+    assert shares(decision) == {0: 1, 1: 11}
+    assert drafts(decision) == {0: (6, 7, 8, 9), 1: ()}
+    subject.add(lab.sequence(2, [1] * 20))
+    decision = subject.schedule()
+    assert sum(shares(decision).values()) == 16
+    assert set(drafts(decision).values()) == {()}
+
+
+def test_a_paused_sequence_has_no_drafts_and_takes_nothing(lab: Any) -> None:
+    subject = scheduler(max_num_batched_tokens=6, speculation=SPECULATION)
+    subject.add(decoding(lab, 0, max_num_tokens=len(PROMPT)))
+    subject.add(decoding(lab, 1))
+    assert drafts(subject.schedule()) == {1: (6, 7, 8, 9)}
+
+
+@pytest.mark.parametrize(
+    ("lengths", "budget", "expected"),
+    [
+        ([], 5, []),
+        ([4, 4, 4], 12, [4, 4, 4]),
+        ([4, 4, 4], 6, [2, 2, 2]),
+        ([4, 1, 4], 7, [3, 1, 3]),
+        ([4, 4], 3, [1, 2]),
+        ([2, 2, 2], 2, [0, 1, 1]),
+    ],
+)
+def test_share_drafts(lengths: list[int], budget: int, expected: list[int]) -> None:
+    granted = share_drafts({i: list(range(length)) for i, length in enumerate(lengths)}, budget)
+    assert [len(granted[i]) for i in range(len(lengths))] == expected
+    assert all(granted[i] == tuple(range(num)) for i, num in enumerate(expected))
+
+
+def test_without_room_for_everybodys_growth_nobody_guesses(lab: Any) -> None:
+    # 10 bytes a token. Two sequences that may grow by 32 tokens each.
+    subject = scheduler(speculation=SPECULATION, max_kv_bytes=10 * 2 * (len(PROMPT) + 32))
+    subject.add(decoding(lab, 0))
+    subject.add(decoding(lab, 1))
+    decision = subject.schedule()
+    assert drafts(decision) == {0: (6, 7, 8, 9), 1: (6, 7, 8, 9)}
+    carry_out(decision, 6)
+    decision = subject.schedule()
+    assert shares(decision) == {0: 1, 1: 1}
+    assert drafts(decision) == {0: (), 1: ()}
+
+
+def test_what_is_known_of_a_sequence_is_forgotten_with_it(lab: Any) -> None:
+    subject = scheduler(speculation=SPECULATION)
+    subject.add(decoding(lab, 0))
+    subject.schedule()
+    assert subject._ngrams
+    subject.remove(subject.running[0])
+    assert not subject._ngrams

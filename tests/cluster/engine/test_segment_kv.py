@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Callable
 
@@ -142,6 +143,27 @@ def test_a_segment_lent_to_a_later_turn_is_refused_and_its_writer_stays(
     with pytest.raises(SegmentMismatch, match="a later turn"):
         SegmentKV(segment.ref, layout, FINGERPRINT, torch.float32, 1)
     assert segment.writer == borrower
+
+
+def test_int8_keys_and_values_lie_in_the_segment() -> None:
+    layout = SegmentLayout(KVCacheLayout.for_config(make_config(), 128, 1, 4))
+    segment = Segment.create(layout, FINGERPRINT)
+    kv = SegmentKV(segment.ref, layout, FINGERPRINT, torch.int8, segment.epoch)
+    assert kv.cache is not None
+    assert kv.bytes_per_token == layout.kv.bytes_per_token == 2 * 2 * 2 * (4 + 8)
+    region = layout.kv.region_offset(1, 0)
+    ctypes.memset(kv.cache.address + region, 0x40, layout.kv.row_nbytes)
+    assert bytes(segment.kv_buffer[region : region + layout.kv.row_nbytes]) == b"@" * layout.kv.row_nbytes
+    kv.close()
+
+
+def test_a_segment_is_not_opened_for_other_numbers(segment: Segment) -> None:
+    int8, wide, plain = (
+        SegmentLayout(KVCacheLayout.for_config(make_config(), 128, *sizes)) for sizes in ((1, 4), (2, 0), (1, 0))
+    )
+    assert len({layout.identity(FINGERPRINT) for layout in (int8, wide, plain, segment.layout)}) == 4
+    with pytest.raises(SegmentMismatch, match="another model or layout"):
+        SegmentKV(segment.ref, int8, FINGERPRINT, torch.int8, segment.epoch)
 
 
 def test_numbers_that_cannot_be_are_refused(segment: Segment, open_kv: OpenKV) -> None:

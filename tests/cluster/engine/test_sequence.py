@@ -82,6 +82,19 @@ def test_the_sampler_is_told_position_and_counts(lab: Any) -> None:
         sequence.append(9)
 
 
+def test_drafts_are_taken_as_if_they_had_been_drawn(lab: Any) -> None:
+    for params in ({"presence_penalty": 1.0}, {}):
+        sequence = lab.sequence(1, [4, 4, 2, 9], num_prompt_tokens=3, **params)
+        ahead = sequence.sampling_request((9, 7))
+        assert dict(sequence.sampling_request().generated_counts) == ({9: 1} if params else {})
+        for token_id in (9, 7):
+            sequence.append(token_id)
+        later = sequence.sampling_request()
+        assert (ahead.position, ahead.num_generated) == (later.position, later.num_generated) == (6, 3)
+        assert list(ahead.prompt_ids) == list(later.prompt_ids)
+        assert dict(ahead.generated_counts) == dict(later.generated_counts) == ({9: 2, 7: 1} if params else {})
+
+
 def test_without_penalties_nothing_is_counted(lab: Any) -> None:
     request = lab.sequence(1, [4, 4, 2, 9], num_prompt_tokens=3).sampling_request()
     assert (request.position, request.num_generated) == (4, 1)

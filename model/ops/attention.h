@@ -1,0 +1,240 @@
+// Attention over stored keys and values: softmax(q k) v for chunks of any size.
+//
+// Owns: the order in which blocks of keys are visited, and how super blocks' results are merged. A query's result has
+// the same bits whatever else is computed with it: blocks of 32 keys begin at position 0, super blocks of 512 keys are
+// summed apart and then merged in ascending order. Knows nothing of rope, of sessions, or of threads: a caller runs the
+// items of attention_args.h in any order. Included by isa_*.cpp only, after simd_headers.h.
+
+#pragma once
+
+#include "attention_args.h"
+#include "attention_kv.h"
+#include "attention_tile.h"
+#include "simd.h"
+
+namespace phi {
+namespace PHI_ISA {
+
+// An item's memory, within a thread's scratch.
+struct Scratch {
+  float* keys;     // [dim][32]
+  float* values;   // [32][dim]
+  float* weights;  // [kTileRows][32]
+  float* scales;   // [32]
+  float* sums;     // [rows][16], this and the following as in TileRows
+  float* queries;  // [rows][dim]
+  float* acc;      // [rows][dim]
+  float* most;     // [rows]
+  // The same of all super blocks before.
+  float* total;      // [rows][dim]
+  float* total_most;  // [rows]
+  float* total_sum;   // [rows]
+};
+
+inline Scratch scratch_parts(float* memory, int rows, int dim) {
+  Scratch s;
+  s.keys = memory + (-(reinterpret_cast<uintptr_t>(memory) / sizeof(float)) & 15);
+  s.values = s.keys + kKeyBlock * dim;
+  s.weights = s.values + kKeyBlock * dim;
+  s.scales = s.weights + kTileRows * kKeyBlock;
+  s.sums = s.scales + kKeyBlock;
+  s.queries = s.sums + rows * 16;
+  s.acc = s.queries + rows * dim;
+  s.total = s.acc + rows * dim;
+  s.most = s.total + rows * dim;
+  s.total_most = s.most + rows;
+  s.total_sum = s.total_most + rows;
+  return s;
+}
+
+inline void load_queries(const AttendArgs& a, const AttendItem& it, int group, float* to) {
+  const int dim = padded_dim(a.head_dim);
+  const F16 factor = F16::set1(static_cast<float>(static_cast<double>(a.scale) * 1.4426950408889634));
+  for (int kv_head = it.first_head; kv_head < it.last_head; kv_head++) {
+    for (int query = it.first_query; query < it.last_query; query++) {
+      for (int g = 0; g < group; g++, to += dim) {
+        const float* from = a.qkv + query * a.ld_qkv + (kv_head * group + g) * a.head_dim;
+        int d = 0;
+        for (; d + 16 <= a.head_dim; d += 16) (F16::load(from + d) * factor).store(to + d);
+        if (d < a.head_dim) (load_first(from + d, a.head_dim - d) * factor).store(to + d);
+      }
+    }
+  }
+}
+
+// What an item does at once: one block of keys for one kv head, and which comes after it.
+struct BlockStep {
+  int kv_head, block;
+  int next_head, next_block;
+};
+
+template <int R, class Block>
+PHI_INLINE void attend_rows(const AttendArgs& a, const TileRows& rows, int group, int position, int block_index,
+                            const Block& block, int& row, int end) {
+  for (; row + R <= end; row += R) {
+    attend_tile<R>(visible_keys<R>(a, group, position, row, block_index), rows, row, block);
+  }
+}
+
+template <int Kind>
+inline void attend_block(const AttendArgs& a, const AttendItem& it, int group, const BlockStep& step,
+                         const Scratch& s) {
+  const int dim = padded_dim(a.head_dim), num_rows = (it.last_query - it.first_query) * group;
+  const int base = (step.kv_head - it.first_head) * num_rows;
+  const TileRows rows = {s.queries + base * dim, s.acc + base * dim, s.sums + base * 16, s.most + base, s.weights};
+
+  // Keys that some query of the item sees: others may not even be stored.
+  const int position = a.start + it.first_query, first_position = step.block * kKeyBlock;
+  const int first_seen = first_key(a, position) - first_position;
+  const int last_seen = a.start + it.last_query - first_position;
+  const int first = first_seen > 0 ? first_seen : 0, last = last_seen < kKeyBlock ? last_seen : kKeyBlock;
+  const int head_nbytes = Kind == KV_BF16 ? 2 * a.head_dim : 4 + a.head_dim;
+  const int64_t at = first_position * a.row_nbytes + step.kv_head * head_nbytes;
+  const int64_t next = step.next_block * kKeyBlock * a.row_nbytes + step.next_head * head_nbytes;
+  const StoredBlock keys = {a.keys + at, a.keys + next, a.row_nbytes, first, last, a.head_dim};
+  const StoredBlock values = {a.values + at, a.values + next, a.row_nbytes, first, last, a.head_dim};
+
+  // Rows of queries that see some of these keys.
+  int row = first_position > position ? (first_position - position) * group : 0, end = num_rows;
+  if (a.window > 0) {
+    const int behind = (first_position + kKeyBlock - 1 + a.window - position) * group;
+    if (behind < end) end = behind;
+  }
+#if defined(PHI_AVX2) || defined(PHI_AVX512)
+  if (end - row <= 4 && a.head_dim % 16 == 0) {
+    turn_keys<Kind, false>(keys, s.keys, s.scales);
+    const NarrowBlock<Kind> block = {s.keys, s.scales, keys, values};
+    attend_rows<4>(a, rows, group, position, step.block, block, row, end);
+    attend_rows<3>(a, rows, group, position, step.block, block, row, end);
+    attend_rows<2>(a, rows, group, position, step.block, block, row, end);
+    attend_rows<1>(a, rows, group, position, step.block, block, row, end);
+    return;
+  }
+#endif
+  turn_keys<Kind, true>(keys, s.keys, s.scales);
+  widen_values<Kind>(values, s.values);
+  const WideBlock block = {s.keys, s.values, a.head_dim};
+  attend_rows<kTileRows>(a, rows, group, position, step.block, block, row, end);
+  attend_rows<4>(a, rows, group, position, step.block, block, row, end);
+  attend_rows<2>(a, rows, group, position, step.block, block, row, end);
+  attend_rows<1>(a, rows, group, position, step.block, block, row, end);
+}
+
+// Adds a super block's result (`most`, `sum`, `acc` [dim]) to that of all before it.
+PHI_INLINE void merge(const float* acc, float most, float sum, int dim, float* total, float* total_most,
+                      float* total_sum) {
+  const float greatest = most > *total_most ? most : *total_most;
+  const F16 old_factor = exp2(F16::set1(*total_most - greatest)), factor = exp2(F16::set1(most - greatest));
+  for (int d = 0; d < dim; d += 16) {
+    fma(F16::load(acc + d), factor, F16::load(total + d) * old_factor).store(total + d);
+  }
+  float factors[2][16];
+  old_factor.store(factors[0]);
+  factor.store(factors[1]);
+  *total_sum = *total_sum * factors[0][0] + sum * factors[1][0];
+  *total_most = greatest;
+}
+
+PHI_INLINE void write_output(const AttendArgs& a, const float* total, float sum, int query, int head) {
+  float* out = a.out + query * a.ld_out + head * a.head_dim;
+  const F16 factor = F16::set1(1.0f / sum);
+  for (int d = 0; d < a.head_dim; d += 16) {
+    const F16 x = F16::load(total + d) * factor;
+    const F16 y = a.kv_kind == KV_BF16 ? in_order<KV_BF16>(x) : in_order<KV_INT8>(x);
+    if (d + 16 <= a.head_dim) {
+      y.store(out + d);
+    } else {
+      store_first(y, out + d, a.head_dim - d);
+    }
+  }
+}
+
+// A super block's result for one query and head in `partials`: dim numbers, the greatest score, the sum.
+PHI_INLINE float* partial_of(const AttendArgs& a, int super, int query, int head) {
+  return a.partials + ((int64_t{super} * a.n + query) * a.num_heads + head) * (padded_dim(a.head_dim) + 2);
+}
+
+// After a super block: merges its result for each row that saw some of it, or stores it to be merged later.
+inline void end_super(const AttendArgs& a, const AttendPlan& plan, const AttendItem& it, int super, const Scratch& s) {
+  const int dim = padded_dim(a.head_dim);
+  int row = 0;
+  for (int kv_head = it.first_head; kv_head < it.last_head; kv_head++) {
+    for (int query = it.first_query; query < it.last_query; query++) {
+      const int t = a.start + query, first = first_key(a, t) / kSuperBlock, last = t / kSuperBlock;
+      for (int g = 0; g < plan.group; g++, row++) {
+        if (super < first || super > last) continue;
+        const int head = kv_head * plan.group + g;
+        const float* acc = s.acc + row * dim;
+        float* total = s.total + row * dim;
+        const float most = s.most[row], sum = reduce_add(F16::load(s.sums + 16 * row));
+        if (plan.split) {
+          float* partial = partial_of(a, super - plan.first_super, query, head);
+          memcpy(partial, acc, sizeof(float) * dim);
+          partial[dim] = most;
+          partial[dim + 1] = sum;
+        } else if (first == last) {
+          write_output(a, acc, sum, query, head);
+        } else if (super == first) {
+          memcpy(total, acc, sizeof(float) * dim);
+          s.total_most[row] = most;
+          s.total_sum[row] = sum;
+        } else {
+          merge(acc, most, sum, dim, total, s.total_most + row, s.total_sum + row);
+          if (super == last) write_output(a, total, s.total_sum[row], query, head);
+        }
+      }
+    }
+  }
+}
+
+// Item `item` of attend_num_items(); `scratch` has attend_scratch() floats.
+inline void attend_item(const AttendArgs& a, int num_threads, int item, float* scratch) {
+  const AttendPlan plan = attend_plan(a, num_threads);
+  const AttendItem it = attend_item_at(a, plan, item);
+  const int rows = (it.last_query - it.first_query) * (it.last_head - it.first_head) * plan.group;
+  const int dim = padded_dim(a.head_dim);
+  const Scratch s = scratch_parts(scratch, rows, dim);
+  load_queries(a, it, plan.group, s.queries);
+  const int first_block = first_key(a, a.start + it.first_query) / kKeyBlock;
+  const int last_block = ceil_div(a.start + it.last_query, kKeyBlock);
+  for (int super = it.first_super; super < it.last_super; super++) {
+    int block = super * (kSuperBlock / kKeyBlock), end = block + kSuperBlock / kKeyBlock;
+    if (block < first_block) block = first_block;
+    if (end > last_block) end = last_block;
+    if (block >= end) continue;
+    memset(s.acc, 0, sizeof(float) * rows * dim);
+    memset(s.sums, 0, sizeof(float) * rows * 16);
+    for (int r = 0; r < rows; r++) s.most[r] = -INFINITY;
+    for (; block < end; block++) {
+      for (int kv_head = it.first_head; kv_head < it.last_head; kv_head++) {
+        const bool more = kv_head + 1 < it.last_head;
+        const BlockStep step = {kv_head, block, more ? kv_head + 1 : it.first_head, more ? block : block + 1};
+        if (a.kv_kind == KV_BF16) {
+          attend_block<KV_BF16>(a, it, plan.group, step, s);
+        } else {
+          attend_block<KV_INT8>(a, it, plan.group, step, s);
+        }
+      }
+    }
+    end_super(a, plan, it, super, s);
+  }
+}
+
+// Item `item` of attend_num_merges(): one query's heads.
+inline void attend_merge_item(const AttendArgs& a, int num_threads, int item) {
+  const AttendPlan plan = attend_plan(a, num_threads);
+  const int query = item, dim = padded_dim(a.head_dim);
+  const int t = a.start + query, first = first_key(a, t) / kSuperBlock, last = t / kSuperBlock;
+  for (int head = 0; head < a.num_heads; head++) {
+    // The first result is where the others are added.
+    float* total = partial_of(a, first - plan.first_super, query, head);
+    for (int super = first + 1; super <= last; super++) {
+      const float* partial = partial_of(a, super - plan.first_super, query, head);
+      merge(partial, partial[dim], partial[dim + 1], dim, total, total + dim, total + dim + 1);
+    }
+    write_output(a, total, total[dim + 1], query, head);
+  }
+}
+
+}  // namespace PHI_ISA
+}  // namespace phi

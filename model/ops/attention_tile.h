@@ -1,0 +1,302 @@
+// Some rows (query x head) against one block of 32 keys and values: scores, weights, weighted values.
+//
+// Owns: the order of the additions within a block. A row's numbers do not depend on the rows beside it, nor on which of
+// the two sources the block is read from. Knows nothing of items and super blocks. Included by attention.h only.
+
+#pragma once
+
+#include "attention_args.h"
+#include "attention_kv.h"
+#include "simd.h"
+
+namespace phi {
+namespace PHI_ISA {
+
+// Rows of a register tile, and pieces of 16 columns that R rows are computed for at once: as many sums as registers
+// hold, and enough of them for the latency of an addition.
+constexpr int kTileRows = 6;
+template <int R>
+constexpr int tile_pieces() {
+#if defined(PHI_AVX512)
+  return R >= 4 ? 2 : 4;
+#else
+  return R >= 4 ? 1 : R >= 2 ? 2 : 4;
+#endif
+}
+
+// The rows' memory: row r's part of a [rows][x] array is at + r * x.
+struct TileRows {
+  const float* queries;  // [rows][dim], times scale and log2 e
+  float* acc;            // [rows][dim]: weighted values of the super block so far
+  float* sums;           // [rows][16]: its weights, summed by their keys' position modulo 16
+  float* most;           // [rows]: its greatest score
+  float* weights;        // [tile's rows][32]: workspace
+};
+
+// What R rows see of a block: each row its own range of keys.
+template <int R>
+struct Visible {
+  int first[R], last[R];
+  int all_first, all_last;  // what all of them see; may be empty
+  bool whole;
+};
+
+// Of rows from `row` on, counted from the first head of the query at `position`.
+template <int R>
+PHI_INLINE Visible<R> visible_keys(const AttendArgs& a, int group, int position, int row, int block) {
+  Visible<R> v;
+  v.all_first = 0;
+  v.all_last = kKeyBlock;
+  for (int r = 0; r < R; r++) {
+    const int t = position + (row + r) / group, first = first_key(a, t) - block * kKeyBlock;
+    v.first[r] = first > 0 ? first : 0;
+    v.last[r] = t + 1 - block * kKeyBlock < kKeyBlock ? t + 1 - block * kKeyBlock : kKeyBlock;
+    if (v.first[r] > v.all_first) v.all_first = v.first[r];
+    if (v.last[r] < v.all_last) v.all_last = v.last[r];
+  }
+  v.whole = v.all_first == 0 && v.all_last == kKeyBlock;
+  return v;
+}
+
+// Sixteen-number pieces of rows of a float32 matrix, [..][ld].
+struct FloatRow {
+  const float* numbers;
+  PHI_INLINE F16 piece(int c) const { return F16::load(numbers + 16 * c); }
+};
+struct FloatRows {
+  const float* numbers;
+  int64_t ld;
+  PHI_INLINE FloatRow row(int k) const { return {numbers + k * ld}; }
+};
+
+// The same of stored rows from dimension d on.
+template <int Kind>
+struct StoredRow {
+  const char* row;
+  int d;
+  F16 scale;
+  PHI_INLINE F16 piece(int c) const { return stored_numbers<Kind>(row, d + 16 * c, scale); }
+};
+template <int Kind, int Pieces>
+struct StoredRows {
+  static constexpr int kSize = Kind == KV_BF16 ? 2 : 1;
+  const StoredBlock& block;
+  int d;
+  PHI_INLINE StoredRow<Kind> row(int k) const {
+    const char* at = block.rows + k * block.row_nbytes;
+    // The first rows were asked for before, see NarrowBlock::scores.
+    const char* soon = block.next + (16 + k / 2) * block.row_nbytes + d * kSize;
+    if (d * kSize % 64 == 0) {
+      for (int i = 0; i < 16 * Pieces * kSize; i += 64) __builtin_prefetch(soon + i);
+      if (Kind == KV_INT8) __builtin_prefetch(soon + 67);
+    }
+    return {at, d, F16::set1(stored_scale<Kind>(at))};
+  }
+};
+
+// Hides where p came from: what was read through it is read again, which needs no register in the meantime.
+template <class T>
+PHI_INLINE T* read_again(T* p) {
+  __asm__ volatile("" : "+r"(p));
+  return p;
+}
+
+// sums[r][c] += a[r][k] * b[k][16 c + ..] for k from `first` to before `last`, in this order.
+template <int R, int C, class Rows>
+PHI_INLINE void add_outer(F16 (&sums)[R][C], const float* a, int64_t lda, const Rows& b, int first, int last) {
+  for (int k = first; k < last; k++) {
+    const auto row = b.row(k);
+    for (int c = 0; c < C; c++) {
+      const F16 y = row.piece(c);
+      const float* x = c > 0 && R > 1 ? read_again(a + k) : a + k;
+      for (int r = 0; r < R; r++) sums[r][c] = fma(F16::set1(x[r * lda]), y, sums[r][c]);
+    }
+  }
+}
+
+// The same for one row of sums.
+template <int C, class Rows>
+PHI_INLINE void add_row(F16 (&sums)[C], const float* a, const Rows& b, int first, int last) {
+  F16 own[1][C];
+  for (int c = 0; c < C; c++) own[0][c] = sums[c];
+  add_outer<1, C>(own, a, 0, b, first, last);
+  for (int c = 0; c < C; c++) sums[c] = own[0][c];
+}
+
+// acc[r][0 .. 16 C) = acc * factor + weights * values, over the keys that each row sees: those of others are not even
+// multiplied by 0, which would let their NaN through.
+template <int R, int C, class Rows>
+PHI_INLINE void add_values(const Visible<R>& v, const float* weights, const float* factor, const Rows& values, int dim,
+                           float* acc) {
+  F16 sums[R][C];
+  for (int r = 0; r < R; r++) {
+    for (int c = 0; c < C; c++) sums[r][c] = F16::load(acc + r * dim + 16 * c) * F16::set1(factor[r]);
+  }
+  if (v.whole) {
+    add_outer<R, C>(sums, weights, kKeyBlock, values, 0, kKeyBlock);
+  } else if (v.all_first < v.all_last) {
+    for (int r = 0; r < R; r++) add_row<C>(sums[r], weights + r * kKeyBlock, values, v.first[r], v.all_first);
+    add_outer<R, C>(sums, weights, kKeyBlock, values, v.all_first, v.all_last);
+    for (int r = 0; r < R; r++) add_row<C>(sums[r], weights + r * kKeyBlock, values, v.all_last, v.last[r]);
+  } else {
+    for (int r = 0; r < R; r++) add_row<C>(sums[r], weights + r * kKeyBlock, values, v.first[r], v.last[r]);
+  }
+  for (int r = 0; r < R; r++) {
+    for (int c = 0; c < C; c++) sums[r][c].store(acc + r * dim + 16 * c);
+  }
+}
+
+// A block that was widened: keys [dim][32], values [32][dim].
+struct WideBlock {
+  const float* keys;
+  const float* values;
+  int head_dim;
+
+  PHI_INLINE int dim() const { return padded_dim(head_dim); }
+
+  // to[r][..] = q k for R rows of queries [R][dim] and the block's 32 keys; `memory` has room for them, [R][32].
+  template <int R>
+  PHI_INLINE void scores(const float* queries, float* memory, F16 (&to)[R][2]) const {
+    (void)memory;
+    constexpr int kPieces = tile_pieces<R>() < 2 ? 1 : 2;
+    for (int c = 0; c < 2; c += kPieces) {
+      F16 sums[R][kPieces];
+      for (int r = 0; r < R; r++) {
+        for (int i = 0; i < kPieces; i++) sums[r][i] = F16::zero();
+      }
+      add_outer<R, kPieces>(sums, queries, dim(), FloatRows{keys + 16 * c, kKeyBlock}, 0, head_dim);
+      for (int r = 0; r < R; r++) {
+        for (int i = 0; i < kPieces; i++) to[r][c + i] = sums[r][i];
+      }
+    }
+  }
+
+  // As add_values, for all dimensions.
+  template <int R>
+  PHI_INLINE void weigh(const Visible<R>& v, const float* weights, const float* factor, float* acc) const {
+    constexpr int kPieces = tile_pieces<R>();
+    int d = 0;
+    for (; d + 16 * kPieces <= dim(); d += 16 * kPieces) {
+      add_values<R, kPieces>(v, weights, factor, FloatRows{values + d, dim()}, dim(), acc + d);
+    }
+    for (; kPieces > 1 && d < dim(); d += 16) {
+      add_values<R, 1>(v, weights, factor, FloatRows{values + d, dim()}, dim(), acc + d);
+    }
+  }
+};
+
+#if defined(PHI_AVX2) || defined(PHI_AVX512)
+// The same, with keys turned but not widened, and values where they are stored: quicker for a single tile of at most 4
+// rows. head_dim is a multiple of 16. Brings the next block closer meanwhile.
+template <int Kind>
+struct NarrowBlock {
+  const float* columns;
+  const float* scales;
+  StoredBlock keys, values;
+
+  PHI_INLINE int dim() const { return values.head_dim; }
+
+  template <int R>
+  PHI_INLINE void scores(const float* queries, float* memory, F16 (&to)[R][2]) const {
+    constexpr int kGroups = R <= 3 ? 4 : 2, kNumbers = Kind == KV_BF16 ? 2 : 4;
+    const int ld = dim();
+    for (int j = 0; j < kKeyBlock; j += 8 * kGroups) {
+      __m256 sums[kGroups][R], scale[kGroups];
+      for (int g = 0; g < kGroups; g++) {
+        scale[g] = Kind == KV_INT8 ? _mm256_load_ps(scales + j + 8 * g) : _mm256_setzero_ps();
+        for (int r = 0; r < R; r++) sums[g][r] = _mm256_setzero_ps();
+      }
+      const float* column = columns + j;
+      for (int d = 0; d < ld; d += kNumbers, column += kKeyBlock) {
+        if (j == 0) {
+          keys.fetch<Kind>(16, 16, d / kNumbers);
+          values.fetch<Kind>(0, 16, d / kNumbers);
+        }
+        add_column<R, 0, kGroups>(column, scale, queries + d, ld, sums);
+        add_column<R, 1, kGroups>(column, scale, queries + d, ld, sums);
+        if (Kind == KV_BF16) continue;
+        add_column<R, 2, kGroups>(column, scale, queries + d, ld, sums);
+        add_column<R, 3, kGroups>(column, scale, queries + d, ld, sums);
+      }
+      for (int g = 0; g < kGroups; g++) {
+        for (int r = 0; r < R; r++) _mm256_storeu_ps(memory + r * kKeyBlock + j + 8 * g, sums[g][r]);
+      }
+    }
+    for (int r = 0; r < R; r++) {
+      to[r][0] = F16::load(memory + r * kKeyBlock);
+      to[r][1] = F16::load(memory + r * kKeyBlock + 16);
+    }
+  }
+
+  template <int R>
+  PHI_INLINE void weigh(const Visible<R>& v, const float* weights, const float* factor, float* acc) const {
+    constexpr int kPieces = tile_pieces<R>();
+    int d = 0;
+    for (; d + 16 * kPieces <= dim(); d += 16 * kPieces) weigh_pieces<R, kPieces>(v, weights, factor, d, acc);
+    if (kPieces > 2 && d + 32 <= dim()) {
+      weigh_pieces<R, 2>(v, weights, factor, d, acc);
+      d += 32;
+    }
+    for (; kPieces > 1 && d < dim(); d += 16) weigh_pieces<R, 1>(v, weights, factor, d, acc);
+  }
+
+  // Not for others.
+  // sums[g][r] += query r's number I * that of each key of group g: number I of the four bytes of its column.
+  template <int R, int I, int Groups>
+  static PHI_INLINE void add_column(const float* column, const __m256 (&scale)[Groups], const float* queries, int ld,
+                                    __m256 (&sums)[Groups][R]) {
+    for (int g = 0; g < Groups; g++) {
+      const __m256i four_bytes = _mm256_load_si256(reinterpret_cast<const __m256i*>(column + 8 * g));
+      const __m256 numbers = column_number<Kind, I>(four_bytes, scale[g]);
+      const float* x = R == 3 && g > 0 ? read_again(queries) : queries;
+      for (int r = 0; r < R; r++) sums[g][r] = _mm256_fmadd_ps(_mm256_set1_ps(x[r * ld + I]), numbers, sums[g][r]);
+    }
+  }
+
+  template <int R, int C>
+  PHI_INLINE void weigh_pieces(const Visible<R>& v, const float* weights, const float* factor, int d,
+                               float* acc) const {
+    add_values<R, C>(v, weights, factor, StoredRows<Kind, C>{values, d}, dim(), acc + d);
+  }
+};
+#endif
+
+// One block, for R rows.
+template <int R, class Block>
+inline __attribute__((noinline)) void attend_tile(const Visible<R>& v, const TileRows& rows, int row,
+                                                  const Block& block) {
+  const int dim = block.dim();
+  F16 scores[R][2];
+  block.template scores<R>(rows.queries + row * dim, rows.weights, scores);
+  if (!v.whole) {
+    for (int r = 0; r < R; r++) {
+      float* all = rows.weights + r * kKeyBlock;
+      scores[r][0].store(all);
+      scores[r][1].store(all + 16);
+      for (int j = 0; j < v.first[r]; j++) all[j] = -INFINITY;
+      for (int j = v.last[r]; j < kKeyBlock; j++) all[j] = -INFINITY;
+      scores[r][0] = F16::load(all);
+      scores[r][1] = F16::load(all + 16);
+    }
+  }
+  float factor[16] = {};
+  for (int r = 0; r < R; r++) {
+    const float before = rows.most[row + r], here = reduce_max(max(scores[r][0], scores[r][1]));
+    const float most = here > before ? here : before;
+    rows.most[row + r] = most;
+    factor[r] = before - most;
+    scores[r][0] = exp2(scores[r][0] - F16::set1(most));
+    scores[r][1] = exp2(scores[r][1] - F16::set1(most));
+  }
+  exp2(F16::load(factor)).store(factor);
+  for (int r = 0; r < R; r++) {
+    scores[r][0].store(rows.weights + r * kKeyBlock);
+    scores[r][1].store(rows.weights + r * kKeyBlock + 16);
+    float* sums = rows.sums + 16 * (row + r);
+    fma(F16::load(sums), F16::set1(factor[r]), scores[r][0] + scores[r][1]).store(sums);
+  }
+  block.template weigh<R>(v, rows.weights, factor, rows.acc + row * dim);
+}
+
+}  // namespace PHI_ISA
+}  // namespace phi

@@ -1,0 +1,130 @@
+// What is done to one row (token) at a time: norm, rotation, activation, and rounding to integers.
+//
+// Owns: this arithmetic (reference.py has it in torch). Rows are independent. Knows nothing of layers.
+
+#pragma once
+
+#include "rowwise_args.h"
+#include "simd.h"
+
+namespace phi {
+namespace PHI_ISA {
+
+// The largest magnitude of n numbers (a multiple of 16); NaN if one of them is no finite number.
+PHI_INLINE float largest_magnitude(const float* y, int n) {
+  F16 largest = F16::zero(), bad = F16::zero();
+  for (int i = 0; i < n; i += 16) {
+    F16 v = F16::load(y + i);
+    largest = max(largest, abs(v));
+    bad = fma(v, F16::zero(), bad);
+  }
+  float nan = reduce_add(bad);
+  return nan == 0.0f ? reduce_max(largest) : nan;
+}
+
+// The scale for numbers up to `largest`, which become integers up to `limit`; and its inverse. A NaN makes the scale
+// NaN, so that the row's results are NaN and nobody else's. So small that the inverse would overflow counts as zero.
+PHI_INLINE float scale_for(float largest, float limit, float& inverse) {
+  bool usable = largest > 1e-30f;
+  inverse = usable ? limit / largest : 0.0f;
+  return usable ? largest / limit : (largest == largest ? 0.0f : largest);
+}
+
+// y times `inverse`, within the limits: its rounding may bring the largest just above; a NaN becomes the limit.
+PHI_INLINE F16 scaled(const float* y, float inverse, float limit) {
+  F16 v = F16::load(y) * F16::set1(inverse);
+  return max(F16::set1(-limit), min(v, F16::set1(limit)));
+}
+
+inline void quantize_groups(const float* y, int k32, QuantizedRow out) {
+  int8_t* x = static_cast<int8_t*>(out.x);
+  for (int g = 0; g < k32 / 32; g++) {
+    const float* group = y + 32 * g;
+    float inverse, scale = scale_for(largest_magnitude(group, 32), 127.0f, inverse);
+    to_i8(scaled(group, inverse, 127.0f), x + 32 * g);
+    to_i8(scaled(group + 16, inverse, 127.0f), x + 32 * g + 16);
+    int32_t sum = 0;
+    for (int i = 0; i < 32; i++) sum += x[32 * g + i];
+    out.scale[g] = scale;
+    out.group_sums[g] = scale * static_cast<float>(sum);
+  }
+}
+
+// Rounds y [k32] (zeros from k on) to integers with one scale, or one for each group.
+inline void quantize_row(const float* y, int k32, QuantizedRow out) {
+  if (out.group_sums != nullptr) {
+    quantize_groups(y, k32, out);
+    return;
+  }
+  float inverse;
+  *out.scale = scale_for(largest_magnitude(y, k32), 32767.0f, inverse);
+  for (int i = 0; i < k32; i += 16) to_i16(scaled(y + i, inverse, 32767.0f), static_cast<int16_t*>(out.x) + i);
+}
+
+// RMS norm of x [k] (readable and zero up to k32) times weight, then rounded. `scratch` [k32].
+inline void norm_quantize(const float* x, const float* weight, float eps, int k, int k32, float* scratch,
+                          QuantizedRow out) {
+  F16 squares = F16::zero();
+  for (int i = 0; i < k32; i += 16) {
+    F16 v = F16::load(x + i);
+    squares = fma(v, v, squares);
+  }
+  F16 factor = F16::set1(1.0f / std::sqrt(reduce_add(squares) / static_cast<float>(k) + eps));
+  for (int i = 0; i < k32; i += 16) (F16::load(x + i) * factor * F16::load(weight + i)).store(scratch + i);
+  quantize_row(scratch, k32, out);
+}
+
+// silu(gate) * up, rounded; gate_up holds k gates and then k ups. `scratch` [k32].
+inline void silu_mul_quantize(const float* gate_up, int k, int k32, float* scratch, QuantizedRow out) {
+  const F16 minus_log2e = F16::set1(-1.44269504f), one = F16::set1(1.0f);
+  for (int i = 0; i < k32; i += 16) {
+    int n = k - i;
+    F16 gate, up;
+    if (n >= 16) {
+      gate = F16::load(gate_up + i), up = F16::load(gate_up + k + i);
+    } else if (n > 0) {
+      gate = load_first(gate_up + i, n), up = load_first(gate_up + k + i, n);
+    } else {
+      gate = up = F16::zero();
+    }
+    (gate / (one + exp2(gate * minus_log2e)) * up).store(scratch + i);
+  }
+  quantize_row(scratch, k32, out);
+}
+
+// Any row [k], rounded. `scratch` [k32].
+inline void copy_quantize(const float* x, int k, int k32, float* scratch, QuantizedRow out) {
+  for (int i = 0; i < k; i++) scratch[i] = x[i];
+  for (int i = k; i < k32; i++) scratch[i] = 0.0f;
+  quantize_row(scratch, k32, out);
+}
+
+// Turns the first 2 * half numbers of each of num_heads heads (Hugging Face's halves: i and i + half are a pair).
+inline void rotate_heads(float* heads, int num_heads, int head_dim, const float* cos, const float* sin, int half) {
+  for (int h = 0; h < num_heads; h++) {
+    float* x = heads + static_cast<int64_t>(h) * head_dim;
+    int i = 0;
+    for (; i + 16 <= half; i += 16) {
+      F16 a = F16::load(x + i), b = F16::load(x + half + i), c = F16::load(cos + i), s = F16::load(sin + i);
+      (a * c - b * s).store(x + i);
+      (b * c + a * s).store(x + half + i);
+    }
+    for (; i < half; i++) {
+      float a = x[i], b = x[half + i];
+      x[i] = a * cos[i] - b * sin[i];
+      x[half + i] = b * cos[i] + a * sin[i];
+    }
+  }
+}
+
+inline void widen_row(const uint16_t* bf16, int k, float* out) {
+  int i = 0;
+  for (; i + 16 <= k; i += 16) from_bf16(bf16 + i).store(out + i);
+  for (; i < k; i++) {
+    uint32_t bits = static_cast<uint32_t>(bf16[i]) << 16;
+    std::memcpy(out + i, &bits, 4);
+  }
+}
+
+}  // namespace PHI_ISA
+}  // namespace phi
