@@ -88,6 +88,8 @@ class Phi3ForCausalLM:
         self.config = config
         self.dtype = dtype
         self.device = torch.device(device)
+        # Grows with every layer computed; another thread may look at it during a step.
+        self.progress = 0
         self.rope = Rope(config, self.device)
         self._widen = (
             self.device.type == "cpu" and dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -147,6 +149,8 @@ class Phi3ForCausalLM:
             normed = F.rms_norm(hidden, hidden.shape[-1:], layer.post_attention_layernorm, eps)
             gate, up = self._linear(normed, layer.gate_up_proj).chunk(2, dim=-1)
             hidden += self._linear(F.silu(gate).mul_(up), layer.down_proj)
+            # Several threads may count at once and lose some: it grows all the same.
+            self.progress += 1
         return hidden
 
     def _attend(self, i: int, qkv: Tensor, cos: Tensor, sin: Tensor, attentions: list[_Attention]) -> Tensor:

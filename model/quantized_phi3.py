@@ -41,8 +41,14 @@ class QuantizedPhi3ForCausalLM:
         num_threads: int,
     ):
         """`weights` as packed by quantize.py (views on read-only memory, kept alive here); all chunks' KV caches must
-        have `kv_layout`, with numbers of `kv_cache_dtype` (bfloat16 or int8). Raises MemoryError.
+        have `kv_layout`, with numbers of `kv_cache_dtype` (bfloat16 or int8). Raises ValueError if these do not fit
+        each other or the network, and MemoryError.
         """
+        numbers = {"bfloat16": (2, 0), "int8": (1, 4)}.get(kv_cache_dtype, (0, 0))
+        if (kv_layout.itemsize, kv_layout.scale_nbytes) != numbers:
+            raise ValueError(f"the KV layout is not for {kv_cache_dtype}")
+        if kv_layout != KVCacheLayout.for_config(config, kv_layout.max_model_len, *numbers):
+            raise ValueError("the KV layout is not the network's")
         self.config = config
         self.rope = Rope(config)
         self._kv_layout = kv_layout
@@ -59,6 +65,11 @@ class QuantizedPhi3ForCausalLM:
     def close(self) -> None:
         """Ends the threads. The network cannot be used any more."""
         self._finalizer()
+
+    @property
+    def progress(self) -> int:
+        """Grows with every layer computed; another thread may look at it during a step."""
+        return int(self._ops.c.phi_network_progress(self._network))
 
     def forward(self, chunks: Sequence[SequenceChunk]) -> Tensor:
         """float32 [sum of num_logits, vocab_size]: the logits after each chunk's last `num_logits` tokens, in memory
@@ -82,9 +93,10 @@ class QuantizedPhi3ForCausalLM:
             row["kv"] = chunk.kv_cache.address
             row["start"], row["num_tokens"] = chunk.start, n
             row["num_logits"], row["long_rope"] = chunk.num_logits, chunk.long_rope
-        token_ids = torch.cat([chunk.token_ids for chunk in chunks]).numpy().astype(np.int32)
+        token_ids = torch.cat([chunk.token_ids for chunk in chunks]).numpy()
         if token_ids.min() < 0 or token_ids.max() >= self.config.vocab_size:
             raise ValueError(f"token ids from {token_ids.min()} to {token_ids.max()} are not all the network's")
+        token_ids = token_ids.astype(np.int32)
         num_rows = int(table["num_logits"].sum())
         if len(self._logits) < num_rows:
             self._logits = np.empty((num_rows, self.config.vocab_size), np.float32)

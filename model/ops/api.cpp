@@ -5,6 +5,7 @@
 #include <new>
 #include <vector>
 
+#include "attention_api.h"
 #include "kernels.h"
 #include "network.h"
 #include "step.h"
@@ -48,6 +49,9 @@ int phi_network_forward(void* network, const PhiChunk* chunks, int num_chunks, c
   }
 }
 
+// May be called from any thread while the network computes.
+uint64_t phi_network_progress(const void* network) { return static_cast<const Network*>(network)->progress(); }
+
 // Draws a token for each row, on the network's threads.
 void phi_network_sample(void* network, phi::SampleArgs* rows, int num_rows) {
   static_cast<Network*>(network)->sample(rows, num_rows);
@@ -90,6 +94,15 @@ void phi_rotate_heads(const char* isa, float* heads, int num_heads, int head_dim
 
 void phi_widen_row(const char* isa, const uint16_t* bf16, int k, float* out) {
   phi::find_kernels(isa)->widen_row(bf16, k, out);
+}
+
+void phi_test_attend(const char* isa, const phi::AttendArgs* args, int num_threads) {
+  phi::test_attend(*phi::find_kernels(isa), *args, num_threads);
+}
+
+void phi_test_store_kv_row(const char* isa, const float* numbers, int num_kv_heads, int head_dim, int kv_kind,
+                           char* row) {
+  phi::test_store_kv_row(*phi::find_kernels(isa), numbers, num_kv_heads, head_dim, kv_kind, row);
 }
 
 }  // extern "C"

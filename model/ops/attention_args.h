@@ -134,8 +134,8 @@ static inline int64_t attend_partials(const AttendArgs& a, int num_threads) {
 static inline int64_t attend_scratch(int head_dim, int num_heads, int num_kv_heads) {
   const int group = num_heads / num_kv_heads;
   const int64_t rows = group > kItemRows ? group : kItemRows, dim = padded_dim(head_dim);
-  // See Scratch in attention.h: a block of keys and one of values, a tile's weights (at most 8 rows), scales, and what is
-  // kept for each row. It begins on a cache line.
+  // See Scratch in attention.h: a block of keys and one of values, a tile's weights (of at most 8 rows), scales, and
+  // what is kept for each row. It begins on a cache line.
   return 16 + 2 * kKeyBlock * dim + 9 * kKeyBlock + rows * (3 * dim + 16 + 3);
 }
 

@@ -45,8 +45,7 @@ struct Visible {
 template <int R>
 PHI_INLINE Visible<R> visible_keys(const AttendArgs& a, int group, int position, int row, int block) {
   Visible<R> v;
-  v.all_first = 0;
-  v.all_last = kKeyBlock;
+  v.all_first = 0, v.all_last = kKeyBlock;
   for (int r = 0; r < R; r++) {
     const int t = position + (row + r) / group, first = first_key(a, t) - block * kKeyBlock;
     v.first[r] = first > 0 ? first : 0;
@@ -58,7 +57,7 @@ PHI_INLINE Visible<R> visible_keys(const AttendArgs& a, int group, int position,
   return v;
 }
 
-// Sixteen-number pieces of rows of a float32 matrix, [..][ld].
+// Rows of a float32 matrix [..][ld], in pieces of 16 numbers.
 struct FloatRow {
   const float* numbers;
   PHI_INLINE F16 piece(int c) const { return F16::load(numbers + 16 * c); }
@@ -69,7 +68,7 @@ struct FloatRows {
   PHI_INLINE FloatRow row(int k) const { return {numbers + k * ld}; }
 };
 
-// The same of stored rows from dimension d on.
+// Stored rows, in pieces of 16 numbers from dimension d on; asks for rows of the next block meanwhile.
 template <int Kind>
 struct StoredRow {
   const char* row;
@@ -88,6 +87,7 @@ struct StoredRows {
     const char* soon = block.next + (16 + k / 2) * block.row_nbytes + d * kSize;
     if (d * kSize % 64 == 0) {
       for (int i = 0; i < 16 * Pieces * kSize; i += 64) __builtin_prefetch(soon + i);
+      // Not aligned, behind a scale.
       if (Kind == KV_INT8) __builtin_prefetch(soon + 67);
     }
     return {at, d, F16::set1(stored_scale<Kind>(at))};
@@ -154,10 +154,9 @@ struct WideBlock {
 
   PHI_INLINE int dim() const { return padded_dim(head_dim); }
 
-  // to[r][..] = q k for R rows of queries [R][dim] and the block's 32 keys; `memory` has room for them, [R][32].
+  // to[r][..] = q k for R rows of queries [R][dim] and the block's 32 keys; the second argument has room for them.
   template <int R>
-  PHI_INLINE void scores(const float* queries, float* memory, F16 (&to)[R][2]) const {
-    (void)memory;
+  PHI_INLINE void scores(const float* queries, float*, F16 (&to)[R][2]) const {
     constexpr int kPieces = tile_pieces<R>() < 2 ? 1 : 2;
     for (int c = 0; c < 2; c += kPieces) {
       F16 sums[R][kPieces];
@@ -240,7 +239,6 @@ struct NarrowBlock {
     for (; kPieces > 1 && d < dim(); d += 16) weigh_pieces<R, 1>(v, weights, factor, d, acc);
   }
 
-  // Not for others.
   // sums[g][r] += query r's number I * that of each key of group g: number I of the four bytes of its column.
   template <int R, int I, int Groups>
   static PHI_INLINE void add_column(const float* column, const __m256 (&scale)[Groups], const float* queries, int ld,

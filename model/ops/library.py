@@ -201,6 +201,8 @@ def _declare(c: ctypes.CDLL) -> None:
         ctypes.c_void_p,
         ctypes.c_void_p,
     ]
+    c.phi_network_progress.restype = ctypes.c_uint64
+    c.phi_network_progress.argtypes = [ctypes.c_void_p]
     c.phi_network_sample.restype = None
     c.phi_network_sample.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int]
     c.phi_sample.restype = None

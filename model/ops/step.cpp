@@ -68,6 +68,7 @@ void Network::forward(const PhiChunk* chunks, int num_chunks, const int32_t* tok
       }
     });
     linear(layer[3], num_tokens_, hidden_.data(), hidden_stride_, true);
+    progress_.fetch_add(1, std::memory_order_relaxed);
   }
   int num_wanted = static_cast<int>(wanted_.size());
   if (num_wanted == 0) return;

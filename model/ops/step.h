@@ -5,7 +5,7 @@
 
 #pragma once
 
-#include <memory>
+#include <atomic>
 #include <vector>
 
 #include "kernels.h"
@@ -22,6 +22,8 @@ class Network {
   // tokens. For one caller at a time; all input must be valid.
   void forward(const PhiChunk* chunks, int num_chunks, const int32_t* token_ids, float* logits);
 
+  // Grows with every layer computed: what a watchdog in another thread looks at.
+  uint64_t progress() const { return progress_.load(std::memory_order_relaxed); }
   // Draws a token for each row, which must not be longer than vocab_size.
   void sample(SampleArgs* rows, int num_rows);
 
@@ -51,6 +53,7 @@ class Network {
   // Of each thread, in doubles, because the sampler's must be aligned for them.
   int64_t scratch_size_;
   std::vector<double> scratch_;
+  std::atomic<uint64_t> progress_{0};
   int num_tokens_ = 0, attend_threads_ = 1;
   std::vector<float> hidden_, qkv_, attention_, gate_up_, cos_, sin_, x_scale_, group_sums_, partials_;
   std::vector<int16_t> x_;

@@ -1,10 +1,10 @@
-"""The compiled attention: against float64, bit by bit against itself in other pieces, and what must not reach a result."""
+"""The compiled attention: against float64, bit by bit against itself in other pieces, and what must not reach it."""
 
 from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -69,6 +69,15 @@ def isa(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _one_torch_thread() -> Iterator[None]:
+    """Many small operations: torch's threads would mostly wait for each other, all the more beside other processes."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @dataclass
 class Stored:
     """Random queries of all positions, and stored keys and values."""
@@ -130,7 +139,8 @@ class Stored:
 def make(kind: str, positions: int, heads: int = 3, kv_heads: int = 1, dim: int = 64, window: int = 0) -> Stored:
     generator = torch.Generator().manual_seed(positions * dim + heads)
     # Scores of all sizes: some rows of weights are nearly flat, some have one key only.
-    query = torch.randn(positions, heads, dim, generator=generator) * torch.rand(positions, heads, 1, generator=generator) * 6
+    size = 6 * torch.rand(positions, heads, 1, generator=generator)
+    query = size * torch.randn(positions, heads, dim, generator=generator)
     keys, values = torch.randn(2, positions, kv_heads, dim, generator=generator)
     store = functools.partial(reference_attention.store_rows, kind=kind)
     return Stored(kind, query, kv_heads, store(keys), store(values), window)
