@@ -41,6 +41,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "partial": {"partial_rotary_factor": 0.75},
     "window": {"sliding_window": 9},
     "window_mha": {"sliding_window": 9, "num_key_value_heads": 4},
+    # Nothing is a multiple of 16.
+    "odd": {"hidden_size": 40, "intermediate_size": 56},
 }
 
 
