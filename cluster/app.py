@@ -33,6 +33,7 @@ from phi_cluster.cluster.preflight import (
     inspect_machine,
     kv_budget,
     object_store_nbytes,
+    standby_engines,
 )
 from phi_cluster.cluster.runtime_dir import clear_dead_servers, remove_runtime_dir
 from phi_cluster.cluster.served_model import ServedModel, choose_dtypes, describe_model
@@ -71,6 +72,8 @@ class Prepared:
     served: ServedModel
     weights_nbytes: int
     budget_nbytes: int
+    # Of each replica.
+    num_standbys: int
 
     @property
     def num_threads(self) -> int:
@@ -108,7 +111,11 @@ def prepare(config: Config, report: Report) -> Prepared:
 
     weights, _ = ensure_packed(served, config.cache_path, packing)
     weights_nbytes = weights.stat().st_size
-    return Prepared(config, machine, served, weights_nbytes, kv_budget(config, machine, weights_nbytes))
+    budget_nbytes = kv_budget(config, machine, weights_nbytes)
+    num_standbys = standby_engines(config, machine, weights_nbytes, budget_nbytes)
+    if config.engine.standby_engines is None and not num_standbys and config.device == "cpu":
+        report.noted("no memory is left for a standby engine: should the engine die, streams pause for seconds")
+    return Prepared(config, machine, served, weights_nbytes, budget_nbytes, num_standbys)
 
 
 class Server:
@@ -214,7 +221,8 @@ class Server:
         with self._timed("engine", report):
             serve_cluster, replica = loading.result()
             serve_cluster.wait_serve_controller()
-            serve_cluster.run_app(replica, config, threads, prepared.served, config, self._runtime_dir, threads)
+            arguments = (prepared.served, config, self._runtime_dir, threads, prepared.num_standbys)
+            serve_cluster.run_app(replica, config, threads, *arguments)
 
     @contextmanager
     def _timed(self, part: str, report: Report) -> Iterator[None]:

@@ -67,7 +67,7 @@ class SpeculationConfig(_Section):
 
 
 class EngineConfig(_Section):
-    """One engine: how much it does in a step."""
+    """One engine: how much it does in a step, and what replaces it."""
 
     num_threads: int | None = Field(
         None, ge=1, le=1024, description="CPU threads of an engine; unset: the cores this machine (cgroup) allows"
@@ -78,6 +78,19 @@ class EngineConfig(_Section):
     )
     max_waiting: int = Field(
         256, ge=1, le=100_000, description="turns that may wait in one replica; more get 429 with Retry-After"
+    )
+    standby_engines: int | None = Field(
+        None,
+        ge=0,
+        le=8,
+        description="engines that each replica keeps ready to take over, about 400 MB each: a stream whose engine dies "
+        "pauses for a moment, else for seconds; unset: 1 where memory is left after weights and KV budget, else 0",
+    )
+    hang_timeout: Seconds = Field(
+        3.0,
+        ge=1.0,
+        description="an engine that shows no life, or computes no layer although it is busy, for so long is "
+        "replaced; contexts beyond some 30k tokens on a CPU may take longer for a layer: raise it there",
     )
     # A section whose fields are all commented out is null to YAML.
     speculation: Annotated[SpeculationConfig, BeforeValidator(lambda value: {} if value is None else value)] = Field(

@@ -71,7 +71,8 @@ class Controller:
         # Counters of keepers that were restarted since.
         self._past_recycles: Counter[str] = Counter()
         self._past_activations = 0
-        self._replicas: dict[str, tuple[float, list[FamilySnapshot], int, int]] = {}
+        # When each reported, what, and its processes by kind.
+        self._replicas: dict[str, tuple[float, list[FamilySnapshot], dict[str, list[int]]]] = {}
         # The sums of all replicas that are gone.
         self._past_replicas: list[FamilySnapshot] = []
         self._running: asyncio.Task[None] | None = None
@@ -87,11 +88,17 @@ class Controller:
         return os.getpid()
 
     async def report_replica(
-        self, replica_id: str, snapshot: list[FamilySnapshot], pid: int, engine_pid: int | None
+        self,
+        replica_id: str,
+        snapshot: list[FamilySnapshot],
+        pid: int,
+        engine_pid: int | None,
+        standby_pids: list[int],
     ) -> None:
-        """A replica's counters so far, about once a second."""
+        """A replica's counters so far, and the pids of its processes, about once a second."""
         await self.start()
-        self._replicas[replica_id] = (time.monotonic(), snapshot, pid, engine_pid or 0)
+        pids = {"replica": [pid], "engine": [engine_pid] if engine_pid else [], "standby_engine": standby_pids}
+        self._replicas[replica_id] = (time.monotonic(), snapshot, pids)
 
     async def num_open_requests(self) -> int:
         """Requests running or waiting in all replicas, as last reported."""
@@ -116,7 +123,7 @@ class Controller:
         """What each replica reported last; of those that are silent, without what was true only then."""
         deadline = time.monotonic() - _REPLICA_SILENCE_SECONDS
         replicas = list(self._replicas.values())
-        return [snapshot if at >= deadline else without_gauges(snapshot) for at, snapshot, _, _ in replicas]
+        return [snapshot if at >= deadline else without_gauges(snapshot) for at, snapshot, _ in replicas]
 
     async def _run(self) -> None:
         while True:
@@ -183,7 +190,7 @@ class Controller:
 
     def _forget_silent_replicas(self) -> None:
         deadline = time.monotonic() - _REPLICA_GONE_SECONDS
-        for replica_id, (reported_at, snapshot, _, _) in list(self._replicas.items()):
+        for replica_id, (reported_at, snapshot, _) in list(self._replicas.items()):
             if reported_at < deadline:
                 del self._replicas[replica_id]
                 past = merge_snapshots([self._past_replicas, without_gauges(snapshot)])
@@ -200,10 +207,14 @@ class Controller:
             "session_actor": sum(s.private_nbytes for s in report.sessions),
             "keeper": report.private_nbytes,
             "controller": private_bytes(),
-            # Copied: this runs in the metrics server's thread.
-            "replica": sum(private_or_zero(pid) for _, _, pid, _ in list(self._replicas.values())),
-            "engine": sum(private_or_zero(pid) for _, _, _, pid in list(self._replicas.values())),
+            "replica": 0,
+            "engine": 0,
+            "standby_engine": 0,
         }
+        # Copied: this runs in the metrics server's thread.
+        for _, _, pids in list(self._replicas.values()):
+            for kind, some in pids.items():
+                private[kind] += sum(map(private_or_zero, some))
         return NodeView(
             node=report.node_id[:12],
             kv_bytes_by_state={"active": 0, "held": 0, "ephemeral": 0} | dict(kv_bytes),

@@ -1,45 +1,36 @@
 """A replica's end of the step socket: adds sequences, hands out their tokens, and replaces an engine that died.
 
-Owns: the connection to the one engine of this replica, the live sequences on it, and their failover: a sequence
-whose engine died is added to the next one with the reply so far, and goes on where it stopped. Knows nothing of
-Ray (engines come from an injected `spawn`), text, HTTP or sessions.
+Owns: which engine serves this replica, the live sequences on it, and their failover: a sequence whose engine died is
+added to the next one with the reply so far, and goes on where it stopped. Knows nothing of Ray (engines come from an
+injected `spawn`), of how the loss of an engine is noticed (engine_link.py), of text, HTTP or sessions.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import time
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import replace
-from typing import Protocol
 
+from phi_cluster.cluster.engine_link import EngineHandle, EngineLink, EngineLost
 from phi_cluster.cluster.errors import PhiError, Unavailable
 from phi_cluster.cluster.messages import (
     AbortSequence,
     AddSequence,
     ExtendSequence,
-    ProcessId,
+    Frame,
     SequenceOutput,
     StepFrame,
-    decode_frame,
-    encode_frame,
 )
+from phi_cluster.cluster.standby import StandbyEngines
 
 logger = logging.getLogger(__name__)
 
 # A request that was running on so many engines when they died is failed, not tried on a third (promise C8).
 MAX_ENGINE_DEATHS = 2
 _BACKOFF_SECONDS = (0.0, 0.2, 0.5, 1.0, 2.0, 5.0)
-
-
-class EngineHandle(Protocol):
-    """A started engine process."""
-
-    process: ProcessId
-    socket_path: str
-
-    async def end(self) -> None:
-        """Kills it if need be, and returns when its death is proven."""
 
 
 class EngineFailed(PhiError):
@@ -77,30 +68,33 @@ class SequenceStream:
 
 
 class EngineClient:
-    """Keeps one engine running and connected. All methods belong to one event loop."""
+    """Keeps one engine serving. All methods belong to one event loop.
+
+    Attributes: `recoveries`, how many engines were lost while they served, by how; `last_step`, the last step's frame.
+    """
 
     def __init__(
         self,
-        spawn: Callable[[], Awaitable[EngineHandle]],
+        start_engine: Callable[[], Awaitable[EngineLink]],
+        standbys: StandbyEngines,
         *,
         ready_wait: float = 60.0,
-        step_wait: float = 60.0,
         backoff: Sequence[float] = _BACKOFF_SECONDS,
     ):
-        """`ready_wait`: how long a request waits for an engine, also one whose engine died in the middle. `step_wait`:
-        an engine silent for so long is taken for hung (longer than the longest step). `backoff`: before a start, by
-        the number of starts that failed before it. All in seconds."""
-        self._spawn = spawn
+        """`start_engine` brings up and connects a new engine, where `standbys` have none; they are closed with this.
+        `ready_wait`: how long a request waits for an engine, also one whose engine died in the middle. `backoff`:
+        before a start, by the number of starts that failed before it. All in seconds."""
+        self._start_engine = start_engine
+        self._standbys = standbys
         self._ready_wait = ready_wait
-        self._step_wait = step_wait
         self._backoff = backoff
         self._streams: dict[int, SequenceStream] = {}
         self._next_sequence_id = 1
-        self._writer: asyncio.StreamWriter | None = None
+        # Until the death of its engine is proven.
+        self._link: EngineLink | None = None
         self._connected = asyncio.Event()
         self._supervisor: asyncio.Task[None] | None = None
-        self.engine: EngineHandle | None = None
-        self.replacements = 0
+        self.recoveries: Counter[str] = Counter()
         self.last_step = StepFrame(0, [], 0, 0)
         self.last_error: str | None = None
 
@@ -123,6 +117,15 @@ class EngineClient:
         return self._connected.is_set()
 
     @property
+    def engine(self) -> EngineHandle | None:
+        """The one that serves, or whose death is not proven yet."""
+        return None if self._link is None else self._link.engine
+
+    @property
+    def replacements(self) -> int:
+        return self.recoveries.total()
+
+    @property
     def num_streams(self) -> int:
         return len(self._streams)
 
@@ -135,103 +138,107 @@ class EngineClient:
         await self.wait_ready()
         stream = SequenceStream(add)
         self._streams[add.sequence_id] = stream
-        self._send(encode_frame(add))
+        self._send(add)
         return stream
 
     def abort(self, stream: SequenceStream) -> None:
         """Asks for an end after the step in flight. `released` still comes through the stream."""
         if not stream.aborted and not stream.released:
             stream.aborted = True
-            if self.engine is None:
-                # The engine's death is proven and its successor is not up: nobody has the sequence.
+            if self._link is None:
+                # The engine's death is proven and no other has the sequence yet.
                 self._finish(stream, "abort")
             else:
-                self._send(encode_frame(AbortSequence(stream.add.sequence_id)))
+                self._send(AbortSequence(stream.add.sequence_id))
 
     def extend(self, stream: SequenceStream, max_num_tokens: int) -> None:
         """The sequence's lease covers so many tokens now."""
         stream.add = replace(stream.add, max_num_tokens=max_num_tokens)
-        self._send(encode_frame(ExtendSequence(stream.add.sequence_id, max_num_tokens)))
+        self._send(ExtendSequence(stream.add.sequence_id, max_num_tokens))
 
     async def close(self) -> None:
-        """Ends the engine and every stream."""
+        """Ends all engines and every stream."""
         if self._supervisor is not None:
             self._supervisor.cancel()
             await asyncio.gather(self._supervisor, return_exceptions=True)
-        if self._writer is not None:
-            self._writer.close()
-        await self._end_engine()
+        await asyncio.gather(self._standbys.close(), self._end_engine())
         for stream in list(self._streams.values()):
             self._finish(stream, "error", "the replica is shutting down")
 
-    def _send(self, frame: bytes) -> None:
+    def _send(self, frame: Frame) -> None:
         # Between engines there is nobody to write to: live streams are added again on connection.
-        if self._writer is not None:
-            self._writer.write(frame)
+        if self._link is not None:
+            self._link.send(frame)
 
     async def _supervise(self) -> None:
         failures = 0
         patience: asyncio.TimerHandle | None = None
+        lost_at: float | None = None
         while True:
             await asyncio.sleep(self._backoff[min(failures, len(self._backoff) - 1)])
             try:
-                self.engine = await self._spawn()
-                reader, writer = await asyncio.open_unix_connection(self.engine.socket_path, limit=2**22)
+                link = await self._next_engine()
             except Exception as error:
                 failures += 1
                 self.last_error = f"{type(error).__name__} at start"
                 logger.warning("engine did not start: %s", error)
-                await self._end_engine()
                 continue
             failures = 0
             if patience is not None:
                 patience.cancel()
-            self._writer = writer
-            for stream in list(self._streams.values()):
-                writer.write(encode_frame(stream.remaining()))
-                if stream.aborted:
-                    writer.write(encode_frame(AbortSequence(stream.add.sequence_id)))
-            self._connected.set()
-            await self._read_steps(reader)
+            self._connect(link)
+            if lost_at is not None:
+                pause = time.monotonic() - lost_at
+                logger.warning("engine %d took over after %.3f s", link.engine.process.pid, pause)
+            how = await link.lost()
+            lost_at = time.monotonic()
             self._connected.clear()
-            self._writer = None
-            writer.close()
             await self._end_engine()
-            self.replacements += 1
+            self.recoveries[how] += 1
             self._settle_after_death()
             patience = asyncio.get_running_loop().call_later(self._ready_wait, self._give_up)
 
-    async def _end_engine(self) -> None:
-        if self.engine is not None:
-            await self.engine.end()
-            self.engine = None
-
-    async def _read_steps(self, reader: asyncio.StreamReader) -> None:
-        """Delivers frames until the engine's end of the socket closes."""
+    async def _next_engine(self) -> EngineLink:
+        """One that has said that it serves: from those that stand by if one of them lives, else a new one."""
         while True:
+            link = await self._standbys.take()
+            is_standby = link is not None
+            link = link or await self._start_engine()
             try:
-                # An engine steps every few seconds also when idle: one that is silent for long hangs.
-                head = await asyncio.wait_for(reader.readexactly(4), self._step_wait)
-                length = int.from_bytes(head, "big")
-                frame = decode_frame(await reader.readexactly(length))
-            except (asyncio.IncompleteReadError, ConnectionError):
-                return
-            except asyncio.TimeoutError:
-                logger.error("the engine has made no step for %g s and is replaced", self._step_wait)
-                return
-            except (ValueError, TypeError):
-                # Whoever writes that is no engine to be trusted: it is ended like a dead one.
-                logger.exception("the engine sent a frame that cannot be read")
-                return
-            assert isinstance(frame, StepFrame)
-            self.last_step = frame
-            for output in frame.outputs:
-                stream = self._streams.get(output.sequence_id)
-                if stream is None:
-                    continue
-                stream.push(output)
-                if stream.released:
-                    del self._streams[output.sequence_id]
+                await link.take_over(self._take_step)
+                return link
+            except EngineLost as error:
+                await link.end()
+                if not is_standby:
+                    raise
+                logger.warning("%s", error)
+            except BaseException:
+                await link.end()
+                raise
+
+    def _connect(self, link: EngineLink) -> None:
+        """All live sequences go on there."""
+        self._link = link
+        for stream in self._streams.values():
+            link.send(stream.remaining())
+        self._connected.set()
+        self._standbys.fill()
+
+    async def _end_engine(self) -> None:
+        if self._link is not None:
+            await self._link.end()
+            self._link = None
+
+    def _take_step(self, frame: StepFrame) -> None:
+        """Hands a step's outputs out."""
+        self.last_step = frame
+        for output in frame.outputs:
+            stream = self._streams.get(output.sequence_id)
+            if stream is None:
+                continue
+            stream.push(output)
+            if stream.released:
+                del self._streams[output.sequence_id]
 
     def _settle_after_death(self) -> None:
         """The dead engine released everything. What was over anyway, or kills engines, is not carried on."""

@@ -144,6 +144,12 @@ class AbortSequence:
 
 
 @dataclass(frozen=True)
+class TakeOver:
+    """Frame replica -> engine: until now it stood by; from here on it steps every few seconds also when idle. The first
+    frame to every engine that serves."""
+
+
+@dataclass(frozen=True)
 class SequenceOutput:
     """One sequence's part of a step. After `released` the engine never touches its segment again."""
 
@@ -167,7 +173,16 @@ class StepFrame:
     num_waiting: int
 
 
-Frame: TypeAlias = AddSequence | ExtendSequence | AbortSequence | StepFrame
+@dataclass(frozen=True)
+class Heartbeat:
+    """Frame engine -> replica, twice a second, also in the middle of a step: the process runs. While it is `busy`,
+    `progress` grows at least once a layer of the network, or it hangs."""
+
+    progress: int
+    busy: bool
+
+
+Frame: TypeAlias = AddSequence | ExtendSequence | AbortSequence | TakeOver | StepFrame | Heartbeat
 
 
 def encode_frame(message: Frame) -> bytes:
@@ -190,6 +205,10 @@ def encode_frame(message: Frame) -> bytes:
         body = ["extend", message.sequence_id, message.max_num_tokens]
     elif isinstance(message, AbortSequence):
         body = ["abort", message.sequence_id]
+    elif isinstance(message, TakeOver):
+        body = ["take_over"]
+    elif isinstance(message, Heartbeat):
+        body = ["heartbeat", message.progress, message.busy]
     else:
         outputs = [
             [o.sequence_id, o.token_ids, o.finish_reason, o.released, o.num_cached_tokens, o.error]
@@ -210,6 +229,10 @@ def decode_frame(packed: bytes) -> Frame:
         return ExtendSequence(*fields)
     if kind == "abort":
         return AbortSequence(*fields)
+    if kind == "take_over":
+        return TakeOver(*fields)
+    if kind == "heartbeat":
+        return Heartbeat(*fields)
     if kind == "step":
         step, outputs, num_running, num_waiting = fields
         return StepFrame(step, [SequenceOutput(*o) for o in outputs], num_running, num_waiting)

@@ -19,6 +19,7 @@ from phi_cluster.cluster.errors import StartError
 # What the processes other than engines take, with Ray's own: measured, rounded up.
 PROCESSES_NBYTES = 1_500 * 10**6
 ENGINE_NBYTES = 500 * 10**6
+STANDBY_ENGINE_NBYTES = 400 * 10**6
 _LEAST_DISK_NBYTES = 500 * 10**6
 # Room for large messages, and Ray's own limit (80 %) with a distance.
 _OBJECT_STORE_EXTRA_NBYTES = 200 * 10**6
@@ -133,6 +134,30 @@ def kv_budget(config: Config, machine: Machine, weights_nbytes: int, shm: Path =
             f"too little memory: {machine.available_nbytes // 10**6} MB are available, weights and processes take "
             f"{fixed // 10**6} MB and the KV cache {max(wanted, 32 * 2**20) // 10**6} MB; "
             "free memory, lower kv.budget or choose a smaller model or dtype"
+        )
+    return wanted
+
+
+def standby_engines(config: Config, machine: Machine, weights_nbytes: int, kv_nbytes: int) -> int:
+    """Engines that stand by for each replica, of `kv_nbytes` of KV cache on the node. Raises StartError if those that
+    are asked for do not fit."""
+    wanted = config.engine.standby_engines
+    if config.device == "cuda":
+        if wanted:
+            raise StartError(
+                f"engine.standby_engines: {wanted} would each hold the weights in the GPU's memory once more; "
+                "set it to 0 with device cuda"
+            )
+        return 0
+    fixed = weights_nbytes + PROCESSES_NBYTES + config.replicas * ENGINE_NBYTES + kv_nbytes
+    left = machine.available_nbytes - fixed
+    needed = config.replicas * STANDBY_ENGINE_NBYTES
+    if wanted is None:
+        return 1 if left >= needed else 0
+    if wanted and left < wanted * needed:
+        raise StartError(
+            f"engine.standby_engines: {wanted} for each replica take {wanted * needed // 10**6} MB, and "
+            f"{max(left, 0) // 10**6} MB are left after weights, processes and KV cache; lower it or kv.budget"
         )
     return wanted
 

@@ -1,12 +1,15 @@
-"""Processes of this machine, as the kernel sees them: who they are, whether they live, what they cost.
+"""Processes of this machine, as the kernel sees them: who they are, whether they live, what they cost, and their end.
 
-Owns: reading `/proc`. Knows nothing of sessions, engines or Ray: it is asked with pids and answers with
-facts. Linux only.
+Owns: reading `/proc`, and killing one for sure. Knows nothing of sessions, engines or Ray: it is asked with pids and
+answers with facts. Linux only.
 """
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import os
+import signal
 from pathlib import Path
 
 from phi_cluster.cluster.messages import ProcessId
@@ -34,6 +37,45 @@ def is_alive(process: ProcessId) -> bool:
     if start_ticks != process.start_ticks:
         return False
     return state not in _DEAD_STATES or num_threads > 1
+
+
+async def kill_for_sure(process: ProcessId) -> None:
+    """SIGKILL (which also ends one that is stopped), and returns once `is_alive` is false for good.
+
+    Nothing happens to another process that has its pid by now.
+    """
+    try:
+        # From here on the descriptor means whoever has the pid now, whatever the pid comes to mean.
+        fd = os.pidfd_open(process.pid)
+    except ProcessLookupError:
+        return
+    except (AttributeError, OSError):
+        # A kernel or a Python without them.
+        fd = -1
+    try:
+        while is_alive(process):
+            with contextlib.suppress(ProcessLookupError):
+                if fd >= 0:
+                    signal.pidfd_send_signal(fd, signal.SIGKILL)
+                else:
+                    os.kill(process.pid, signal.SIGKILL)
+            await _until_exit(fd)
+    finally:
+        if fd >= 0:
+            os.close(fd)
+
+
+async def _until_exit(fd: int) -> None:
+    """Until the process of a descriptor has ended, if there is one; for a moment at most."""
+    loop = asyncio.get_running_loop()
+    ended: asyncio.Future[None] = loop.create_future()
+    if fd >= 0:
+        loop.add_reader(fd, ended.cancel)
+    try:
+        await asyncio.wait({ended}, timeout=0.005 if fd < 0 else 0.1)
+    finally:
+        if fd >= 0:
+            loop.remove_reader(fd)
 
 
 def private_bytes(pid: int | None = None) -> int:

@@ -1,7 +1,7 @@
 """The Serve deployment: one replica holds clients' connections, and one engine of its own computes for it.
 
-Owns: the lifecycle of the replica and of its engine actor, admission, and wiring the edge to turns, sessions and the
-engine. Knows nothing of torch: it must not crash with the model.
+Owns: the lifecycle of the replica, which includes its engines', admission, and wiring the edge to turns, sessions and
+the engine. Knows nothing of torch: it must not crash with the model.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ import asyncio
 import contextlib
 import logging
 import os
-import signal
+import sys
 import time
 import uuid
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +21,17 @@ import ray
 from ray import serve
 from ray.exceptions import RayError
 
-from phi_cluster.cluster.actors import CONTROLLER, NAMESPACE, create, keeper_name, weight_store_name
+from phi_cluster.cluster.actors import CONTROLLER, NAMESPACE, keeper_name
 from phi_cluster.cluster.config import Config
-from phi_cluster.cluster.engine.actor import EngineActor
-from phi_cluster.cluster.engine.settings import EngineSettings, Speculation
 from phi_cluster.cluster.engine_client import EngineClient
+from phi_cluster.cluster.engine_link import start_engine
 from phi_cluster.cluster.http.edge import EdgeSettings
 from phi_cluster.cluster.http.server import build_app
-from phi_cluster.cluster.messages import ProcessId
-from phi_cluster.cluster.processes import is_alive, process_id
+from phi_cluster.cluster.processes import process_id
+from phi_cluster.cluster.ray_engine import EngineSpawner
 from phi_cluster.cluster.served_model import ServedModel
 from phi_cluster.cluster.session.directory import SessionDirectory
+from phi_cluster.cluster.standby import StandbyEngines
 from phi_cluster.cluster.turn import TurnLimits, Turns
 from phi_cluster.model.tokenizer import Tokenizer
 from phi_cluster.monitoring.metrics import RequestMetrics
@@ -40,44 +41,35 @@ logger = logging.getLogger(__name__)
 # Without a step for so long an engine is not ready, and then not alive: it steps every few seconds also when idle.
 _STEP_SILENCE_SECONDS = 15.0
 _START_SECONDS = 300.0
+# Whoever starts the server asks the replicas whether they are ready. One that nobody asks takes it for started then.
+_UNASKED_SECONDS = 30.0
 _LAST_COMMITS_SECONDS = 5.0
-
-
-class RayEngine:
-    """An engine process started through Ray (implements engine_client.EngineHandle)."""
-
-    def __init__(self, actor: Any, process: ProcessId, socket_path: str):
-        self._actor = actor
-        self.process = process
-        self.socket_path = socket_path
-
-    async def end(self) -> None:
-        """Kills the process and returns once it is dead for sure: only then may its segments be lent again."""
-        ray.kill(self._actor)
-        while is_alive(self.process):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(self.process.pid, signal.SIGKILL)
-            await asyncio.sleep(0.005)
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(self.socket_path)
 
 
 @serve.ingress()
 class Replica:
     """One replica with its engine. Serve builds it, asks for its ASGI app, and watches `check_health`."""
 
-    async def __init__(self, served: ServedModel, config: Config, runtime_dir: Path, num_threads: int):  # type: ignore[misc]
+    async def __init__(  # type: ignore[misc]
+        self, served: ServedModel, config: Config, runtime_dir: Path, num_threads: int, num_standbys: int
+    ):
+        _log_to_ray()
         self._served = served
         self._config = config
-        self._runtime_dir = runtime_dir
-        self._num_threads = num_threads
         self._node_id = ray.get_runtime_context().get_node_id()
         self._replica_id = uuid.uuid4().hex
         self._started_at = time.monotonic()
         self._metrics = RequestMetrics()
         self._last_step = (0, time.monotonic())
         self._sessions = SessionDirectory(self._keeper)
-        self._engines = EngineClient(self._spawn_engine, ready_wait=60.0)
+        spawner = EngineSpawner(served, config, runtime_dir, num_threads, self._node_id)
+        hang_timeout = config.engine.hang_timeout
+        # Set once the server is up: nothing that is not needed for that is started before.
+        self._started = asyncio.Event()
+        self._standbys = StandbyEngines(
+            num_standbys, partial(start_engine, spawner.spawn_standby, hang_timeout), may_begin=self._started
+        )
+        self._engines = EngineClient(partial(start_engine, spawner.spawn, hang_timeout), self._standbys)
         self._engines.start()
         # The engine's process starts meanwhile.
         self._tokenizer = await asyncio.to_thread(Tokenizer.from_folder, served.folder)
@@ -128,6 +120,7 @@ class Replica:
             return False, "the engine is starting"
         if silence > _STEP_SILENCE_SECONDS:
             return False, f"the engine has made no step for {silence:.0f} s"
+        self._started.set()
         return True, "ready"
 
     def _observe_step(self) -> tuple[int, float]:
@@ -142,44 +135,32 @@ class Replica:
         """Sends the counters to the controller, once a second."""
         while True:
             self._observe_step()
-            self._metrics.on_engine(self._engines.last_step.num_running, self._engines.replacements)
+            if time.monotonic() - self._started_at > _UNASKED_SECONDS and self._engines.ready:
+                self._started.set()
+            standby_pids = self._standbys.pids
+            recoveries = {"engine": self._engines.recoveries, "standby_engine": self._standbys.losses}
+            self._metrics.on_engine(self._engines.last_step.num_running, recoveries, len(standby_pids))
             engine = self._engines.engine
             with contextlib.suppress(ValueError, RayError):
                 controller = ray.get_actor(CONTROLLER, namespace=NAMESPACE)
                 await controller.report_replica.remote(
-                    self._replica_id, self._metrics.snapshot(), os.getpid(), engine.process.pid if engine else None
+                    self._replica_id,
+                    self._metrics.snapshot(),
+                    os.getpid(),
+                    engine.process.pid if engine else None,
+                    standby_pids,
                 )
             await asyncio.sleep(1.0)
 
     def _keeper(self) -> Any:
         return ray.get_actor(keeper_name(self._node_id), namespace=NAMESPACE)
 
-    async def _spawn_engine(self) -> RayEngine:
-        """Starts an engine in this replica's placement group: it lives and dies with the replica."""
-        config = self._config.engine
-        settings = EngineSettings(
-            max_num_seqs=config.max_num_seqs,
-            max_num_batched_tokens=config.max_num_batched_tokens,
-            num_threads=self._num_threads,
-            device=self._config.device,
-            socket_path=str(self._runtime_dir / f"engine-{uuid.uuid4().hex[:8]}.sock"),
-            speculation=Speculation(**config.speculation.model_dump()),
-        )
-        # Ray sets OMP_NUM_THREADS from num_cpus. Without an environment of its own the actor gets a process that is up.
-        options: dict[str, Any] = {
-            "num_cpus": self._num_threads,
-            "num_gpus": 1 if self._config.device == "cuda" else 0,
-        }
-        actor = create(EngineActor, options, self._served, settings)
-        try:
-            actor.warm_up.remote()
-            store = ray.get_actor(weight_store_name(self._node_id), namespace=NAMESPACE)
-            index, buffers = await store.weights.remote()
-            process = await actor.start.remote(index, buffers)
-        except BaseException:
-            ray.kill(actor)
-            raise
-        return RayEngine(actor, process, settings.socket_path)
+
+def _log_to_ray() -> None:
+    """What we log goes to this process's file among Ray's. Serve takes over stderr and drops what comes there."""
+    handler = logging.StreamHandler(sys.__stderr__)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.getLogger("phi_cluster").addHandler(handler)
 
 
 class _Sessions:

@@ -7,7 +7,7 @@ thing is the same. Knows nothing of Ray, HTTP or where numbers come from. Never 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -65,11 +65,17 @@ class RequestMetrics:
         )
         self._generation_tokens = Counter("phi_generation_tokens", "Generated tokens.", registry=self.registry)
         self._recoveries = Counter(
-            "phi_recoveries", "Components that died and were replaced.", ["component"], registry=self.registry
+            "phi_recoveries",
+            "Components that were lost and replaced, by what was wrong (death, hang, fault).",
+            ["component", "reason"],
+            registry=self.registry,
+        )
+        self._standbys = Gauge(
+            "phi_standby_engines", "Engines that are up and wait to take over.", registry=self.registry
         )
         self._open = 0
         self._engine_running = 0
-        self._recovered: dict[str, int] = {}
+        self._recovered: dict[tuple[str, str], int] = {}
 
     def on_start(self, endpoint: str) -> None:
         self._open += 1
@@ -96,12 +102,16 @@ class RequestMetrics:
         self._cached_tokens.inc(num_cached_tokens)
         self._generation_tokens.inc(num_completion_tokens)
 
-    def on_engine(self, num_running: int, replacements: int) -> None:
-        """The engine's state now: running sequences, and how often it was replaced so far."""
+    def on_engine(self, num_running: int, recoveries: Mapping[str, Mapping[str, int]], num_standbys: int) -> None:
+        """The engine's state now: running sequences, how often each component was lost so far, by how, and how many
+        engines stand by."""
         self._engine_running = num_running
-        before = self._recovered.get("engine", 0)
-        self._recoveries.labels("engine").inc(max(replacements - before, 0))
-        self._recovered["engine"] = max(replacements, before)
+        self._standbys.set(num_standbys)
+        for component, counts in recoveries.items():
+            for reason, count in counts.items():
+                before = self._recovered.get((component, reason), 0)
+                self._recoveries.labels(component, reason).inc(max(count - before, 0))
+                self._recovered[component, reason] = max(count, before)
 
     def snapshot(self) -> list[FamilySnapshot]:
         """All families with their samples, picklable."""

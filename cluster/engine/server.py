@@ -4,7 +4,8 @@ Owns: the socket, the loop, the self-test, and mapping the segments that sequenc
 HTTP or who owns a session.
 
 One thread does everything: read frames, step, send what the step brought. When there is nothing to do it waits for
-frames, and every few seconds computes one token for nothing, so that "ready" means a step was really computed lately.
+frames, and every few seconds computes one token for nothing, so that "ready" means a step was really computed lately;
+as long as it only stands by, once a minute. A second thread tells the replica that the first one gets on.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from numpy.typing import NDArray
 
 from phi_cluster.cluster.engine.device_kv import DeviceCaches, DeviceKV
 from phi_cluster.cluster.engine.engine import Engine, EngineLimits
+from phi_cluster.cluster.engine.heartbeat import HEARTBEAT_SECONDS, FrameSender, Pulse
 from phi_cluster.cluster.engine.model_runner import Model as Network
 from phi_cluster.cluster.engine.model_runner import ModelRunner
 from phi_cluster.cluster.engine.segment_kv import SegmentKV, splice
@@ -35,11 +37,12 @@ from phi_cluster.cluster.messages import (
     AddSequence,
     ExtendSequence,
     Frame,
+    Heartbeat,
     SegmentRef,
     SequenceOutput,
     StepFrame,
+    TakeOver,
     decode_frame,
-    encode_frame,
 )
 from phi_cluster.cluster.served_model import ServedModel
 from phi_cluster.model.flat_weights import WeightIndex, protect_read_only, view_weights
@@ -52,6 +55,7 @@ from phi_cluster.model.sampling_params import SamplingParams
 logger = logging.getLogger(__name__)
 
 _IDLE_STEP_SECONDS = 3.0
+_STANDBY_STEP_SECONDS = 60.0
 
 
 def build_engine_server(
@@ -82,7 +86,10 @@ def build_engine_server(
     caches = None
     if settings.device != "cpu":
         caches = DeviceCaches(served.layout.kv, kv_dtype, settings.device, max_idle=settings.max_num_seqs)
-    return EngineServer(engine, served, kv_dtype, settings.socket_path, self_test, caches)
+    # `progress` grows with every layer.
+    return EngineServer(
+        engine, served, kv_dtype, settings.socket_path, self_test, lambda: int(getattr(model, "progress", 0)), caches
+    )
 
 
 class SelfTest:
@@ -116,14 +123,27 @@ class EngineServer:
         dtype: torch.dtype,
         socket_path: str,
         self_test: Callable[[], None],
+        progress: Callable[[], int],
         device_caches: DeviceCaches | None = None,
+        *,
+        idle_step_seconds: float = _IDLE_STEP_SECONDS,
+        heartbeat_seconds: float = HEARTBEAT_SECONDS,
     ):
+        """`self_test` has passed once already. `progress` grows within a step; any thread may ask it at any time."""
         self._engine = engine
         self._device_caches = device_caches
         self._served = served
         self._dtype = dtype
         self._self_test = self_test
-        self._idle_steps = 0
+        self._progress = progress
+        self._idle_step_seconds = idle_step_seconds
+        self._heartbeat_seconds = heartbeat_seconds
+        self._idle_steps = 1
+        self._stands_by = True
+        # Whether it is doing anything but waiting.
+        self._busy = False
+        # The replica has not heard yet that it is served.
+        self._unanswered = False
         self._received = bytearray()
         self._refused: list[SequenceOutput] = []
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -139,7 +159,8 @@ class EngineServer:
             connection, _ = self._listener.accept()
             self._listener.close()
             with connection:
-                self._serve(connection)
+                # A step that never ends must not outlive its replica either.
+                self.serve(connection, on_gone=lambda: os._exit(1))
         except ConnectionError:
             # The replica is gone, and its sequences with it.
             pass
@@ -151,32 +172,46 @@ class EngineServer:
             # Not sys.exit: the actor's main thread would live on with a dead engine.
             os._exit(1)
 
-    def _serve(self, connection: socket.socket) -> None:
-        self._idle()
-        self._send(connection, [])
-        last_frame = time.monotonic()
+    def serve(self, connection: socket.socket, on_gone: Callable[[], None]) -> None:
+        """Until the end of the connection, or ConnectionError; `on_gone`: see `Pulse`."""
+        sender = FrameSender(connection)
+        pulse = Pulse(sender, self._look, on_gone, self._heartbeat_seconds)
+        try:
+            self._serve(connection, sender)
+        finally:
+            pulse.stop()
+
+    def _serve(self, connection: socket.socket, sender: FrameSender) -> None:
+        last_step = time.monotonic()
         while True:
-            busy = self._engine.has_work
-            readable, _, _ = select.select([connection], [], [], 0.0 if busy else _IDLE_STEP_SECONDS)
+            idle_at = last_step + (_STANDBY_STEP_SECONDS if self._stands_by else self._idle_step_seconds)
+            self._busy = self._engine.has_work
+            wait = 0.0 if self._busy else max(idle_at - time.monotonic(), 0.0)
+            readable, _, _ = select.select([connection], [], [], wait)
+            self._busy = True
             if readable and not self._receive(connection):
                 return
             if self._engine.has_work:
-                self._send(connection, self._take_refused() + self._engine.step())
-                last_frame = time.monotonic()
-            elif self._refused:
-                self._send(connection, self._take_refused())
-            elif time.monotonic() - last_frame >= _IDLE_STEP_SECONDS:
-                self._idle()
-                self._send(connection, [])
-                last_frame = time.monotonic()
+                self._send(sender, self._take_refused() + self._engine.step())
+                last_step = time.monotonic()
+            elif self._refused or self._unanswered:
+                self._send(sender, self._take_refused())
+            elif time.monotonic() >= idle_at:
+                self._self_test()
+                self._idle_steps += 1
+                self._send(sender, [])
+                last_step = time.monotonic()
 
-    def _idle(self) -> None:
-        self._self_test()
-        self._idle_steps += 1
+    def _look(self) -> Heartbeat:
+        return Heartbeat(self._progress() + self._num_steps, self._busy)
 
-    def _send(self, connection: socket.socket, outputs: list[SequenceOutput]) -> None:
-        step = self._engine.step_count + self._idle_steps
-        connection.sendall(encode_frame(StepFrame(step, outputs, self._engine.num_running, self._engine.num_waiting)))
+    @property
+    def _num_steps(self) -> int:
+        return self._engine.step_count + self._idle_steps
+
+    def _send(self, sender: FrameSender, outputs: list[SequenceOutput]) -> None:
+        self._unanswered = False
+        sender.send(StepFrame(self._num_steps, outputs, self._engine.num_running, self._engine.num_waiting))
 
     def _receive(self, connection: socket.socket) -> bool:
         """Takes in what has come; False at the end of the connection."""
@@ -203,6 +238,9 @@ class EngineServer:
             self._engine.abort(frame.sequence_id)
         elif isinstance(frame, ExtendSequence):
             self._engine.extend(frame.sequence_id, frame.max_num_tokens)
+        elif isinstance(frame, TakeOver):
+            self._stands_by = False
+            self._unanswered = True
 
     def _open(self, frame: AddSequence) -> Sequence:
         """Maps the segment and makes it hold the sequence's ids: what it holds of them keeps its keys and values.

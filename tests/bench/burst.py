@@ -19,25 +19,14 @@ import uuid
 from typing import Any
 
 import httpx
+from chat_load import send
 
 
 async def stream_rate(client: httpx.AsyncClient, session: str, tokens: int) -> float:
     """Tokens a second between the first and the last token of one reply."""
-    body = {
-        "messages": [{"role": "user", "content": f"Tell me a long story, number {uuid.uuid4().hex[:6]}."}],
-        "max_tokens": tokens,
-        "min_tokens": tokens,
-        "ignore_eos": True,
-        "temperature": 0,
-        "stream": True,
-    }
-    times = []
-    async with client.stream("POST", "/v1/chat/completions", json=body, headers={"x-session-id": session}) as response:
-        response.raise_for_status()
-        async for line in response.aiter_lines():
-            if line.startswith("data: {"):
-                times.append(time.perf_counter())
-    return (len(times) - 1) / (times[-1] - times[0])
+    prompt = f"Tell me a long story, number {uuid.uuid4().hex[:6]}."
+    turn = await send(client, session, [{"role": "user", "content": prompt}], tokens)
+    return (turn.tokens - 1) / (turn.times[-1] - turn.times[0])
 
 
 async def open_session(client: httpx.AsyncClient, session: str) -> float:

@@ -99,13 +99,14 @@ class Conversation:
 
 
 class Stream:
-    """A streamed turn that is being read."""
+    """A streamed turn that is being read. `times` are the moments at which its `pieces` came (monotonic seconds)."""
 
     def __init__(self, conversation: Conversation, text: str, body: dict[str, Any]):
         self._conversation = conversation
         self._text = text
         self._open = conversation._http.stream("POST", "/v1/chat/completions", json=body, headers=conversation._headers)
         self.pieces: list[str] = []
+        self.times: list[float] = []
         self.comments = 0
 
     def __enter__(self) -> Stream:
@@ -156,6 +157,7 @@ class Stream:
             if "error" in event:
                 raise Refused(None, event, self.response.headers)
             self.pieces += [c["delta"]["content"] for c in event["choices"] if c["delta"].get("content")]
+            self.times += [time.monotonic()] * (len(self.pieces) - len(self.times))
             return event
         raise AssertionError("the stream ended without [DONE]")
 

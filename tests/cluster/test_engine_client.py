@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 
 from phi_cluster.cluster.engine_client import MAX_ENGINE_DEATHS, EngineClient, SequenceStream
+from phi_cluster.cluster.engine_link import EngineLink, start_engine
 from phi_cluster.cluster.errors import Unavailable
 from phi_cluster.cluster.messages import (
     AbortSequence,
@@ -21,9 +23,11 @@ from phi_cluster.cluster.messages import (
     SegmentRef,
     SequenceOutput,
     StepFrame,
+    TakeOver,
     decode_frame,
     encode_frame,
 )
+from phi_cluster.cluster.standby import StandbyEngines
 
 # Far longer than anything here takes: only a hang ends in it.
 PATIENCE = 5.0
@@ -39,6 +43,9 @@ class FakeEngine:
         # Called in the moment in which the client connects.
         self.on_connect: Callable[[], None] = lambda: None
         self.frames: asyncio.Queue[Frame] = asyncio.Queue()
+        self.serves = False
+        # Otherwise it dies of the first frame.
+        self.answers = True
         self.ended = False
         self.may_end = asyncio.Event()
         self.may_end.set()
@@ -60,7 +67,18 @@ class FakeEngine:
         try:
             while True:
                 length = int.from_bytes(await reader.readexactly(4), "big")
-                self.frames.put_nowait(decode_frame(await reader.readexactly(length)))
+                frame = decode_frame(await reader.readexactly(length))
+                if isinstance(frame, TakeOver):
+                    # Before everything else, and once.
+                    assert self.frames.empty()
+                    assert not self.serves
+                    if not self.answers:
+                        writer.transport.abort()
+                        return
+                    self.serves = True
+                    writer.write(encode_frame(StepFrame(0, [], 0, 0)))
+                else:
+                    self.frames.put_nowait(frame)
         except (asyncio.IncompleteReadError, ConnectionError):
             pass
         except asyncio.CancelledError:
@@ -96,7 +114,7 @@ class FakeEngine:
 
 
 class Engines:
-    """Spawns engines; `failures` starts fail first, and while `may_start` is not set they hang."""
+    """Starts engines; `failures` starts fail first, and while `may_start` is not set they hang."""
 
     def __init__(self, folder: Path):
         self._folder = folder
@@ -105,6 +123,7 @@ class Engines:
         self.may_start = asyncio.Event()
         self.may_start.set()
         self.on_connect: Callable[[], None] = lambda: None
+        self.answers = True
         self._started: asyncio.Queue[FakeEngine] = asyncio.Queue()
         self.all: list[FakeEngine] = []
 
@@ -115,10 +134,13 @@ class Engines:
             self.failures -= 1
             raise RuntimeError("no room for an engine")
         engine = await FakeEngine(len(self.all) + 1, self._folder).listen()
-        engine.on_connect = self.on_connect
+        engine.on_connect, engine.answers = self.on_connect, self.answers
         self.all.append(engine)
         self._started.put_nowait(engine)
         return engine
+
+    async def start(self) -> EngineLink:
+        return await start_engine(self.spawn, hang_timeout=60.0)
 
     async def next(self) -> FakeEngine:
         return await asyncio.wait_for(self._started.get(), PATIENCE)
@@ -136,9 +158,10 @@ MakeClient = Callable[..., EngineClient]
 async def make_client(engines: Engines) -> AsyncIterator[MakeClient]:
     made: list[EngineClient] = []
 
-    def make(**options: Any) -> EngineClient:
+    def make(num_standbys: int = 0, **options: Any) -> EngineClient:
         defaults: dict[str, Any] = {"ready_wait": PATIENCE, "backoff": (0.0,)}
-        client = EngineClient(engines.spawn, **(defaults | options))
+        standbys = StandbyEngines(num_standbys, engines.start, pauses=(0.0,))
+        client = EngineClient(engines.start, standbys, **(defaults | options))
         made.append(client)
         client.start()
         return client
@@ -425,20 +448,19 @@ async def test_an_abort_between_engines_is_a_release(engines: Engines, make_clie
     assert client.num_streams == 0
 
 
-async def test_an_abort_while_the_next_engine_is_connected_reaches_it(
+async def test_an_abort_while_the_next_engine_is_connected_is_a_release(
     engines: Engines, make_client: MakeClient
 ) -> None:
     client = make_client()
     stream = await client.add(add(client))
     engine = await engines.next()
-    number = (await engine.next(AddSequence)).sequence_id
+    await engine.next(AddSequence)
     engines.on_connect = lambda: client.abort(stream)
     engine.die()
     second = await engines.next()
-    assert (await second.next(AddSequence)).sequence_id == number
-    assert await second.next(AbortSequence) == AbortSequence(number)
-    await second.send(SequenceOutput(number, [], "abort", released=True))
-    await collect(stream)
+    assert [(o.finish_reason, o.released) for o in await collect(stream)] == [("abort", True)]
+    await client.wait_ready()
+    assert second.frames.empty()
 
 
 async def test_a_sequence_does_not_wait_for_ever_for_an_engine(engines: Engines, make_client: MakeClient) -> None:
@@ -513,7 +535,10 @@ async def test_a_start_whose_socket_does_not_answer_is_a_failed_one(tmp_path: Pa
         started.append(await kind(len(started), tmp_path).listen())
         return started[-1]
 
-    client = EngineClient(spawn, ready_wait=PATIENCE, backoff=(0.0,))
+    async def start() -> EngineLink:
+        return await start_engine(spawn)
+
+    client = EngineClient(start, StandbyEngines(0, start), ready_wait=PATIENCE, backoff=(0.0,))
     client.start()
     await client.wait_ready()
     assert started[0].ended
@@ -571,3 +596,116 @@ async def test_closing_before_an_engine_is_up(engines: Engines, make_client: Mak
     closing: Awaitable[None] = client.close()
     await asyncio.wait_for(closing, PATIENCE)
     assert engines.all == []
+
+
+# Engines that stand by.
+
+
+async def test_a_standby_engine_takes_over_at_once(engines: Engines, make_client: MakeClient) -> None:
+    client = make_client(num_standbys=1)
+    asked = add(client)
+    stream = await client.add(asked)
+    first, standby = await engines.next(), await engines.next()
+    await first.next(AddSequence)
+    assert first.serves
+    await first.send(SequenceOutput(asked.sequence_id, [10]))
+    await until(lambda: stream.received == [10])
+    # Nothing can be started any more.
+    engines.may_start.clear()
+    first.die()
+    assert (await standby.next(AddSequence)).token_ids == [*asked.token_ids, 10]
+    assert standby.serves
+    assert first.ended
+    assert client.engine is standby
+    await standby.send(SequenceOutput(asked.sequence_id, [11], "stop", released=True))
+    assert ids(await collect(stream)) == [10, 11]
+    assert client.recoveries == {"death": 1}
+    # The next one to stand by is being started.
+    await until(lambda: engines.attempts == 3)
+    engines.may_start.set()
+    third = await engines.next()
+    standby.die()
+    await until(lambda: client.engine is third)
+
+
+async def test_what_a_standby_engine_says_is_no_step_of_the_replicas(engines: Engines, make_client: MakeClient) -> None:
+    client = make_client(num_standbys=1)
+    stream = await client.add(add(client))
+    first, standby = await engines.next(), await engines.next()
+    number = (await first.next(AddSequence)).sequence_id
+    await standby.send(SequenceOutput(number, [66], "stop", released=True), running=7)
+    await asyncio.sleep(0.002)
+    await first.send(SequenceOutput(number, [1], "stop", released=True), running=0)
+    assert ids(await collect(stream)) == [1]
+    assert client.last_step.num_running == 0
+
+
+async def test_a_hung_engine_is_replaced_like_a_dead_one(engines: Engines, make_client: MakeClient) -> None:
+    """It says nothing for too long; what it says after that is not heard."""
+
+    async def start() -> EngineLink:
+        return await start_engine(engines.spawn, hang_timeout=0.05 if not engines.all else 60.0)
+
+    client = EngineClient(start, StandbyEngines(0, start), ready_wait=PATIENCE, backoff=(0.0,))
+    client.start()
+    stream = await client.add(add(client))
+    first = await engines.next()
+    number = (await first.next(AddSequence)).sequence_id
+    for token_id in (10, 11):
+        await first.send(SequenceOutput(number, [token_id]))
+    first.may_end.clear()
+    await until(lambda: not client.ready)
+    with contextlib.suppress(ConnectionError):
+        await first.send(SequenceOutput(number, [12]))
+    await asyncio.sleep(0.005)
+    assert stream.received == [10, 11]
+    first.may_end.set()
+    second = await engines.next()
+    assert (await second.next(AddSequence)).token_ids[-2:] == [10, 11]
+    assert client.recoveries == {"hang": 1}
+    await second.send(SequenceOutput(number, [12], "stop", released=True))
+    assert ids(await collect(stream)) == [10, 11, 12]
+    await client.close()
+
+
+async def test_closing_ends_the_standby_engines_too(engines: Engines, make_client: MakeClient) -> None:
+    client = make_client(num_standbys=2)
+    started = [await engines.next() for _ in range(3)]
+    await client.close()
+    assert all(engine.ended for engine in started)
+    await asyncio.sleep(0.002)
+    assert engines.attempts == 3
+
+
+async def test_engines_that_were_dead_already_are_nobodys_fault(engines: Engines, make_client: MakeClient) -> None:
+    """All are killed at once; the news of the second death comes with the first frame sent there."""
+    client = make_client(num_standbys=2)
+    stream = await client.add(add(client))
+    first = await engines.next()
+    standbys = [await engines.next(), await engines.next()]
+    number = (await first.next(AddSequence)).sequence_id
+    for standby in standbys:
+        standby.answers = False
+    first.die()
+    fresh = await engines.next()
+    assert (await fresh.next(AddSequence)).sequence_id == number
+    assert all(standby.ended for standby in standbys)
+    assert stream.engine_deaths == 1
+    await fresh.send(SequenceOutput(number, [1], "stop", released=True))
+    assert ids(await collect(stream)) == [1]
+
+
+async def test_an_engine_that_dies_before_it_serves_is_a_start_that_failed(
+    engines: Engines, make_client: MakeClient
+) -> None:
+    engines.may_start.clear()
+    client = make_client(ready_wait=0.05)
+    await until(lambda: engines.attempts == 1)
+    engines.answers = False
+    engines.may_start.set()
+    with pytest.raises(Unavailable, match="EngineLost at start"):
+        await client.wait_ready()
+    assert client.replacements == 0
+    assert engines.attempts > 1
+    engines.answers = True
+    await client.wait_ready(PATIENCE)

@@ -16,6 +16,8 @@ pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 CONFIG = {
     # Rounding must not decide between a computed and a stored row.
     "dtype": "float32",
+    # One engine, and another one only when that is dead; test_failover.py is about those that stand by.
+    "engine": {"standby_engines": 0},
     "sessions": {"spawn_interval": "100ms"},
 }
 FIRST = "My name is Odalys and I live in Lima. What is the capital of France?"

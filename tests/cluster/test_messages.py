@@ -16,11 +16,13 @@ from phi_cluster.cluster.messages import (
     CommitTurn,
     ExtendSequence,
     Frame,
+    Heartbeat,
     ProcessId,
     SegmentRef,
     SequenceOutput,
     SessionKey,
     StepFrame,
+    TakeOver,
     TurnGrant,
     decode_frame,
     encode_frame,
@@ -35,7 +37,7 @@ def random_frame(rng: random.Random) -> Frame:
     def ids() -> list[int]:
         return [rng.randrange(2**31) for _ in range(rng.choice([0, 1, 40, 3000]))]
 
-    kind = rng.randrange(4)
+    kind = rng.randrange(6)
     if kind == 0:
         params = SamplingParams(
             seed=rng.choice([-(2**63), 2**64 - 1, rng.randrange(-(2**63), 2**64)]),
@@ -50,6 +52,10 @@ def random_frame(rng: random.Random) -> Frame:
         return ExtendSequence(number(), number())
     if kind == 2:
         return AbortSequence(number())
+    if kind == 3:
+        return TakeOver()
+    if kind == 4:
+        return Heartbeat(number(), rng.random() < 0.5)
     outputs = [
         SequenceOutput(
             number(),
@@ -76,7 +82,7 @@ def test_frames_come_out_as_they_went_in() -> None:
         assert decoded == frame
         if isinstance(frame, AddSequence):
             assert SamplingParams.from_dict(decoded.sampling).to_dict() == frame.sampling  # type: ignore[union-attr]
-    assert len(kinds) == 4
+    assert len(kinds) == 6
 
 
 def test_a_stream_of_frames_can_be_cut_by_its_lengths() -> None:

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from phi_cluster.cluster.config import Config, KVConfig, ServerConfig
+from phi_cluster.cluster.config import Config, EngineConfig, KVConfig, ServerConfig
 from phi_cluster.cluster.errors import StartError
 from phi_cluster.cluster.preflight import (
     ENGINE_NBYTES,
     PROCESSES_NBYTES,
+    STANDBY_ENGINE_NBYTES,
     Machine,
     check_config,
     check_folder,
@@ -21,6 +22,7 @@ from phi_cluster.cluster.preflight import (
     check_port,
     inspect_machine,
     kv_budget,
+    standby_engines,
 )
 
 GB = 10**9
@@ -266,3 +268,28 @@ def test_weights_must_fit_into_shared_memory() -> None:
     machine = Machine(2, 10**18, 10**18, "AVX2")
     with pytest.raises(StartError, match=r"/dev/shm has \d+ MB free, .*the weights needs? \d{12} MB there; enlarge"):
         kv_budget(Config(), machine, 5 * 10**17)
+
+
+@pytest.mark.parametrize("replicas", [1, 3])
+def test_each_replica_has_a_standby_engine_if_all_fit(replicas: int) -> None:
+    config = Config(replicas=replicas)
+    needed = 2 * GB + PROCESSES_NBYTES + replicas * (ENGINE_NBYTES + STANDBY_ENGINE_NBYTES)
+    assert standby_engines(config, Machine(2, 99 * GB, needed, "AVX2"), GB, GB) == 1
+    assert standby_engines(config, Machine(2, 99 * GB, needed - 1, "AVX2"), GB, GB) == 0
+
+
+def test_asked_for_standby_engines_must_fit() -> None:
+    config = Config(engine=EngineConfig(standby_engines=2))
+    needed = PROCESSES_NBYTES + ENGINE_NBYTES + 2 * STANDBY_ENGINE_NBYTES
+    assert standby_engines(config, Machine(2, 99 * GB, needed, "AVX2"), 0, 0) == 2
+    with pytest.raises(StartError, match=r"2 for each replica take 800 MB, and 799 MB are left after"):
+        standby_engines(config, Machine(2, 99 * GB, needed - 10**6, "AVX2"), 0, 0)
+    none = Config(engine=EngineConfig(standby_engines=0))
+    assert standby_engines(none, Machine(2, 99 * GB, 0, "AVX2"), 0, 0) == 0
+
+
+def test_no_engine_stands_by_on_a_gpu() -> None:
+    machine = Machine(2, 99 * GB, 99 * GB, "AVX2")
+    assert standby_engines(Config(device="cuda"), machine, 0, 0) == 0
+    with pytest.raises(StartError, match="the GPU's memory"):
+        standby_engines(Config(device="cuda", engine=EngineConfig(standby_engines=1)), machine, 0, 0)

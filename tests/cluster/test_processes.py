@@ -1,10 +1,12 @@
 """Identity, liveness and private memory of real processes."""
 
+import asyncio
 import contextlib
 import ctypes
 import mmap
 import os
 import platform
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,7 +14,7 @@ from collections.abc import Iterator
 import pytest
 
 from phi_cluster.cluster.messages import ProcessId
-from phi_cluster.cluster.processes import is_alive, private_bytes, process_id
+from phi_cluster.cluster.processes import is_alive, kill_for_sure, private_bytes, process_id
 
 
 @contextlib.contextmanager
@@ -100,3 +102,27 @@ def test_private_bytes_count_anonymous_memory_and_not_shared() -> None:
         shared.write(b"x" * 4096 * 4)
         assert private_bytes() - before < size * 0.1
     os.close(fd)
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+async def test_a_process_is_killed_for_sure_also_if_it_was_stopped(stopped: bool) -> None:
+    with child(WAIT) as process:
+        identity = process_id(process.pid)
+        if stopped:
+            process.send_signal(signal.SIGSTOP)
+        await kill_for_sure(identity)
+        assert not is_alive(identity)
+        # Not reaped: nobody can have its pid yet. What continues it now finds nothing that runs.
+        process.send_signal(signal.SIGCONT)
+        assert not is_alive(identity)
+        await kill_for_sure(identity)
+        assert process.wait() == -signal.SIGKILL
+        await kill_for_sure(identity)
+
+
+async def test_whoever_has_the_pid_of_a_dead_process_is_not_killed() -> None:
+    with child(WAIT) as process:
+        identity = process_id(process.pid)
+        await kill_for_sure(ProcessId(identity.pid, identity.start_ticks - 1))
+        await asyncio.sleep(0.01)
+        assert is_alive(identity)

@@ -1,0 +1,97 @@
+"""Turns over HTTP, with the moments at which their tokens came.
+
+Owns: one streamed turn, and conversations that go on turn after turn. Knows nothing of the server's processes.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from dataclasses import dataclass, field
+
+import httpx
+
+PROMPTS = (
+    "Tell me about the sea.",
+    "And what lives in it?",
+    "Which of these is the largest, and how large is it?",
+    "Explain that again, to a child.",
+)
+
+
+@dataclass
+class Turn:
+    """What one turn brought; moments in seconds since some fixed one. `times` are those of the pieces of text."""
+
+    begin: float
+    times: list[float] = field(default_factory=list)
+    reply: str = ""
+    tokens: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+
+    @property
+    def time_to_first_token(self) -> float:
+        return self.times[0] - self.begin
+
+
+async def send(client: httpx.AsyncClient, session: str, messages: list[dict[str, str]], tokens: int) -> Turn:
+    """One streamed turn of exactly `tokens` tokens, greedy. Raises RuntimeError with the server's words."""
+    body = {
+        "messages": messages,
+        "max_tokens": tokens,
+        "min_tokens": tokens,
+        "ignore_eos": True,
+        "temperature": 0,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    turn = Turn(time.perf_counter())
+    async with client.stream("POST", "/v1/chat/completions", json=body, headers={"x-session-id": session}) as response:
+        if response.is_error:
+            raise RuntimeError((await response.aread()).decode(errors="replace"))
+        async for line in response.aiter_lines():
+            if not line.startswith("data: {"):
+                continue
+            event = json.loads(line[6:])
+            if "error" in event:
+                raise RuntimeError(event["error"]["message"])
+            now = time.perf_counter()
+            for choice in event["choices"]:
+                if text := choice["delta"].get("content"):
+                    turn.times.append(now)
+                    turn.reply += text
+            if usage := event.get("usage"):
+                turn.tokens = usage["completion_tokens"]
+                turn.prompt_tokens = usage["prompt_tokens"]
+                turn.cached_tokens = usage["prompt_tokens_details"]["cached_tokens"]
+    if not turn.times:
+        raise RuntimeError("a turn without text")
+    return turn
+
+
+class Conversation:
+    """A named session, new, and what was said in it so far."""
+
+    def __init__(self, client: httpx.AsyncClient):
+        self.session = f"bench-{uuid.uuid4().hex[:12]}"
+        self.messages: list[dict[str, str]] = []
+        self._client = client
+        self._num_turns = 0
+
+    async def say(self, tokens: int, prompt: str | None = None) -> Turn:
+        """The next turn, with the next of PROMPTS if there is no `prompt`."""
+        prompt = prompt or PROMPTS[self._num_turns % len(PROMPTS)]
+        self._num_turns += 1
+        self.messages.append({"role": "user", "content": prompt})
+        turn = await send(self._client, self.session, self.messages, tokens)
+        self.messages.append({"role": "assistant", "content": turn.reply})
+        return turn
+
+    async def clear(self) -> None:
+        """The server forgets history and cache, as if the session were new; `messages` stay."""
+        (await self._client.post(f"/v1/sessions/{self.session}/clear")).raise_for_status()
+
+    async def delete(self) -> None:
+        (await self._client.delete(f"/v1/sessions/{self.session}")).raise_for_status()

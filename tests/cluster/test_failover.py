@@ -1,0 +1,253 @@
+"""Engines die and hang in the middle of eight streams of every kind: each goes on where it stopped, byte for byte.
+
+One server whose engine has another one standing by. int8 logits are the same bits in any batch, so what an undisturbed
+run said is what must come, greedy or sampled.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import ctypes
+import itertools
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = [pytest.mark.cluster, pytest.mark.slow]
+
+CONFIG = {
+    "dtype": "int8",
+    "engine": {"standby_engines": 1, "hang_timeout": "3s", "speculation": {"num_tokens": 4}},
+    "sessions": {"spawn_interval": "100ms"},
+}
+TOKENS = 64
+LONG = {"max_tokens": TOKENS, "ignore_eos": True}
+STREAMS: list[tuple[str, dict[str, Any]]] = [
+    ("Tell me a story about a fox.", LONG),
+    ("Repeat after me, again and again: one two three, one two three, one two three.", LONG),
+    ("Tell me a story about rain.", LONG | {"temperature": 1.0, "seed": 5}),
+    ("Describe Lima.", LONG | {"temperature": 0.8, "top_p": 0.9, "top_k": 40, "min_p": 0.02, "seed": -6}),
+    (
+        "List twenty animals.",
+        LONG | {"temperature": 0.7, "seed": 7, "repetition_penalty": 1.2, "frequency_penalty": 0.5},
+    ),
+    ("What is a lighthouse?", LONG | {"presence_penalty": 1.0}),
+    ("Tell me about the number 7.", LONG | {"temperature": 0.9, "seed": 8, "logit_bias": {"28": 3.0, "30": -100.0}}),
+    # Gets its stop string from its own undisturbed reply.
+    ("Explain how bread is made.", LONG),
+]
+
+
+@pytest.fixture(scope="module")
+def server(launch):
+    server = launch(CONFIG)
+    yield server
+    if server.main.lives:
+        # Nothing is left of engines, those that stood by included.
+        server.stop()
+
+
+class Streams:
+    """Eight streams at once, each in a session of its own; made once each of them has brought a few pieces."""
+
+    _numbers = itertools.count()
+
+    def __init__(self, client, asked):
+        self._times: list[list[float]] = []
+        started = threading.Barrier(len(asked) + 1)
+        self._pool = concurrent.futures.ThreadPoolExecutor(len(asked))
+        self._running = [
+            self._pool.submit(self._run, client.conversation(f"failover-{next(self._numbers)}"), ask, started)
+            for ask in asked
+        ]
+        started.wait(120)
+        assert not any(one.done() for one in self._running)
+
+    def _run(self, talk, ask, started):
+        question, fields = ask
+        try:
+            with talk.stream(question, **fields) as stream:
+                stream.read(3)
+                started.wait(120)
+                self._times.append(stream.times)
+                return stream.finish()
+        except BaseException:
+            started.abort()
+            raise
+
+    def finish(self):
+        with self._pool:
+            return [one.result(180) for one in self._running]
+
+    def longest_pause(self, since):
+        return max(b - a for times in self._times for a, b in itertools.pairwise(times) if b > since)
+
+
+@pytest.fixture(scope="module")
+def asked(client):
+    """The eight requests."""
+    question, fields = STREAMS[-1]
+    text = client.conversation("undisturbed-stop").say(question, **fields).text
+    middle = text[len(text) // 2 : len(text) // 2 + 5]
+    return [*STREAMS[:-1], (question, fields | {"stop": [middle, "never said"]})]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(client, asked):
+    """Text, finish reason and usage of each, one after the other, with nothing else in the batch."""
+    replies = [client.conversation(f"undisturbed-{n}").say(ask, **fields) for n, (ask, fields) in enumerate(asked)]
+    assert replies[-1].finish_reason == "stop"
+    return replies
+
+
+def engine(client, server, until, other_than=None):
+    """The engine that serves."""
+
+    def look():
+        pid = client.session("undisturbed-0")["engine_pid"]
+        return [p for p in server.processes("ray::EngineActor") if p.pid == pid != (other_than and other_than.pid)]
+
+    return until(look, "an engine that serves")[0]
+
+
+def standby(client, server, until):
+    """The engine that stands by, once there is one."""
+    serving = engine(client, server, until)
+    until(lambda: client.metric("phi_standby_engines") == 1, "an engine to stand by", 120)
+    [process] = [p for p in server.processes("ray::EngineActor") if p.pid != serving.pid]
+    return process
+
+
+_WALL = 0x40000000
+_PTRACE_SEIZE, _PTRACE_INTERRUPT = 0x4206, 0x4207
+
+
+def busiest_thread(pid):
+    def ticks(task):
+        fields = (task / "stat").read_text().rpartition(")")[2].split()
+        return int(fields[11]) + int(fields[12])
+
+    before = {task: ticks(task) for task in Path(f"/proc/{pid}/task").iterdir()}
+    time.sleep(0.3)
+    return int(max(before, key=lambda task: ticks(task) - before[task]).name)
+
+
+@contextlib.contextmanager
+def held(thread):
+    """Stops one thread of a process, which only a tracer can."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.ptrace.argtypes = (ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p)
+    if libc.ptrace(_PTRACE_SEIZE, thread, None, None) != 0:
+        pytest.skip(f"no thread may be traced here: {os.strerror(ctypes.get_errno())}")
+    assert libc.ptrace(_PTRACE_INTERRUPT, thread, None, None) == 0
+    # It has stopped.
+    assert os.waitpid(thread, _WALL)[0] == thread
+    yield thread
+
+
+def logs(server):
+    files = [path for path in (server.runtime_dir / "ray").rglob("worker-*.err") if path.is_file()]
+    return "".join(path.read_text(errors="replace") for path in files)
+
+
+def all_of(replies):
+    return [(r.text, r.finish_reason, r.prompt, r.completion, r.cached) for r in replies]
+
+
+def test_streams_go_on_byte_for_byte_on_the_engine_that_stood_by(client, server, asked, undisturbed, until):
+    before = client.metric("phi_recoveries_total", component="engine", reason="death")
+    for deaths in range(1, 5):
+        heir = standby(client, server, until)
+        streams = Streams(client, asked)
+        victim, killed_at = engine(client, server, until), time.monotonic()
+        victim.kill()
+        replies = streams.finish()
+        assert all_of(replies) == all_of(undisturbed)
+        # It served at once, and no other was started for it.
+        assert engine(client, server, until).pid == heir.pid
+        until(
+            lambda deaths=deaths: (
+                client.metric("phi_recoveries_total", component="engine", reason="death") == before + deaths
+            ),
+            "the recovery to be counted",
+        )
+        print(f"longest pause {streams.longest_pause(killed_at) * 1000:.0f} ms")
+
+
+def test_an_engine_that_is_stopped_is_replaced_and_stays_dead(client, server, asked, undisturbed, until):
+    standby(client, server, until)
+    victim = engine(client, server, until)
+    streams = Streams(client, asked)
+    os.kill(victim.pid, signal.SIGSTOP)
+    stopped_at = time.monotonic()
+    until(lambda: not victim.lives, "the death of the stopped engine", 15)
+    # Found after hang_timeout, on a machine that may be busy.
+    assert 2 < time.monotonic() - stopped_at < 8
+    # Its number is nobody's, or a zombie's: there is nothing to go on.
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(victim.pid, signal.SIGCONT)
+    assert all_of(streams.finish()) == all_of(undisturbed)
+    assert not victim.lives
+    assert 2 < streams.longest_pause(stopped_at) < 10
+    until(
+        lambda: client.metric("phi_recoveries_total", component="engine", reason="hang") == 1, "the hang to be counted"
+    )
+
+
+def test_a_step_that_never_ends_is_found(client, server, asked, undisturbed, until):
+    """Only the thread that computes is held, so the process goes on giving signs of life."""
+    standby(client, server, until)
+    victim = engine(client, server, until)
+    streams = Streams(client, asked)
+    with held(busiest_thread(victim.pid)) as thread:
+        held_at = time.monotonic()
+        # A thread that is held by a tracer is dead only once that has looked.
+        until(lambda: os.waitpid(thread, _WALL | os.WNOHANG)[0], "the death of the thread", 15)
+    assert 1 < time.monotonic() - held_at < 8
+    assert all_of(streams.finish()) == all_of(undisturbed)
+    assert not victim.lives
+    until(lambda: "is replaced" in logs(server), "the log to say so")
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["dead", "hung"])
+def test_an_engine_that_is_lost_while_it_stands_by_is_replaced(number, client, server, undisturbed, until):
+    victim, serving = standby(client, server, until), engine(client, server, until)
+    os.kill(victim.pid, number)
+    until(lambda: not victim.lives, "the death of the engine that stood by", 15)
+    until(lambda: client.metric("phi_standby_engines") == 0, "the metric to say so")
+    assert standby(client, server, until).pid != victim.pid
+    assert engine(client, server, until).pid == serving.pid
+    assert client.metric("phi_recoveries_total", component="standby_engine") >= 1
+
+
+def test_a_request_on_which_two_engines_died_gets_no_third(client, server, asked, undisturbed, refused, until):
+    standby(client, server, until)
+    talk = client.conversation("poison")
+    question, fields = STREAMS[0]
+    with talk.stream(question, **fields | {"max_tokens": 2000}) as stream:
+        stream.read(3)
+        first = engine(client, server, until)
+        first.kill()
+        stream.read(len(stream.pieces) + 5)
+        engine(client, server, until, other_than=first).kill()
+        with pytest.raises(refused) as caught:
+            stream.finish()
+    assert caught.value.error["type"] == "server_error"
+    assert "two engines died on this request" in caught.value.error["message"]
+    # What was said until then is part of the conversation, and the session goes on.
+    assert client.patient(talk, "Go on.", max_tokens=4).completion > 0
+    replies = [client.conversation(f"after-{n}").say(ask, **fields) for n, (ask, fields) in enumerate(asked)]
+    assert all_of(replies) == all_of(undisturbed)
+
+
+def test_engines_end_with_their_replica_also_one_that_stands_by(client, server, until):
+    engines = [standby(client, server, until), engine(client, server, until)]
+    server.process("ray::ServeReplica").kill()
+    until(lambda: not any(one.lives for one in engines), "the end of both", 15)
+    until(server.is_ready, "the next replica", 60)
