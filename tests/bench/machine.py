@@ -1,0 +1,160 @@
+"""What this machine can do at most: bytes read and multiplications a second.
+
+    python tests/bench/machine.py
+
+Owns: a few lines of C++, compiled for this CPU with the compiler that is there, that read a buffer far larger than the
+caches and multiply in registers. Without a compiler numpy stands in, which reads less and cannot tell the peak.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import os
+import shutil
+import statistics
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+_BUFFER_NBYTES = 1 << 30
+_ROUNDS = 7
+_SOURCE = r"""
+#include <cstdint>
+#include <cstddef>
+#include <immintrin.h>
+
+// The sum keeps the compiler from leaving the reads out.
+extern "C" int64_t read_bytes(const char* p, size_t nbytes) {
+    __m256i a = _mm256_setzero_si256(), b = a, c = a, d = a;
+    for (size_t i = 0; i + 128 <= nbytes; i += 128) {
+        _mm_prefetch(p + i + 2048, _MM_HINT_T0);
+        _mm_prefetch(p + i + 2112, _MM_HINT_T0);
+        a = _mm256_add_epi64(a, _mm256_load_si256((const __m256i*)(p + i)));
+        b = _mm256_add_epi64(b, _mm256_load_si256((const __m256i*)(p + i + 32)));
+        c = _mm256_add_epi64(c, _mm256_load_si256((const __m256i*)(p + i + 64)));
+        d = _mm256_add_epi64(d, _mm256_load_si256((const __m256i*)(p + i + 96)));
+    }
+    a = _mm256_add_epi64(_mm256_add_epi64(a, b), _mm256_add_epi64(c, d));
+    return _mm256_extract_epi64(a, 0) + _mm256_extract_epi64(a, 1) + _mm256_extract_epi64(a, 2) +
+           _mm256_extract_epi64(a, 3);
+}
+
+// 12 independent sums, enough for the latency of any CPU with these instructions. The empty asm keeps each product
+// apart; `x` is used from a register as a kernel would.
+#define EACH(F) F(0) F(1) F(2) F(3) F(4) F(5) F(6) F(7) F(8) F(9) F(10) F(11)
+
+// 32 operations (16 products, 16 additions) a sum and round, by vpmaddwd and vpaddd.
+extern "C" int64_t multiply_int16(size_t rounds) {
+    __m256i x = _mm256_set1_epi16(3), y = _mm256_set1_epi16(5);
+#define DECLARE(i) __m256i s##i = _mm256_setzero_si256();
+    EACH(DECLARE)
+    for (size_t n = 0; n < rounds; n++) {
+        asm volatile("" : "+x"(x));
+#define STEP(i) s##i = _mm256_add_epi32(s##i, _mm256_madd_epi16(x, y)); asm volatile("" : "+x"(s##i), "+x"(y));
+        EACH(STEP)
+    }
+    int64_t sum = 0;
+#define ADD(i) sum += _mm256_extract_epi32(s##i, 0);
+    EACH(ADD)
+    return sum;
+}
+
+// 16 operations a sum and round, by vfmadd.
+extern "C" int64_t multiply_float32(size_t rounds) {
+    __m256 x = _mm256_set1_ps(0.5f), y = _mm256_set1_ps(1.0f);
+#define DECLARE_F(i) __m256 f##i = _mm256_set1_ps(i);
+    EACH(DECLARE_F)
+    for (size_t n = 0; n < rounds; n++) {
+        asm volatile("" : "+x"(x));
+#define STEP_F(i) f##i = _mm256_fmadd_ps(f##i, x, y); asm volatile("" : "+x"(f##i));
+        EACH(STEP_F)
+    }
+    float sum = 0;
+#define ADD_F(i) sum += _mm256_cvtss_f32(f##i);
+    EACH(ADD_F)
+    return (int64_t)sum;
+}
+"""
+_OPS_PER_ROUND = {"int16": 12 * 32, "float32": 12 * 16}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """`read_bandwidth` in bytes a second with all threads; `peak_ops` in operations (a multiplication and an addition
+    are two) a second by kind of number, `int16` and `float32`, empty where it could not be measured."""
+
+    threads: int
+    read_bandwidth: float
+    peak_ops: dict[str, float]
+
+    def describe(self) -> str:
+        peaks = "".join(f", {ops / 1e9:.0f} GOP/s {name}" for name, ops in self.peak_ops.items())
+        return f"{self.threads} threads read {self.read_bandwidth / 1e9:.1f} GB/s{peaks}"
+
+
+def measure_machine(threads: int) -> Machine:
+    """Takes some seconds and a gigabyte; medians of a few rounds."""
+    buffer = np.ones(_BUFFER_NBYTES // 8, dtype=np.int64)
+    share = len(buffer) // threads // 1024 * 1024
+    with tempfile.TemporaryDirectory() as folder:
+        library = _compile(Path(folder))
+        if library is None:
+            parts = [buffer[i * share : (i + 1) * share].view(np.float32) for i in range(threads)]
+            seconds = _together(threads, lambda i: parts[i].max())
+            return Machine(threads, 8 * share * threads / seconds, {})
+        # numpy aligns to 16 bytes, the loads to 32.
+        begin = -(-buffer.ctypes.data // 4096) * 4096
+        seconds = _together(threads, lambda i: library.read_bytes(begin + i * 8 * share, 8 * share - 4096))
+        bandwidth = (8 * share - 4096) * threads / seconds
+        rounds = 10_000_000
+        peaks = {}
+        for name, ops in _OPS_PER_ROUND.items():
+            multiply = getattr(library, f"multiply_{name}")
+            peaks[name] = ops * rounds * threads / _together(threads, lambda i, call=multiply: call(rounds))
+    return Machine(threads, bandwidth, peaks)
+
+
+def _compile(folder: Path) -> Any:
+    """The library, or None where there is no compiler, or no such CPU."""
+    compiler = next((found for name in ("c++", "g++", "clang++") if (found := shutil.which(name))), None)
+    if compiler is None:
+        return None
+    source, library = folder / "machine.cpp", folder / "machine.so"
+    source.write_text(_SOURCE)
+    command = [compiler, "-O2", "-march=native", "-shared", "-fPIC", str(source), "-o", str(library)]
+    if subprocess.run(command, capture_output=True, check=False).returncode != 0:
+        return None
+    loaded = ctypes.CDLL(str(library))
+    loaded.read_bytes.argtypes = [ctypes.c_size_t, ctypes.c_size_t]
+    for name in _OPS_PER_ROUND:
+        getattr(loaded, f"multiply_{name}").argtypes = [ctypes.c_size_t]
+    return loaded
+
+
+def _together(threads: int, work: Callable[[int], Any]) -> float:
+    """Median seconds until all of `threads` threads have done their work, begun at once."""
+    seconds = []
+    for _ in range(_ROUNDS):
+        running = [threading.Thread(target=work, args=(i,)) for i in range(1, threads)]
+        begin = time.perf_counter()
+        for thread in running:
+            thread.start()
+        work(0)
+        for thread in running:
+            thread.join()
+        seconds.append(time.perf_counter() - begin)
+    return statistics.median(seconds)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    print(measure_machine(parser.parse_args().threads).describe())
