@@ -91,16 +91,26 @@ class Bench:
         self._metrics_url = metrics_url
         self._tokens = tokens
 
-    async def standbys(self) -> int:
-        text = (await self._client.get(self._metrics_url)).text
-        values = [line.split()[1] for line in text.splitlines() if line.startswith("phi_standby_engines ")]
-        return int(float(values[0])) if values else 0
+    async def engines(self) -> tuple[int, int]:
+        """How many were lost while they served, and how many stand by, both of one moment (about a second ago)."""
+        lost, standing_by = 0.0, 0.0
+        for line in (await self._client.get(self._metrics_url)).text.splitlines():
+            name, _, value = line.rpartition(" ")
+            if name.startswith("phi_recoveries_total{") and 'component="engine"' in name:
+                lost += float(value)
+            elif name == "phi_standby_engines":
+                standing_by = float(value)
+        return int(lost), int(standing_by)
 
-    async def wait_standbys(self, wanted: int) -> None:
+    async def wait_standbys(self, lost: int, wanted: int) -> None:
+        """Until so many stand by after so many were lost: what was true before the last one died does not count."""
         deadline = time.monotonic() + _PATIENCE_SECONDS
-        while await self.standbys() < wanted:
+        while True:
+            now_lost, standing_by = await self.engines()
+            if now_lost >= lost and standing_by >= wanted:
+                return
             if time.monotonic() > deadline:
-                raise SystemExit(f"no engine stands by after {_PATIENCE_SECONDS:g} s, there was one at the beginning")
+                raise SystemExit(f"{standing_by} engines stand by after {_PATIENCE_SECONDS:g} s, {wanted} did before")
             await asyncio.sleep(0.2)
 
     async def round(self, number: signal.Signals | None) -> tuple[list[Reply], float]:
@@ -141,11 +151,11 @@ async def measure(url: str, metrics_url: str, kills: int, tokens: int, number: s
     changed = 0
     async with httpx.AsyncClient(base_url=url, timeout=600.0, limits=limits) as client:
         bench = Bench(client, metrics_url, tokens)
-        wanted = await bench.standbys()
+        lost, wanted = await bench.engines()
         undisturbed, _ = await bench.round(None)
         usual = [b - a for reply in undisturbed for a, b in itertools.pairwise(reply.times)]
         for done in range(1, kills + 1):
-            await bench.wait_standbys(wanted)
+            await bench.wait_standbys(lost + done - 1, wanted)
             replies, killed_at = await bench.round(number)
             some = [reply.pause(killed_at) for reply in replies]
             pauses += some

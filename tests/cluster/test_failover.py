@@ -119,9 +119,14 @@ def engine(client, server, until, other_than=None):
 def standby(client, server, until):
     """The engine that stands by, once there is one."""
     serving = engine(client, server, until)
-    until(lambda: client.metric("phi_standby_engines") == 1, "an engine to stand by", 120)
-    [process] = [p for p in server.processes("ray::EngineActor") if p.pid != serving.pid]
-    return process
+
+    def look():
+        others = [p for p in server.processes("ray::EngineActor") if p.pid != serving.pid]
+        # While it starts, its name says what it does; the metric alone may be of before the last death.
+        started = [p.name for p in others] == ["ray::EngineActor"]
+        return others if started and client.metric("phi_standby_engines") == 1 else None
+
+    return until(look, "an engine to stand by", 120)[0]
 
 
 _WALL = 0x40000000
