@@ -155,8 +155,8 @@ def _endings(chain: list[Attempt], windows: list[Window], history: History) -> I
         elif attempt.ending in ("refused", "broken"):
             repairing = any(window.covers(attempt.ended) for window in windows)
             if not repairing or (attempt.status or 503) not in (200, 500, 502, 503, 504):
-                last = _last_fault(history, attempt.ended)
-                yield Breach("C5", f"{name}: {attempt.ending} ({attempt.why}); the last fault: {last}")
+                fault = _last_fault(history, attempt.ended)
+                yield Breach("C5", f"{name}: {attempt.ending} ({attempt.why}); the last fault: {fault}")
     last = chain[-1]
     if last.ending not in ("done", "error") and last.cut_by != "script" and not _is_poison(last):
         yield Breach("C5", f"{_name(last)}: its client gave up ({last.ending}: {last.why})")

@@ -10,6 +10,7 @@ import contextlib
 import json
 import uuid
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 WORDS = ("one", "two", "three", "four", "five", "six", "seven")
@@ -40,13 +41,14 @@ class FakeServer:
         self.requests: list[tuple[dict[str, str], dict[str, Any]]] = []
         self.left: list[str] = []
         self.gap = 0.0
+        self.port = 0
+        self.state_dir = self.runtime_dir = Path("/nonexistent")
         self._server: asyncio.AbstractServer | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
 
-    async def start(self) -> int:
-        """Returns the port."""
+    async def start(self) -> None:
         self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
-        return self._server.sockets[0].getsockname()[1]
+        self.port = self._server.sockets[0].getsockname()[1]
 
     async def close(self) -> None:
         assert self._server is not None

@@ -18,10 +18,12 @@ from phi_cluster.cluster.session.sqlite_journal import journal_path
 from tests.chaos.history import JournalCopy, JournalRow
 from tests.chaos.talker import Conversation
 
-_COLUMNS = (
-    "epoch, request_id, num_kept_tokens, num_kept_chars, length(token_ids) / 4, text, num_completion_tokens,"
-    " finish_reason"
-)
+# Named as JournalRow's fields are.
+_TURNS = """
+    SELECT epoch, request_id, num_kept_tokens, num_kept_chars, length(token_ids) / 4 AS num_new_tokens, text,
+        num_completion_tokens, finish_reason
+    FROM turns ORDER BY epoch
+"""
 
 
 def key_of(talk: Conversation) -> SessionKey:
@@ -49,8 +51,10 @@ def copy_journal(state_dir: Path, talk: Conversation, *, after_kill: bool = Fals
         with contextlib.closing(sqlite3.connect(f"file:{path}?mode=rw", uri=True, timeout=10)) as connection:
             connection.execute("PRAGMA query_only = ON")
             copy.epoch = connection.execute("SELECT epoch FROM session").fetchone()[0]
-            for row in connection.execute(f"SELECT {_COLUMNS} FROM turns ORDER BY epoch"):
-                copy.rows.append(JournalRow(*row[:5], row[5].decode("utf-8", "replace"), *row[6:]))
+            connection.row_factory = sqlite3.Row
+            for row in connection.execute(_TURNS):
+                fields = dict(row)
+                copy.rows.append(JournalRow(**fields | {"text": fields["text"].decode("utf-8", "replace")}))
     except sqlite3.Error as error:
         copy.error = f"{type(error).__name__}: {error}"
     return copy

@@ -239,9 +239,8 @@ class Nemesis:
             )
             for stream in streams
         ]
-        await asyncio.sleep(2.0)
-        fault.at = time.monotonic()
         self._history.faults.append(fault)
+        await asyncio.sleep(2.0)
         for number, stream in enumerate(streams):
             stream.cut("rst" if number % 2 else "fin", "nemesis")
         await asyncio.wait(running, timeout=10.0)

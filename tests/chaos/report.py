@@ -14,29 +14,31 @@ from tests.chaos.checker import PROMISES, Breach
 from tests.chaos.history import Fault, History
 from tests.chaos.windows import breaks_connections
 
-# A pause belongs to the last fault before its end, if that is not older than this.
-_LATEST_SECONDS = 30.0
+# A silence that begins later behind a fault is not from it.
+_LATEST_SECONDS = 10.0
+# Between two tokens of an undisturbed stream there is less than this.
+_USUAL_SECONDS = 0.5
 
 
 def pauses(history: History) -> dict[tuple[str, str], list[float]]:
-    """For each kind of fault the longest silence of every stream that was open then, over reconnections too."""
+    """For each kind of fault the longest silence of every stream that was open then, over reconnections too, until the
+    next fault."""
     faults = sorted((fault for fault in history.faults if not fault.skipped), key=lambda fault: fault.at)
     ends = [fault.at for fault in faults[1:]] + [float("inf")]
     streams: dict[tuple[str, int, int], list[float]] = defaultdict(list)
     for attempt in history.attempts:
-        moments = streams[attempt.session, attempt.turn, attempt.lane]
-        moments += [event.at for event in attempt.events] or [attempt.began]
+        streams[attempt.session, attempt.turn, attempt.lane] += [event.at for event in attempt.events]
     found: dict[tuple[str, str], list[float]] = defaultdict(list)
     for fault, end in zip(faults, ends, strict=True):
         end = min(end, fault.at + _LATEST_SECONDS)
         for moments in streams.values():
-            gaps = [
-                after - before
-                for before, after in itertools.pairwise(sorted(moments))
-                if before < end and after > fault.at and after - before < 2 * _LATEST_SECONDS
-            ]
-            if gaps and min(moments) < fault.at < max(moments):
-                found[fault.kind, fault.target].append(max(gaps))
+            if not moments or not moments[0] < fault.at < moments[-1]:
+                continue
+            # A silence that began long before the fault is an earlier one's.
+            since = fault.at - _USUAL_SECONDS
+            found[fault.kind, fault.target].append(
+                max((b - a for a, b in itertools.pairwise(moments) if since < a < end and b > fault.at), default=0.0)
+            )
     return found
 
 

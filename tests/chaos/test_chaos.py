@@ -17,8 +17,10 @@ SEED = 11
 SECONDS = 90.0
 
 
-def test_every_promise_is_kept(launch):
+def test_every_promise_is_kept(launch, tmp_path):
     history, breaches = torment(launch, SEED, SECONDS, print)
+    # For whoever wants to know more: `python -m tests.chaos --check FILE`.
+    history.write(tmp_path / "history.jsonl")
     print(report(history, breaches))
     assert not breaches
     # Faults really came, and clients really talked.

@@ -20,7 +20,7 @@ from tests.chaos.history import (
     Note,
     Ready,
 )
-from tests.chaos.report import report
+from tests.chaos.report import deaths_by_themselves, pauses, report
 from tests.chaos.windows import windows_of
 
 TOKENS = [f"w{number} " for number in range(12)]
@@ -409,3 +409,19 @@ def test_a_proxy_that_was_stopped_may_be_killed_for_it_later(history):
     history.faults[0] = Fault(3.0, "stop", "proxy", 7, over=5.0)
     history.deaths[0] = Death(10.5, "proxy", 7)
     assert check(history) == []
+
+
+def test_a_pause_is_told_with_the_fault_that_it_is_from(history):
+    waited = pauses(history)
+    assert waited["kill", "replica"] == [pytest.approx(14.6 - 10.5)]
+    assert waited["kill", "engine"] == [pytest.approx(5.1)]
+
+
+def test_a_death_that_nobody_brought_about_is_told(history):
+    assert deaths_by_themselves(history) == []
+    # It went with its replica.
+    history.deaths.append(Death(11.0, "engine", 9))
+    assert deaths_by_themselves(history) == []
+    history.deaths.append(Death(40.0, "engine", 10))
+    assert deaths_by_themselves(history) == ["engine 10 at 40.0 s"]
+    assert "engine 10" in report(history, [])

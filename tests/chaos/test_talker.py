@@ -10,6 +10,7 @@ import pytest
 from tests.chaos.checker import check
 from tests.chaos.fake_server import Behaviour, FakeServer, reply_of
 from tests.chaos.history import Attempt, Expected, Fault, History, Ready
+from tests.chaos.run import Run
 from tests.chaos.scripts import Script, Turn
 from tests.chaos.streams import Address, Stream, ask
 from tests.chaos.talker import Conversation, Patience, Talkers, cut_text
@@ -21,7 +22,7 @@ SCRIPT = Script("s0", "Zorvexlin", (TURN, Turn("And now?", {"max_tokens": 9})))
 @pytest.fixture
 async def fake():
     server = FakeServer()
-    server.port = await server.start()
+    await server.start()
     yield server
     await server.close()
 
@@ -185,3 +186,13 @@ async def test_a_cut_behind_done_is_none(address):
     stream = Stream(Attempt("a", "s0", 0, 0.0, dones=1))
     stream.cut("fin", "nemesis")
     assert stream.attempt.cut_by is None
+
+
+async def test_a_run_learns_what_undisturbed_clients_hear(fake):
+    script = Script("s0", "Zorvexlin", (Turn("How are you?", {"max_tokens": 40}, cut_at=4, twice=True), TURN))
+    run = Run(fake, 1, [script], print)
+    await run.learn()
+    assert run.history.expected == said(script=script)
+    assert run.history.sees_positions
+    # Once each, and its session is deleted.
+    assert len(fake.requests) == 3
