@@ -173,10 +173,17 @@ def _is_poison(attempt: Attempt) -> bool:
     return any(error.get("code") == POISON_CODE for error in attempt.errors)
 
 
+def _asks_the_same(one: Attempt, other: Attempt) -> bool:
+    return (one.script, one.turn) == (other.script, other.turn)
+
+
 def _error(attempt: Attempt, history: History) -> Iterator[Breach]:
     said = attempt.errors[0] if attempt.errors else {}
     if not _is_poison(attempt):
         yield Breach("C5", f"{_name(attempt)}: an error: {said.get('message', said)}")
+        return
+    if any(_is_poison(a) and a.ended < attempt.ended and _asks_the_same(a, attempt) for a in history.attempts):
+        # Such a request is remembered, whoever sends it; whether the first one failed by right is looked at there.
         return
     since = attempt.events[-1].at if attempt.events else attempt.began
     met = _engine_deaths(history, since - _CENSUS_SLACK, attempt.ended + _CENSUS_SLACK)
@@ -262,8 +269,10 @@ def _writers(copy: JournalCopy, name: str, history: History) -> Iterator[Breach]
     if epochs and epochs[-1] > copy.epoch:
         yield Breach("C3", f"{name}: a turn of epoch {epochs[-1]}, but only {copy.epoch} were begun")
     requests = [row.request_id for row in copy.rows]
-    if len(requests) != len(set(requests)):
-        yield Breach("C3", f"{name}: a request was committed twice: {requests}")
+    # A request whose client left, and then read on, has the part before it left too.
+    whole = [row.request_id for row in copy.rows if row.finish_reason != "abort"]
+    if len(whole) != len(set(whole)):
+        yield Breach("C3", f"{name}: a request was committed twice: {whole}")
     chars = tokens = 0
     for row in copy.rows:
         if row.num_kept_chars > chars or row.num_kept_tokens > tokens:

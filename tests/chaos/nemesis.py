@@ -23,7 +23,7 @@ from tests.chaos.victims import HAPROXY, Census, Victim
 
 # A request on which two engines died in a row without a token is failed: engines live at least so long.
 ENGINE_LIFE_SECONDS = 2.5
-# A stopped engine is known by its silence and killed; it is waited for so long.
+# What hangs is known by its silence and killed, engines after 3 s, session actors after 8: it is waited for so long.
 HANG_SECONDS = 12.0
 MASS = 200
 
@@ -51,6 +51,7 @@ _DECK: tuple[Plan, ...] = (
     Plan("kill", "session actor", 3.0),
     Plan("kill", "session actor", 3.0),
     Plan("stop", "session actor", 3.0, hold=2.0),
+    Plan("stop", "session actor", 4.0, hold=HANG_SECONDS),
     Plan("kill", "keeper", 4.0),
     Plan("stop", "keeper", 3.0, hold=2.0),
     Plan("kill", "controller", 2.0),

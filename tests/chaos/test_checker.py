@@ -379,6 +379,23 @@ def test_one_on_which_two_engines_died_may_fail(history):
     assert check(history) == []
 
 
+def test_such_a_request_is_remembered(history):
+    poison(history, 2)
+    later = broken("c", "s1", 1, 40.0, last=0, ending="refused", status=422, errors=[{"code": "poisonous_request"}])
+    history.attempts.append(later)
+    assert check(history) == []
+    later.turn, history.attempts[3].turn = 0, 0
+    assert {breach.promise for breach in check(history)} == {"C8"}
+
+
+def test_a_client_that_left_and_read_on_leaves_two_parts(history):
+    rows = history.journals[0].rows
+    part = replace(rows[1], request_id="a-1", finish_reason="abort", num_completion_tokens=5)
+    history.journals[0].rows = [rows[0], part, replace(rows[1], epoch=3)]
+    history.journals[0].epoch = 3
+    assert check(history) == []
+
+
 def test_a_turn_whose_end_was_not_seen_may_be_stored_or_not(history):
     history.journals[0].acknowledged = [0]
     history.attempts[2] = broken("a", "s0", 1, 14.0, last=8, cut_by="script", ending="cut")
