@@ -21,9 +21,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from tests.chaos.checker import Breach, check
+from tests.chaos.checker import check
 from tests.chaos.history import History, Note
 from tests.chaos.nemesis import make_schedule
+from tests.chaos.promises import Breach
 from tests.chaos.report import report
 from tests.chaos.run import Run
 from tests.chaos.scripts import make_scripts

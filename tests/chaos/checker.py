@@ -2,11 +2,6 @@
 
 Owns: the promises C1 to C5, C7 and C8 as they show in a history (C6 is counted while the server still runs, and comes
 as notes). Knows nothing of servers, and takes nothing for granted: what a client could not see may have happened.
-
-    C1 acknowledged tokens survive       C5 every request ends in exactly one terminal event, in time
-    C2 every position exactly once       C6 nothing is left behind
-    C3 one writer a session              C7 ready means that steps are being computed
-    C4 nothing of one session in another C8 who has killed two engines is failed, and nobody else
 """
 
 from __future__ import annotations
@@ -15,21 +10,12 @@ import itertools
 from bisect import bisect
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
 
-from tests.chaos.history import Attempt, Event, Expected, History, JournalCopy
+from tests.chaos.history import Attempt, Event, Expected, History
+from tests.chaos.promises import Breach
+from tests.chaos.stored import check_journal
 from tests.chaos.windows import Window, windows_of
 
-PROMISES = {
-    "C1": "acknowledged tokens survive",
-    "C2": "every position exactly once",
-    "C3": "one writer a session",
-    "C4": "nothing of one session in another",
-    "C5": "one terminal event, in time",
-    "C6": "nothing is left behind",
-    "C7": "ready means steps",
-    "C8": "two engines, not a third",
-}
 POISON_CODE = "poisonous_request"
 # A turn with all its attempts.
 TURN_SECONDS = 150.0
@@ -38,14 +24,6 @@ READY_SECONDS = 22.0
 # What a client sees is so much older, and what the census sees.
 _CLIENT_SLACK = 0.3
 _CENSUS_SLACK = 1.0
-
-
-@dataclass(frozen=True)
-class Breach:
-    """A promise that was broken, and how."""
-
-    promise: str
-    what: str
 
 
 def check(history: History) -> list[Breach]:
@@ -62,7 +40,7 @@ def check(history: History) -> list[Breach]:
         found += _endings(chain, windows, history)
     found += _no_leak(history)
     for copy in history.journals:
-        found += _journal(copy, expected, history)
+        found += check_journal(copy, expected, history)
     found += _ready(history)
     found += _third_engine(chains, history)
     return sorted(dict.fromkeys(found), key=lambda breach: breach.promise)
@@ -230,61 +208,6 @@ def _no_leak(history: History) -> Iterator[Breach]:
         for canary, script in canaries.items():
             if script != copy.script and canary in stored:
                 yield Breach("C4", f"the journal of {copy.session} holds {canary!r}, a word of conversation {script}")
-
-
-# C1 and C3: what is stored.
-
-
-def _journal(copy: JournalCopy, expected: dict[tuple[str, int], Expected], history: History) -> Iterator[Breach]:
-    name = f"the journal of {copy.session}" + (" after kill -9 of everything" if copy.after_kill else "")
-    if copy.error:
-        if copy.acknowledged:
-            yield Breach("C1", f"{name} cannot be read: {copy.error}")
-        return
-    yield from _writers(copy, name, history)
-    if not copy.acknowledged:
-        return
-    text = ""
-    for row in copy.rows:
-        text = text[: row.num_kept_chars] + row.text
-    position = 0
-    # Two messages and what was said in between for each turn, up to the last one whose end was seen.
-    for said in copy.said[: 2 * copy.acknowledged[-1] + 2]:
-        found = text.find(said, position)
-        if found < 0:
-            yield Breach(
-                "C1", f"{name}: {said[:60]!r} was acknowledged, and is not in it (behind character {position})"
-            )
-            return
-        position = found + len(said)
-    last = expected.get((copy.script, copy.acknowledged[-1]))
-    if last is not None and not any(row.num_completion_tokens == last.completion_tokens for row in copy.rows):
-        yield Breach("C1", f"{name}: no turn of {last.completion_tokens} completion tokens is in it")
-
-
-def _writers(copy: JournalCopy, name: str, history: History) -> Iterator[Breach]:
-    epochs = [row.epoch for row in copy.rows]
-    if epochs != sorted(set(epochs)):
-        yield Breach("C3", f"{name}: epochs {epochs}")
-    if epochs and epochs[-1] > copy.epoch:
-        yield Breach("C3", f"{name}: a turn of epoch {epochs[-1]}, but only {copy.epoch} were begun")
-    requests = [row.request_id for row in copy.rows]
-    # A request whose client left, and then read on, has the part before it left too.
-    whole = [row.request_id for row in copy.rows if row.finish_reason != "abort"]
-    if len(whole) != len(set(whole)):
-        yield Breach("C3", f"{name}: a request was committed twice: {whole}")
-    chars = tokens = 0
-    for row in copy.rows:
-        if row.num_kept_chars > chars or row.num_kept_tokens > tokens:
-            yield Breach("C3", f"{name}: epoch {row.epoch} goes on from what is not there")
-        chars, tokens = row.num_kept_chars + len(row.text), row.num_kept_tokens + row.num_new_tokens
-    attempts = [attempt for attempt in history.attempts if attempt.session == copy.session]
-    known = {attempt.request_id for attempt in attempts}
-    # A request whose answer never began may have run all the same.
-    if None not in known and set(requests) - known:
-        yield Breach(
-            "C3", f"{name}: turns of requests that nobody made: {sorted(set(requests) - set(map(str, known)))}"
-        )
 
 
 # C7: ready means that a step has been computed lately.

@@ -10,8 +10,8 @@ import statistics
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 
-from tests.chaos.checker import PROMISES, Breach
 from tests.chaos.history import Fault, History
+from tests.chaos.promises import PROMISES, Breach
 from tests.chaos.windows import breaks_connections
 
 # A silence that begins later behind a fault is not from it.

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from tests.chaos.checker import PROMISES, check
+from tests.chaos.checker import check
 from tests.chaos.history import (
     Attempt,
     Death,
@@ -20,6 +20,7 @@ from tests.chaos.history import (
     Note,
     Ready,
 )
+from tests.chaos.promises import PROMISES
 from tests.chaos.report import deaths_by_themselves, pauses, report
 from tests.chaos.windows import windows_of
 
