@@ -13,6 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tests.chaos.history import Expected
+from tests.chaos.scripts import Script
+from tests.chaos.talker import cut_text
+
 WORDS = ("one", "two", "three", "four", "five", "six", "seven")
 
 
@@ -20,6 +24,20 @@ def reply_of(body: dict[str, Any]) -> list[str]:
     """The tokens that are said to a request."""
     asked = "".join(message["content"] for message in body["messages"])
     return [f"{WORDS[(len(asked) + index) % len(WORDS)]} " for index in range(body["max_tokens"])]
+
+
+def said(script: Script) -> list[Expected]:
+    """The replies to the turns of a script, one after the other, at each position."""
+    found: list[Expected] = []
+    messages = []
+    for index, turn in enumerate(script.turns):
+        messages.append({"content": turn.content})
+        tokens = reply_of({"messages": messages, **turn.fields})
+        prefixes = {n + 1: "".join(tokens[: n + 1]) for n in range(len(tokens))}
+        found.append(Expected(script.name, index, "".join(tokens), "length", 7, len(tokens), script.canary, prefixes))
+        reply = cut_text(turn, found[-1])
+        messages.append({"content": found[-1].text if reply is None else reply})
+    return found
 
 
 @dataclass
@@ -42,7 +60,7 @@ class FakeServer:
         self.left: list[str] = []
         self.gap = 0.0
         self.port = 0
-        self.state_dir = self.runtime_dir = Path("/nonexistent")
+        self.state_dir = self.runtime_dir = Path()
         self._server: asyncio.AbstractServer | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
 

@@ -174,7 +174,7 @@ class Run:
                 self.open.append(talk)
             while not talk.over and not stopping.is_set():
                 await talkers.say_next(talk)
-            if talk.over:
+            if talk.over and not stopping.is_set():
                 self.open.remove(talk)
                 await self._end(talkers, talk)
 

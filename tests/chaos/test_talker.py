@@ -8,23 +8,14 @@ import socket
 import pytest
 
 from tests.chaos.checker import check
-from tests.chaos.fake_server import Behaviour, FakeServer, reply_of
-from tests.chaos.history import Attempt, Expected, Fault, History, Ready
-from tests.chaos.run import Run
+from tests.chaos.fake_server import Behaviour, said
+from tests.chaos.history import Attempt, Fault, History, Ready
 from tests.chaos.scripts import Script, Turn
 from tests.chaos.streams import Address, Stream, ask
-from tests.chaos.talker import Conversation, Patience, Talkers, cut_text
+from tests.chaos.talker import Conversation, Patience, Talkers
 
 TURN = Turn("How are you?", {"max_tokens": 12})
 SCRIPT = Script("s0", "Zorvexlin", (TURN, Turn("And now?", {"max_tokens": 9})))
-
-
-@pytest.fixture
-async def fake():
-    server = FakeServer()
-    await server.start()
-    yield server
-    await server.close()
 
 
 @pytest.fixture
@@ -42,24 +33,11 @@ def talkers(address, history):
     return Talkers(address, history, Patience(attempt=1.0, repairs=0.5, again=0.01))
 
 
-def said(*turns, script=SCRIPT):
-    """The replies to the turns of a script, one after the other, at each position."""
-    found, messages = [], []
-    for index, turn in enumerate(turns or script.turns):
-        messages.append({"content": turn.content})
-        tokens = reply_of({"messages": messages, **turn.fields})
-        prefixes = {n + 1: "".join(tokens[: n + 1]) for n in range(len(tokens))}
-        found.append(Expected(script.name, index, "".join(tokens), "length", 7, len(tokens), script.canary, prefixes))
-        reply = cut_text(turn, found[-1])
-        messages.append({"content": found[-1].text if reply is None else reply})
-    return found
-
-
 async def test_a_conversation_is_written_down(talkers, history, fake):
     talk = Conversation("a", SCRIPT)
     while not talk.over:
         await talkers.say_next(talk)
-    history.expected = said()
+    history.expected = said(SCRIPT)
     first, second = history.attempts
     assert (first.ending, first.status, first.closings, first.dones, first.strays) == ("done", 200, 1, 1, 0)
     assert [event.position for event in first.events] == list(range(1, 13))
@@ -79,9 +57,9 @@ async def test_a_broken_connection_is_read_on_from_the_last_position(talkers, hi
     assert [attempt.ending for attempt in history.attempts] == ["broken", "refused", "broken", "done"]
     assert [attempt.resume_from for attempt in history.attempts] == [None, 5, 5, 8]
     assert len({headers.get("x-request-id") for headers, _ in fake.requests[1:]}) == 1
-    assert talk.messages[-1]["content"] == said()[0].text
+    assert talk.messages[-1]["content"] == said(SCRIPT)[0].text
     # Nobody had killed anything: it ought not to have broken.
-    history.expected = said()
+    history.expected = said(SCRIPT)
     assert {breach.promise for breach in check(history)} == {"C5"}
     history.faults.append(Fault(history.attempts[0].began, "kill", "replica", died=history.attempts[0].began))
     assert not check(history)
@@ -99,7 +77,7 @@ async def test_nobody_is_patient_for_ever(talkers, history, fake):
     talk = Conversation("a", SCRIPT)
     await talkers.say_next(talk)
     assert talk.failed
-    history.expected = said()
+    history.expected = said(SCRIPT)
     assert "gave up" in check(history)[-1].what
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -125,7 +103,7 @@ async def test_other_ends_are_not_tried_again(behaviour, ending, talkers, histor
     talk = Conversation("a", SCRIPT)
     await talkers.say_next(talk)
     assert [attempt.ending for attempt in history.attempts] == [ending]
-    history.expected = said()
+    history.expected = said(SCRIPT)
     assert {breach.promise for breach in check(history)} == {"C5"}
 
 
@@ -133,7 +111,7 @@ async def test_other_ends_are_not_tried_again(behaviour, ending, talkers, histor
 async def test_a_client_that_leaves_goes_on_with_what_it_saw(how, talkers, history, fake):
     fake.gap = 0.005
     script = Script("s0", "Zorvexlin", (Turn("How are you?", {"max_tokens": 40}, cut_at=4, cut_how=how), TURN))
-    expected = said(script=script)
+    expected = said(script)
     talkers.expect(expected)
     history.expected = expected
     talk = Conversation("a", script)
@@ -152,7 +130,7 @@ async def test_a_client_that_leaves_goes_on_with_what_it_saw(how, talkers, histo
 
 async def test_two_clients_ask_for_one_turn(talkers, history, fake):
     script = Script("s0", "Zorvexlin", (Turn("How are you?", {"max_tokens": 12}, twice=True),))
-    talkers.expect(said(script=script))
+    talkers.expect(said(script))
     talk = Conversation("a", script)
     await talkers.say_next(talk)
     assert sorted(attempt.lane for attempt in history.attempts) == [0, 1]
@@ -171,7 +149,7 @@ async def test_a_stream_cut_by_the_nemesis_is_read_on(talkers, history, fake):
     await running
     assert not talk.failed
     assert [attempt.ending for attempt in history.attempts] == ["cut", "done"]
-    history.expected = said()
+    history.expected = said(SCRIPT)
     history.ready = [Ready(0.0, 200)]
     assert not check(history)
 
@@ -186,13 +164,3 @@ async def test_a_cut_behind_done_is_none(address):
     stream = Stream(Attempt("a", "s0", 0, 0.0, dones=1))
     stream.cut("fin", "nemesis")
     assert stream.attempt.cut_by is None
-
-
-async def test_a_run_learns_what_undisturbed_clients_hear(fake):
-    script = Script("s0", "Zorvexlin", (Turn("How are you?", {"max_tokens": 40}, cut_at=4, twice=True), TURN))
-    run = Run(fake, 1, [script], print)
-    await run.learn()
-    assert run.history.expected == said(script=script)
-    assert run.history.sees_positions
-    # Once each, and its session is deleted.
-    assert len(fake.requests) == 3
