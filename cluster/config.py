@@ -105,6 +105,9 @@ class SessionsConfig(_Section):
     warm_actors: int = Field(1, ge=0, le=64, description="session actors kept ready for the next session")
     spawn_interval: Seconds = Field(1.0, description="least time between two spawned session actors")
     turn_wait: Seconds = Field(30.0, description="how long a second turn of a session waits before it gets 409")
+    hang_timeout: Seconds = Field(
+        8.0, ge=2.0, description="a session actor that answers nothing for so long is ended; its session goes on"
+    )
     idle_timeout: Seconds | None = Field(
         600.0, description="a session idle for so long gives its actor back; its cache stays with the keeper"
     )

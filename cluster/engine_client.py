@@ -28,8 +28,10 @@ from phi_cluster.cluster.standby import StandbyEngines
 
 logger = logging.getLogger(__name__)
 
-# A request that was running on so many engines when they died is failed, not tried on a third (promise C8).
-MAX_ENGINE_DEATHS = 2
+# A sequence on which so many engines died at the same place, without a token in between, is failed: a third must not
+# have it (promise C8). One that got on in between was there when others were killed; that ends, too.
+MAX_DEATHS_IN_PLACE = 2
+MAX_ENGINE_DEATHS = 8
 _BACKOFF_SECONDS = (0.0, 0.2, 0.5, 1.0, 2.0, 5.0)
 
 
@@ -47,13 +49,26 @@ class SequenceStream:
         self.released = False
         self.aborted = False
         self.engine_deaths = 0
+        self._deaths_in_place = 0
         self._outputs: asyncio.Queue[SequenceOutput] = asyncio.Queue()
 
     def push(self, output: SequenceOutput) -> None:
         self.received += output.token_ids
+        if output.token_ids:
+            self._deaths_in_place = 0
         self.finish_reason = self.finish_reason or output.finish_reason
         self.released = self.released or output.released
         self._outputs.put_nowait(output)
+
+    def outlive_engine(self) -> None:
+        """The engine that had it has died."""
+        self.engine_deaths += 1
+        self._deaths_in_place += 1
+
+    @property
+    def is_poisonous(self) -> bool:
+        """Whether no other engine may have it."""
+        return self._deaths_in_place >= MAX_DEATHS_IN_PLACE or self.engine_deaths >= MAX_ENGINE_DEATHS
 
     def remaining(self) -> AddSequence:
         """What another engine needs to go on: the reply so far is part of the ids."""
@@ -243,13 +258,13 @@ class EngineClient:
     def _settle_after_death(self) -> None:
         """The dead engine released everything. What was over anyway, or kills engines, is not carried on."""
         for stream in list(self._streams.values()):
-            stream.engine_deaths += 1
+            stream.outlive_engine()
             if stream.finish_reason is not None:
                 self._finish(stream, None)
             elif stream.aborted:
                 self._finish(stream, "abort")
-            elif stream.engine_deaths >= MAX_ENGINE_DEATHS:
-                self._finish(stream, "error", "two engines died on this request")
+            elif stream.is_poisonous:
+                self._finish(stream, "error", "engines died on it")
 
     def _give_up(self) -> None:
         """No engine came up in time for those whose engine died: they end, in time (promise C5)."""

@@ -93,6 +93,30 @@ class Unavailable(PhiError):
     code = "unavailable"
 
 
+class ReplyGone(PhiError):
+    """An interrupted reply cannot be read on: the conversation has gone on without it, or it cannot be had again."""
+
+    status = 409
+    type = "conflict_error"
+    code = "reply_gone"
+
+
+class ReadElsewhere(PhiError):
+    """The reply is being read on by a later connection of the same request."""
+
+    status = 409
+    type = "conflict_error"
+    code = "read_elsewhere"
+
+
+class PoisonousRequest(PhiError):
+    """Engines have died on this request: it is not tried again."""
+
+    status = 422
+    type = "invalid_request_error"
+    code = "poisonous_request"
+
+
 class StaleEpoch(PhiError):
     """A writer whose turn was taken over by a later one tried to commit (one writer per session)."""
 

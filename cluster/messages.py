@@ -53,8 +53,11 @@ class BeginTurn:
     request_id: str
     text: str = field(repr=False)
     wait_seconds: float = 30.0
-    # Processes that may write for this turn; while one of them lives, nobody else may take the session.
+    # Processes that may write for this turn; while one of them lives, nobody else may take the session. First the one
+    # that commits it.
     writers: tuple[ProcessId, ...] = ()
+    # The request comes again, to read on where its reply was interrupted.
+    resume: bool = False
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,8 @@ class TurnGrant:
     num_computed_tokens: int
     turns: int
     holder_pid: int
+    # Of a request that reads on: the ids behind `num_kept_tokens` that it has left (int32), if they are still there.
+    resumed_ids: bytes | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import secrets
 from pathlib import Path
 
 from phi_cluster.cluster.config import Config
+from phi_cluster.cluster.http.ingress import CALLBACK_PATH
 from phi_cluster.cluster.runtime_dir import RUNTIME_DIR_VARIABLE
 
 # A stream may last so long while its replica or HAProxy is being replaced.
@@ -46,6 +47,7 @@ def set_environment(config: Config, runtime_dir: Path) -> None:
             "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(first_port + 400),
             "RAY_SERVE_DIRECT_INGRESS_MIN_GRPC_PORT": str(first_port + 401),
             "RAY_SERVE_DIRECT_INGRESS_MAX_GRPC_PORT": str(first_port + 900),
+            "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": CALLBACK_PATH,
             "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
             "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "1",
             # Workers at the priority of everybody else: engines must not wait for idle processes. Session actors

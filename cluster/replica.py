@@ -27,6 +27,7 @@ from phi_cluster.cluster.engine_client import EngineClient
 from phi_cluster.cluster.engine_link import start_engine
 from phi_cluster.cluster.http.edge import EdgeSettings
 from phi_cluster.cluster.http.server import build_app
+from phi_cluster.cluster.poison import PoisonList
 from phi_cluster.cluster.processes import process_id
 from phi_cluster.cluster.ray_engine import EngineSpawner
 from phi_cluster.cluster.served_model import ServedModel
@@ -81,8 +82,10 @@ class Replica:
                 max_model_len=served.max_model_len,
                 max_turns=config.engine.max_num_seqs + config.engine.max_waiting,
                 turn_wait=config.sessions.turn_wait,
+                reproducible=served.is_reproducible,
             ),
             process_id(),
+            PoisonList(runtime_dir / "poison"),
         )
         self._reporting = asyncio.get_running_loop().create_task(self._report())
 

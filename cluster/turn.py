@@ -6,48 +6,63 @@
 Owns: that order. What a turn leaves is turn_record.py's. Knows nothing of HTTP, Ray, torch or steps.
 
 A turn that is cut short (the client left, an error) is committed with the tokens that came until then: what a client
-has seen is part of the conversation.
+has seen is part of the conversation. A request that comes again to read on goes the same way, with the reply so far
+behind its prompt: what is still there of it is not computed again, and what is not comes out the same.
 """
 
 from __future__ import annotations
 
 import asyncio
-import secrets
+from array import array
 from collections import OrderedDict
 from collections.abc import AsyncGenerator
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import NoReturn, Protocol
 
 from phi_cluster.cluster.engine_client import EngineClient, EngineFailed, EngineHandle, SequenceStream
-from phi_cluster.cluster.errors import ContextOverflow, InvalidRequest, Overloaded, PhiError
+from phi_cluster.cluster.errors import (
+    Overloaded,
+    PhiError,
+    PoisonousRequest,
+    ReadElsewhere,
+    ReplyGone,
+)
 from phi_cluster.cluster.messages import AddSequence, BeginTurn, ProcessId, SessionKey, TurnGrant
+from phi_cluster.cluster.prompt import PromptReader
+from phi_cluster.cluster.reply import Reply
 from phi_cluster.cluster.turn_api import FinishReason, TextDelta, TurnEvent, TurnFinished, TurnRequest, TurnStarted
-from phi_cluster.cluster.turn_record import Recorder, Reply, TurnRecord
-from phi_cluster.model.tokenizer import Detokenizer, StopStrings, TemplateError, Tokenizer
+from phi_cluster.cluster.turn_lease import Lessor, TurnLease
+from phi_cluster.cluster.turn_record import Recorder, TurnRecord
+from phi_cluster.model.sampling_params import SamplingParams
+from phi_cluster.model.tokenizer import Tokenizer
 
-# Prompts given as ids are "rendered" as digits behind this noncharacter, so that they match only their like.
-_IDS_MARK = "\ufdd1"
 _REMEMBERED_SESSIONS = 4096
 
 
-class Sessions(Recorder, Protocol):
+class Sessions(Recorder, Lessor, Protocol):
     """Where sessions are; implemented by `session.directory`."""
 
     async def begin_turn(self, request: BeginTurn) -> TurnGrant: ...
 
-    async def reserve(self, key: SessionKey, num_tokens: int) -> None:
-        """Leases KV memory for the session to hold `num_tokens`. Raises Overloaded."""
-        ...
+
+class Poison(Protocol):
+    """The requests on which engines have died."""
+
+    def holds(self, request: TurnRequest) -> bool: ...
+
+    def add(self, request: TurnRequest) -> None: ...
 
 
 @dataclass(frozen=True)
 class TurnLimits:
-    """`lease_tokens`: KV memory is leased for so many tokens ahead of the reply."""
+    """`lease_tokens`: KV memory is leased for so many tokens ahead of the reply. `reproducible`: a reply that is
+    computed again comes out the same, whatever else is computed beside it."""
 
     max_model_len: int
     max_turns: int
     turn_wait: float
+    reproducible: bool = False
     lease_tokens: int = 512
 
 
@@ -61,12 +76,17 @@ class Turns:
         engines: EngineClient,
         limits: TurnLimits,
         process: ProcessId,
+        poison: Poison,
     ):
         self._tokenizer = tokenizer
+        self._prompts = PromptReader(tokenizer, limits.max_model_len)
         self._sessions = sessions
         self._engines = engines
         self._limits = limits
         self._process = process
+        self._poison = poison
+        # By tenant and request.
+        self._live: dict[tuple[str, str], SequenceStream] = {}
         self._running = 0
         self._endings: set[asyncio.Task[None]] = set()
         # Which engine served a session last, to tell a user that it was replaced.
@@ -91,8 +111,14 @@ class Turns:
             self._running -= 1
 
     async def _run(self, request: TurnRequest) -> AsyncGenerator[TurnEvent, None]:
-        text = self._render(request)
+        text = self._prompts.render(request)
+        if self._poison.holds(request):
+            raise _poisonous()
         await self._engines.wait_ready()
+        who = (request.tenant, request.request_id)
+        if request.resume_from is not None and who in self._live:
+            # Its client came back before its first connection was seen to be gone.
+            self._engines.abort(self._live[who])
         engine = self._engines.engine
         begin = BeginTurn(
             key=SessionKey(request.tenant, request.session_id or "", ephemeral=request.session_id is None),
@@ -100,22 +126,31 @@ class Turns:
             text=text,
             wait_seconds=self._limits.turn_wait,
             writers=(self._process,) if engine is None else (self._process, engine.process),
+            resume=request.resume_from is not None,
         )
         grant = await self._sessions.begin_turn(begin)
-        reply = Reply(text, 0)
+        reply = Reply(text, self._tokenizer.detokenizer(), request.stop, given=request.resume_from or 0)
         commit = TurnRecord(self._sessions, self._tokenizer, grant, request, reply)
         stream: SequenceStream | None = None
         try:
-            stream = await self._add(request, grant, commit, text)
-            async with aclosing(self._stream(request, grant, stream, reply)) as events:
-                async for event in events:
-                    yield event
+            stream, fresh = await self._begin(request, grant, commit, text)
+            if stream is None:
+                yield TurnStarted(reply.num_prompt_tokens, reply.num_cached_tokens)
+                yield TextDelta(fresh, 0, reply.position)
+            else:
+                self._live[who] = stream
+                async with aclosing(self._stream(request, grant, stream, reply, fresh)) as events:
+                    async for event in events:
+                        yield event
             await commit.make()
         except BaseException:
             # The client left or something failed: whatever it is, the session is given back, in the background,
             # because an await here may be cancelled too.
             self._end_later(stream, commit)
             raise
+        finally:
+            if stream is not None and self._live.get(who) is stream:
+                del self._live[who]
         yield TurnFinished(
             finish_reason=_finish_reason(reply),
             num_prompt_tokens=reply.num_prompt_tokens,
@@ -124,129 +159,106 @@ class Turns:
             engine_replaced=self._was_replaced(grant.key.digest, engine),
         )
 
-    def _render(self, request: TurnRequest) -> str:
-        if request.messages is not None:
-            try:
-                return self._tokenizer.render_chat(
-                    request.messages,
-                    add_generation_prompt=request.add_generation_prompt,
-                    continue_final_message=request.continue_final_message,
-                )
-            except TemplateError as error:
-                raise InvalidRequest(str(error), param="messages") from None
-        assert request.prompt is not None
-        if isinstance(request.prompt, str):
-            return self._tokenizer.sanitize(request.prompt)
-        return _IDS_MARK + "".join(f"{token_id} " for token_id in request.prompt)
-
-    def _encode(self, request: TurnRequest, grant: TurnGrant, text: str) -> tuple[int, int, list[int]]:
-        """Returns (num_kept_tokens, num_kept_chars, new ids).
-
-        Only chats are spliced at what is stored: their boundaries are whole messages. A raw prompt is encoded
-        anew, since BPE may merge across a boundary; the engine still finds the ids that agree.
-        """
-        if request.messages is not None:
-            tail = self._tokenizer.encode(text[grant.num_kept_chars :], previous_id=grant.last_kept_id)
-            return grant.num_kept_tokens, grant.num_kept_chars, tail
-        if isinstance(request.prompt, str):
-            return 0, 0, self._tokenizer.encode_prompt(request.prompt)
-        assert request.prompt is not None
-        return 0, 0, list(request.prompt)
-
-    async def _add(self, request: TurnRequest, grant: TurnGrant, commit: TurnRecord, text: str) -> SequenceStream:
-        # Encoding a long text takes milliseconds per thousand tokens: off the event loop.
-        num_kept, kept_chars, new_ids = await asyncio.to_thread(self._encode, request, grant, text)
+    async def _begin(
+        self, request: TurnRequest, grant: TurnGrant, commit: TurnRecord, text: str
+    ) -> tuple[SequenceStream | None, str]:
+        """The engine's sequence (None if the reply is there as a whole), and what the client has not got yet of the
+        reply so far."""
+        # Off the event loop: a long text takes a while.
+        num_kept, kept_chars, new_ids = await asyncio.to_thread(self._prompts.encode, request, grant, text)
         num_prompt = num_kept + len(new_ids)
-        max_tokens = request.sampling["max_tokens"]
-        room = self._limits.max_model_len - num_prompt
-        too_many = (1 if max_tokens is None else max(max_tokens, 1)) - room
-        if too_many > 0:
-            raise ContextOverflow(
-                f"the model's context holds {self._limits.max_model_len} tokens; the prompt has {num_prompt} and "
-                f"{'at least 1' if max_tokens is None else max_tokens} more were asked for: {too_many} too many. "
-                "Shorten the messages or lower max_tokens.",
-                param="messages" if request.messages is not None else "prompt",
+        sampling = self._prompts.sampling(request, self._prompts.max_tokens(request, num_prompt))
+        reply = commit.reply
+        so_far = self._so_far(request, grant, num_kept, new_ids)
+        fresh = reply.push(so_far)
+        over = None
+        if so_far and not reply.is_cut:
+            params = SamplingParams.from_dict(sampling)
+            over = params.finish_reason(len(so_far), so_far[-1])
+        stream = None
+        if over is not None:
+            fresh += reply.end(over)
+        elif not reply.is_cut:
+            num_tokens = num_prompt + len(so_far)
+            add = AddSequence(
+                sequence_id=self._engines.next_sequence_id(),
+                segment=grant.segment,
+                epoch=grant.epoch,
+                num_kept_tokens=num_kept,
+                token_ids=new_ids + so_far,
+                sampling=sampling,
+                max_num_tokens=num_tokens + min(sampling["max_tokens"] - len(so_far), self._limits.lease_tokens),
+                num_prompt_tokens=num_prompt,
             )
-        if num_prompt == 0:
-            raise InvalidRequest("the prompt is empty; give at least one token", param="prompt")
-        max_tokens = room if max_tokens is None else max_tokens
-        sampling = self._sampling(request, max_tokens)
-        covered = num_prompt + min(max_tokens, self._limits.lease_tokens)
-        await self._sessions.reserve(grant.key, covered)
-        add = AddSequence(
-            sequence_id=self._engines.next_sequence_id(),
-            segment=grant.segment,
-            epoch=grant.epoch,
-            num_kept_tokens=num_kept,
-            token_ids=new_ids,
-            sampling=sampling,
-            max_num_tokens=covered,
-            num_prompt_tokens=num_prompt,
-        )
-        stream = await self._engines.add(add)
+            await self._sessions.reserve(grant.key, add.max_num_tokens)
+            stream = await self._engines.add(add)
         # Only now is there anything to record: a turn that was refused room leaves the session as it was.
         commit.num_kept_tokens, commit.num_kept_chars, commit.prompt_ids = num_kept, kept_chars, new_ids
-        commit.reply.num_prompt_tokens = num_prompt
         commit.sampling = sampling
-        return stream
+        reply.num_prompt_tokens = num_prompt
+        if stream is None:
+            reply.num_cached_tokens = min(grant.num_computed_tokens, num_prompt)
+        return stream, fresh
 
-    def _sampling(self, request: TurnRequest, max_tokens: int) -> dict[str, Any]:
-        """The sampling parameters as model/sampling_params.py reads them, with a seed for sure."""
-        seed = request.sampling["seed"]
-        # The engine knows one list of stop ids: with ignore_eos the model's own end tokens are not on it.
-        ends = () if request.sampling["ignore_eos"] else self._tokenizer.eos_token_ids
-        stops = (*request.sampling["stop_token_ids"], *ends)
-        return request.sampling | {
-            "seed": secrets.randbits(63) if seed is None else seed,
-            "max_tokens": max_tokens,
-            "ignore_eos": False,
-            "stop_token_ids": list(dict.fromkeys(stops)),
-            "logit_bias": [[token_id, bias] for token_id, bias in request.sampling["logit_bias"].items()],
-        }
+    def _so_far(self, request: TurnRequest, grant: TurnGrant, num_kept: int, new_ids: list[int]) -> list[int]:
+        """The ids of the reply that are there already. Raises ReplyGone if they must be and are not."""
+        if grant.resumed_ids is not None:
+            left = array("i", grant.resumed_ids).tolist()
+            prompt = new_ids[grant.num_kept_tokens - num_kept :]
+            if left[: len(prompt)] == prompt:
+                return left[len(prompt) :]
+        if request.resume_from and not self._limits.reproducible:
+            raise ReplyGone(
+                "what came of the interrupted reply is lost, and with this dtype it might not come out the same again; "
+                "send the request without x-resume-from"
+            )
+        return []
 
     async def _stream(
-        self, request: TurnRequest, grant: TurnGrant, stream: SequenceStream, reply: Reply
+        self, request: TurnRequest, grant: TurnGrant, stream: SequenceStream, reply: Reply, fresh: str
     ) -> AsyncGenerator[TurnEvent, None]:
-        """Turns the engine's tokens into text until the sequence is released."""
-        detokenizer: Detokenizer = self._tokenizer.detokenizer()
-        lease = _Lease(self._sessions, self._engines, grant.key, stream, self._limits)
-        stops = StopStrings(list(request.stop))
-        started = stopped = False
+        """Turns the engine's tokens into text until the sequence is released. `fresh`: text that is there already."""
+        limit = min(reply.num_prompt_tokens + stream.add.sampling["max_tokens"], self._limits.max_model_len)
+        lease = TurnLease(self._sessions, self._engines, grant.key, stream, limit, self._limits.lease_tokens)
+        num_given = reply.num_prompt_tokens + len(reply.token_ids)
+        started = False
         async for output in stream:
             if output.finish_reason == "error":
-                raise EngineFailed(f"the engine gave the request up: {output.error}")
-            if output.finish_reason == "abort" and lease.refusal is not None:
-                raise lease.refusal
-            lease.follow(reply.num_prompt_tokens + len(stream.received))
+                self._give_up(request, stream, output.error)
+            if output.finish_reason == "abort" and not reply.is_cut:
+                raise lease.refusal or ReadElsewhere("this reply is being read on by a later connection")
+            lease.follow(num_given + len(stream.received))
             if not started:
                 started = True
                 reply.num_cached_tokens = output.num_cached_tokens or 0
-                if stream.engine_deaths:
+                if stream.engine_deaths or request.resume_from is not None:
                     # What an engine computed before it died was no cache when the turn began.
                     reply.num_cached_tokens = min(reply.num_cached_tokens, grant.num_computed_tokens)
                 yield TurnStarted(reply.num_prompt_tokens, reply.num_cached_tokens)
-            if stopped:
+                if fresh:
+                    yield TextDelta(fresh, 0, reply.position)
+            if reply.is_cut:
                 # What the step in flight brought after a stop string is nobody's.
                 continue
-            # One by one: of several tokens in a step, those behind a stop string do not count.
-            text, taken = "", 0
-            while taken < len(output.token_ids) and not stopped:
-                piece, stopped = stops.push(detokenizer.push([output.token_ids[taken]]))
-                text += piece
-                taken += 1
-            reply.token_ids += output.token_ids[:taken]
-            if stopped:
-                reply.finish_reason = "stop_string"
+            before = len(reply.token_ids)
+            text = reply.push(output.token_ids)
+            taken = len(reply.token_ids) - before
+            if text or taken:
+                yield TextDelta(text, taken, reply.position)
+            if reply.is_cut:
                 self._engines.abort(stream)
             elif output.finish_reason is not None:
-                reply.finish_reason = output.finish_reason
-                last, hit = stops.push(detokenizer.flush())
-                text += last if hit else last + stops.flush()
-                if hit:
-                    reply.finish_reason = "stop_string"
-            reply.text += text
-            if text or taken:
-                yield TextDelta(text, taken)
+                text = reply.end(output.finish_reason)
+                if text:
+                    yield TextDelta(text, 0, reply.position)
+
+    def _give_up(self, request: TurnRequest, stream: SequenceStream, error: str | None) -> NoReturn:
+        """Raises what the client is told of a sequence that no engine carries on."""
+        if not stream.is_poisonous:
+            raise EngineFailed(f"the engine gave the request up: {error}")
+        with suppress(OSError):
+            self._poison.add(request)
+        raise _poisonous()
 
     def _end_later(self, stream: SequenceStream | None, commit: TurnRecord) -> None:
         task = asyncio.get_running_loop().create_task(self._end(stream, commit))
@@ -276,38 +288,11 @@ class Turns:
         return before != pid
 
 
+def _poisonous() -> PoisonousRequest:
+    return PoisonousRequest(
+        "engines died when they computed this request, so it is not tried again; please report it with the server's log"
+    )
+
+
 def _finish_reason(reply: Reply) -> FinishReason:
     return "length" if reply.finish_reason == "length" else "stop"
-
-
-class _Lease:
-    """The KV memory of a growing reply: leased a piece at a time, ahead of the tokens."""
-
-    def __init__(
-        self, sessions: Sessions, engines: EngineClient, key: SessionKey, stream: SequenceStream, limits: TurnLimits
-    ):
-        self._sessions = sessions
-        self._engines = engines
-        self._key = key
-        self._stream = stream
-        self._piece = limits.lease_tokens
-        self._limit = min(stream.add.num_prompt_tokens + stream.add.sampling["max_tokens"], limits.max_model_len)
-        self._growing: asyncio.Task[None] | None = None
-        self.refusal: Exception | None = None
-
-    def follow(self, num_tokens: int) -> None:
-        """The sequence has so many tokens: asks for more memory before it has to pause."""
-        covered = self._stream.add.max_num_tokens
-        if self._growing is None and covered < self._limit and num_tokens + self._piece // 4 >= covered:
-            self._growing = asyncio.get_running_loop().create_task(self._grow(min(covered + self._piece, self._limit)))
-
-    async def _grow(self, covered: int) -> None:
-        try:
-            await self._sessions.reserve(self._key, covered)
-            self._engines.extend(self._stream, covered)
-        except Exception as error:
-            # Whatever it is: without more memory the sequence would pause for ever.
-            self.refusal = error
-            self._engines.abort(self._stream)
-        finally:
-            self._growing = None

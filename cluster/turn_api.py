@@ -32,7 +32,8 @@ class TurnRequest:
     vocabulary's size.
 
     `tenant` is derived from the client's key; two tenants share nothing. `session_id` None: an unnamed
-    session. `request_id` is ours, never the client's.
+    session. `request_id` is ours, never the client's: also with `resume_from`, which means that this request came
+    before, was interrupted, and is to be read on behind that position of its reply (see `TextDelta.position`).
     """
 
     tenant: str
@@ -44,6 +45,7 @@ class TurnRequest:
     stop: tuple[str, ...] = field(default=(), repr=False)
     add_generation_prompt: bool = True
     continue_final_message: bool = False
+    resume_from: int | None = None
 
 
 @dataclass(frozen=True)
@@ -56,10 +58,15 @@ class TurnStarted:
 
 @dataclass(frozen=True)
 class TextDelta:
-    """Text that is final, and how many new tokens this event stands for. `text` may be empty (held back)."""
+    """Text that is final, and how many new tokens this event stands for. `text` may be empty (held back).
+
+    `position` is where in the reply the text ends: its tokens are counted from 1; what is held back until the end
+    stands behind the last.
+    """
 
     text: str = field(repr=False)
     num_tokens: int
+    position: int
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """What a turn leaves: the text and ids that are appended to the conversation, and where the two agree.
 
-Owns: a reply as it grows, and its record in the journal. Knows nothing of engines, HTTP or Ray.
+Owns: a turn's record in the journal. Knows nothing of engines, HTTP or Ray.
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ import asyncio
 import time
 from array import array
 from contextlib import suppress
-from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from phi_cluster.cluster.messages import CommitTurn, SessionKey, TurnGrant
+from phi_cluster.cluster.reply import Reply
 from phi_cluster.cluster.turn_api import TurnRequest
 from phi_cluster.model.tokenizer import Tokenizer
 
@@ -25,18 +25,6 @@ class Recorder(Protocol):
     async def abandon(self, key: SessionKey, epoch: int) -> None:
         """Ends a turn that leaves nothing."""
         ...
-
-
-@dataclass
-class Reply:
-    """What has come of a reply so far. `text` is what the client was given."""
-
-    prompt_text: str
-    num_prompt_tokens: int
-    num_cached_tokens: int = 0
-    token_ids: list[int] = field(default_factory=list)
-    text: str = ""
-    finish_reason: str = "abort"
 
 
 class TurnRecord:

@@ -89,6 +89,13 @@ class SamplingParams:
         """Whether the tokens so far change the logits (and must be counted)."""
         return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
 
+    def finish_reason(self, num_generated: int, last_id: int) -> str | None:
+        """ "stop" or "length" if a reply of so many tokens is over with `last_id`, else None."""
+        # The sampler masks stop tokens until there are min_tokens others.
+        if num_generated > self.min_tokens and not self.ignore_eos and last_id in self.stop_token_ids:
+            return "stop"
+        return "length" if num_generated >= self.max_tokens else None
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values that msgpack and JSON keep as they are; `logit_bias` becomes a list of [id, bias]."""
         values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}

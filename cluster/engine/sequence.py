@@ -145,14 +145,8 @@ class Sequence:
 
     def finish_reason(self, max_model_len: int) -> str | None:
         """ "stop" or "length" if the reply is over, else None."""
-        params, num_generated = self.params, self.num_generated_tokens
-        # The sampler masks stop tokens until there are min_tokens others.
-        may_stop = num_generated > params.min_tokens and not params.ignore_eos
-        if may_stop and self.token_ids[-1] in params.stop_token_ids:
-            return "stop"
-        if num_generated >= params.max_tokens or self.num_tokens >= max_model_len:
-            return "length"
-        return None
+        reason = self.params.finish_reason(self.num_generated_tokens, self.token_ids[-1])
+        return "length" if reason is None and self.num_tokens >= max_model_len else reason
 
     def sampling_request(self, draft_ids: AbstractSequence[int] = ()) -> SamplingRequest:
         """What the sampler needs for the token behind `draft_ids`, as if these had been drawn already."""

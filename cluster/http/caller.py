@@ -17,33 +17,64 @@ from phi_cluster.cluster.http.auth import tenant_of
 SESSION_HEADER = "x-session-id"
 REQUEST_ID_HEADER = "x-request-id"
 DETAILS_HEADER = "x-phi-details"
+RESUME_HEADER = "x-resume-from"
 
 SESSION_ID_RULE = "1 to 128 of the characters A-Z a-z 0-9 . _ : -, and neither . nor .. alone"
+_REQUEST_ID = re.compile(r"[0-9a-f]{32}", re.ASCII)
+_POSITION = re.compile(r"[0-9]{1,9}", re.ASCII)
 _SESSION_ID = re.compile(r"(?!\.{1,2}\Z)[A-Za-z0-9._:-]{1,128}", re.ASCII)
 
 
 @dataclass(frozen=True)
 class Caller:
-    """`request_id` is made by us; a client's own x-request-id is never looked at."""
+    """`request_id` is made by us; a client's own x-request-id is looked at only with x-resume-from (`resume_from`):
+    then it is the one that we gave the request whose reply was interrupted."""
 
     tenant: str
     session_id: str | None
     request_id: str
     wants_details: bool
+    resume_from: int | None = None
 
 
 def caller_of(request: Request) -> Caller:
     """Raises `InvalidRequest` naming the header that is wrong."""
-    session_ids = request.headers.getlist(SESSION_HEADER)
-    if len(session_ids) > 1:
-        raise InvalidRequest(f"{SESSION_HEADER}: send this header once", param=SESSION_HEADER)
-    session_id = check_session_id(session_ids[0], SESSION_HEADER) if session_ids else None
+    session_id = _only(request, SESSION_HEADER)
+    resume_from = _resume_from(request)
     return Caller(
         tenant=tenant_of(request.headers),
-        session_id=session_id,
+        session_id=None if session_id is None else check_session_id(session_id, SESSION_HEADER),
         request_id=request.state.request_id,
         wants_details=request.headers.get(DETAILS_HEADER) == "1",
+        resume_from=resume_from,
     )
+
+
+def _resume_from(request: Request) -> int | None:
+    """The position to read on from. The request then goes on under the id that it had."""
+    position = _only(request, RESUME_HEADER)
+    if position is None:
+        return None
+    if not _POSITION.fullmatch(position):
+        raise InvalidRequest(
+            f"{RESUME_HEADER}: the number of the last event's id line is expected, or 0", param=RESUME_HEADER
+        )
+    request_id = _only(request, REQUEST_ID_HEADER)
+    if request_id is None or not _REQUEST_ID.fullmatch(request_id):
+        raise InvalidRequest(
+            f"{REQUEST_ID_HEADER}: with {RESUME_HEADER} the x-request-id of the interrupted response is expected, "
+            "32 hexadecimal digits",
+            param=REQUEST_ID_HEADER,
+        )
+    request.state.request_id = request_id
+    return int(position)
+
+
+def _only(request: Request, name: str) -> str | None:
+    values = request.headers.getlist(name)
+    if len(values) > 1:
+        raise InvalidRequest(f"{name}: send this header once", param=name)
+    return values[0] if values else None
 
 
 def check_session_id(session_id: str, param: str) -> str:

@@ -44,6 +44,7 @@ def chat_router(edge: Edge) -> APIRouter:
             tenant=caller.tenant,
             session_id=caller.session_id,
             request_id=caller.request_id,
+            resume_from=caller.resume_from,
             sampling=sampling_of(chat, settings),
             messages=[message.for_template() for message in chat.messages],
             stop=tuple(chat.stop),

@@ -41,6 +41,7 @@ def completions_router(edge: Edge) -> APIRouter:
             tenant=caller.tenant,
             session_id=caller.session_id,
             request_id=caller.request_id,
+            resume_from=caller.resume_from,
             sampling=sampling_of(completion, settings),
             prompt=_checked_prompt(completion.prompt, settings),
             stop=tuple(completion.stop),

@@ -95,16 +95,16 @@ class RequestEnvelope:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        request_id = uuid.uuid4().hex
         # A copy: the server may hand the same state to every request of a connection.
-        scope = {**scope, "state": {**scope.get("state", {}), "request_id": request_id}}
+        state = {**scope.get("state", {}), "request_id": uuid.uuid4().hex}
+        scope = {**scope, "state": state}
         started = False
 
         async def send_with_id(message: Message) -> None:
             nonlocal started
             if message["type"] == "http.response.start":
                 started = True
-                MutableHeaders(scope=message)[REQUEST_ID_HEADER] = request_id
+                MutableHeaders(scope=message)[REQUEST_ID_HEADER] = state["request_id"]
             try:
                 await send(message)
             except OSError as error:
@@ -117,6 +117,6 @@ class RequestEnvelope:
             # It left before its request or the response was complete: there is nobody to answer.
             return
         except Exception:
-            logger.exception("request %s failed unexpectedly", request_id)
+            logger.exception("request %s failed unexpectedly", state["request_id"])
             if not started:
                 await error_response(internal_error())(scope, receive, send_with_id)

@@ -35,9 +35,10 @@ class EventStream:
         self._ended = False
         self._last_write = asyncio.get_running_loop().time()
 
-    async def write(self, *events: Mapping[str, Any]) -> None:
-        """Sends `events` in one piece; the first call sends the status 200 and the headers."""
-        await self._write(b"".join(b"data: " + to_json(event) + b"\n\n" for event in events))
+    async def write(self, event: Mapping[str, Any], position: int | None = None) -> None:
+        """Sends an event, with `position` as its id; the first call sends the status 200 and the headers."""
+        id_line = b"" if position is None else b"id: %d\n" % position
+        await self._write(id_line + b"data: " + to_json(event) + b"\n\n")
 
     async def end(self, *events: Mapping[str, Any]) -> None:
         """The last `events`, then `[DONE]`."""

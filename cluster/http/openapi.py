@@ -12,7 +12,13 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from phi_cluster.cluster.http.caller import DETAILS_HEADER, SESSION_HEADER, SESSION_ID_RULE
+from phi_cluster.cluster.http.caller import (
+    DETAILS_HEADER,
+    REQUEST_ID_HEADER,
+    RESUME_HEADER,
+    SESSION_HEADER,
+    SESSION_ID_RULE,
+)
 from phi_cluster.cluster.http.schemas import ErrorBody
 
 _REF = "#/components/schemas/{model}"
@@ -29,12 +35,18 @@ def generation_docs(request: type[BaseModel], whole: type[BaseModel], chunk: typ
     headers = [
         _header(SESSION_HEADER, f"the conversation to continue: {SESSION_ID_RULE}"),
         _header(DETAILS_HEADER, "1: add serving details as the field `phi`"),
+        _header(
+            RESUME_HEADER,
+            "read an interrupted reply on behind this position, the id of the last event that came; 0: all of it. With "
+            f"{REQUEST_ID_HEADER} as the interrupted response had it, and the same body",
+        ),
+        _header(REQUEST_ID_HEADER, f"with {RESUME_HEADER} only: the interrupted response's"),
     ]
     return {
         "response_model": None,
         "responses": {
             200: {"model": whole, "content": {"text/event-stream": stream}},
-            **error_docs(400, 404, 409, 413, 415, 429, 500, 503),
+            **error_docs(400, 404, 409, 413, 415, 422, 429, 500, 503),
         },
         "openapi_extra": {
             "parameters": headers,

@@ -102,7 +102,7 @@ class TurnResponse(Response):
                 async for event in events:
                     if isinstance(event, TextDelta):
                         if event.text:
-                            await stream.write(self._format.delta(event.text))
+                            await stream.write(self._format.delta(event.text), event.position)
                     elif isinstance(event, TurnStarted):
                         opening = self._format.opening()
                         if opening is not None:

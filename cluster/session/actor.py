@@ -52,9 +52,10 @@ class SessionActor:
         self._session = Session.take_over(ref, journal, self._settings, recycled=recycled, last_used=last_used)
         return self._session.describe()
 
-    async def held(self) -> tuple[SessionKey, SessionStats] | None:
+    async def held(self) -> tuple[SessionKey, SessionStats, SegmentRef | None] | None:
         """What is here, for a keeper that was restarted."""
-        return None if self._session is None else (self._session.key, self._session.describe())
+        session = self._session
+        return None if session is None else (session.key, session.describe(), session.memory)
 
     async def begin_turn(self, request: BeginTurn) -> TurnGrant | Moved:
         session = self._find(request.key)

@@ -7,14 +7,21 @@ caller (`session.py`) lets one in at a time.
 
 from __future__ import annotations
 
+import hashlib
 import os
 from array import array
 from dataclasses import replace
 
+from phi_cluster.cluster.errors import ReplyGone
 from phi_cluster.cluster.messages import CommitTurn, TurnGrant
 from phi_cluster.cluster.session.journal import Journal, JournalCorrupt, JournalInfo
 from phi_cluster.cluster.session.segment import Segment
 from phi_cluster.cluster.session.transcript import Transcript
+
+
+def request_digest(request_id: str) -> bytes:
+    """How a segment names a request: 16 bytes."""
+    return hashlib.blake2b(request_id.encode(), digest_size=16).digest()
 
 
 class Conversation:
@@ -23,6 +30,8 @@ class Conversation:
     info: JournalInfo
     transcript: Transcript
     _last_commit: tuple[int, str]
+    # Of the turns that are left, oldest first.
+    _request_ids: list[str]
 
     def __init__(self, segment: Segment, journal: Journal, fingerprint: str, info: JournalInfo):
         """Takes the segment over. Raises the journal's errors."""
@@ -32,22 +41,30 @@ class Conversation:
         self._fingerprint = fingerprint
         self._load(info)
 
-    def begin(self, text: str) -> TurnGrant:
+    def begin(self, text: str, resumed: str | None = None) -> TurnGrant:
         """Take the epoch, make the segment hold the stored ids, and say how much of the prompt `text` they
         are.
 
-        Raises the journal's errors; a turn has not begun then.
+        `resumed`: the id of a request that came before and reads on. What it has left is told, if it is still there,
+        and stays in the segment. Raises ReplyGone if other turns have been made since, and the journal's errors; a turn
+        has not begun then.
         """
+        if resumed is not None and resumed in self._request_ids[:-1]:
+            raise ReplyGone("the conversation has gone on since: the interrupted reply is not to be had any more")
         info = self.journal.take_epoch()
         if info.epoch != self.info.epoch + 1 or info.turns != self.info.turns:
             # Another incarnation was at the journal: what it recorded counts.
             self._load(info)
         self.info = info
-        self.lay_tokens()
         segment = self.segment
-        segment.epoch = info.epoch
-        match = self.transcript.match(text, segment.num_tokens)
+        match = self.transcript.match(text, segment.layout.max_model_len)
         kept = match.num_kept_tokens
+        resumed_ids = self._unrecorded(resumed, kept)
+        if resumed_ids is None:
+            self.lay_tokens()
+            if resumed is not None and resumed == self._last_commit[1]:
+                resumed_ids = self.transcript.token_ids[kept:].tobytes()
+        segment.epoch = info.epoch
         return TurnGrant(
             key=self.key,
             epoch=info.epoch,
@@ -59,6 +76,7 @@ class Conversation:
             num_computed_tokens=segment.num_computed_tokens,
             turns=info.turns,
             holder_pid=os.getpid(),
+            resumed_ids=resumed_ids,
         )
 
     def record(self, turn: CommitTurn) -> bool:
@@ -80,7 +98,12 @@ class Conversation:
         self.transcript.apply(turn)
         self.info = replace(self.info, turns=self.info.turns + 1, fingerprint=self._fingerprint)
         self._last_commit = (turn.epoch, turn.request_id)
+        self._request_ids = [one for one in self._request_ids if one != turn.request_id] + [turn.request_id]
         return True
+
+    def left_by(self, request_id: str) -> bool:
+        """Whether this request left what is last here, recorded or not."""
+        return self._last_commit[1] == request_id or self.segment.request == request_digest(request_id)
 
     def forget(self) -> None:
         """Drop history, record and cache. Raises the journal's errors."""
@@ -108,6 +131,14 @@ class Conversation:
             self.segment.trim(matching)
         self.segment.append_tokens(stored[matching:])
 
+    def _unrecorded(self, request_id: str | None, kept: int) -> bytes | None:
+        """The ids that a request's turn wrote behind the first `kept` and nobody recorded, if it built on those."""
+        if request_id is None or self.segment.request != request_digest(request_id):
+            return None
+        if self.segment.count_matching(self.transcript.token_ids[:kept]) < kept:
+            return None
+        return self.segment.token_bytes(kept)
+
     def close(self) -> None:
         """Let go of memory and files."""
         self.segment.close()
@@ -123,3 +154,4 @@ class Conversation:
             raise JournalCorrupt(f"the session's journal contradicts itself: {error}") from None
         self.info = info
         self._last_commit = (turns[-1].epoch, turns[-1].request_id) if turns else (0, "")
+        self._request_ids = [turn.request_id for turn in turns]

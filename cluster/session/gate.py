@@ -46,6 +46,11 @@ class Gate:
     def num_waiting(self) -> int:
         return len(self._waiting)
 
+    def hold(self) -> None:
+        """Enter without waiting, where nobody can have come yet."""
+        assert not self._held
+        self._held = True
+
     async def enter(self, name: str, wait_seconds: float, *, first: bool = False) -> Entry:
         """Wait for the gate (`first`: before all others who wait). Whoever gets ENTERED must `release`.
 

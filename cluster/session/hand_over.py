@@ -148,7 +148,10 @@ class HandOvers:
             return None
         if held is None or held[1].state == "moved":
             return pooled
-        return Entry(held[0], actor=pooled, private_baseline=baseline, last_stats=held[1])
+        key, stats, ref = held
+        entry = Entry(key, actor=pooled, private_baseline=baseline, last_stats=stats)
+        entry.hold_memory(ref)
+        return entry
 
     async def _to_actor(self, entry: Entry, successor: PooledActor, reason: RecycleReason | None) -> None:
         """The successor takes the session, then the predecessor lets go. With `entry.moving` held."""
@@ -184,7 +187,9 @@ class HandOvers:
             else:
                 await predecessor.handle.cancel_hand_over.remote(key)
             raise
+        entry.hold_memory(ref)
         held, entry.session, entry.actor, entry.wants_actor = entry.session, None, successor, False
+        entry.silent_since = None
         # It may be dead by now. Whatever it is, the predecessor is let go: it must not keep those who wait there.
         entry.private_baseline = private_or_zero(successor.process.pid)
         self.activations += 1
@@ -213,6 +218,7 @@ class HandOvers:
         except BaseException:
             await actor.handle.cancel_hand_over.remote(entry.key)
             raise
+        entry.hold_memory(None)
         entry.actor, entry.wants_actor = None, False
         self.recycles[reason.value] += 1
         await self._let_go(entry.key, actor)

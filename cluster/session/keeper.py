@@ -14,6 +14,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from ray.exceptions import RayActorError, RayError
 from phi_cluster.cluster.config import KVConfig, SessionsConfig
 from phi_cluster.cluster.errors import NotFound, PhiError, SessionBusy
 from phi_cluster.cluster.messages import BeginTurn, CommitTurn, Moved, SessionKey, TurnGrant
-from phi_cluster.cluster.processes import private_bytes
+from phi_cluster.cluster.processes import kill_for_sure, private_bytes
 from phi_cluster.cluster.session.actor import session_settings
 from phi_cluster.cluster.session.actor_pool import ActorPool
 from phi_cluster.cluster.session.hand_over import HandOvers
@@ -40,6 +41,7 @@ from phi_cluster.cluster.session.reports import (
     stored_description,
 )
 from phi_cluster.cluster.session.roster import Entry, Roster
+from phi_cluster.cluster.session.segment import SegmentGone, SegmentMismatch
 from phi_cluster.cluster.session.segment_layout import SegmentLayout
 from phi_cluster.cluster.session.session import Session, SessionStats
 from phi_cluster.cluster.session.sqlite_journal import SQLiteJournal, list_sessions
@@ -106,7 +108,8 @@ class Keeper:
         await self.start()
         while True:
             if request.key.ephemeral and not request.key.session_id:
-                entry = self._roster.continue_or_open(request.key.tenant, request.text)
+                left = self._roster.left_by(request.key.tenant, request.request_id) if request.resume else None
+                entry = left or self._roster.continue_or_open(request.key.tenant, request.text)
             else:
                 entry = self._roster.open(request.key)
             if entry.session is None:
@@ -171,7 +174,7 @@ class Keeper:
             self._leases.settle(key.digest, nbytes)
 
     async def actor_died(self, key: SessionKey) -> None:
-        """A replica could not reach the session's actor: if it is dead, the session goes on from its journal."""
+        """A replica could not reach the session's actor: if it is dead, the session goes on here, in its memory."""
         await self.start()
         entry = self._roster.find(key)
         if entry is None or entry.actor is None or self._settings.is_alive(entry.actor.process):
@@ -181,12 +184,14 @@ class Keeper:
                 return
             if entry.actor is not None and not self._settings.is_alive(entry.actor.process):
                 try:
-                    entry.session, entry.actor = self._open_session(key), None
+                    entry.session, entry.actor = self._inherit(entry), None
                 except (PhiError, OSError) as error:
                     # Left to its journal: its next turn tries again and is told. It must not fail reports and others.
                     logger.warning("a session whose actor died could not be opened: %s", type(error).__name__)
                     self._roster.forget(entry, deleted=False)
                     self._leases.release(key.digest)
+                entry.hold_memory(None)
+                entry.silent_since = None
 
     # Administration.
 
@@ -342,6 +347,23 @@ class Keeper:
     def _open_session(self, key: SessionKey) -> Session:
         return Session.restore(self._journal(key), self._settings, activate=False)
 
+    def _inherit(self, entry: Entry) -> Session:
+        """The session of an actor that died: in its memory, or, if that is not to be had, from its journal."""
+        if entry.memory is not None:
+            journal = self._journal(entry.key)
+            try:
+                return Session.take_over(
+                    entry.memory.ref, journal, self._settings, recycled=False, last_used=self._last_used(entry)
+                )
+            except (SegmentGone, SegmentMismatch) as error:
+                journal.close()
+                logger.warning("a session's memory is lost with its actor: %s", error)
+        return self._open_session(entry.key)
+
+    def _last_used(self, entry: Entry) -> float:
+        idle = 0.0 if entry.last_stats is None else entry.last_stats.idle_seconds
+        return self._settings.clock() - idle
+
     async def _known(self, key: SessionKey) -> Entry:
         await self.start()
         if not self._roster.is_known(key):
@@ -353,15 +375,31 @@ class Keeper:
         if entry.session is None:
             try:
                 stats = await asyncio.wait_for(entry.actor.handle.describe.remote(entry.key), 2.0)
-            except (RayError, asyncio.TimeoutError):
+            except RayError:
                 await self.actor_died(entry.key)
+            except asyncio.TimeoutError:
+                await self._on_silence(entry)
             else:
+                entry.silent_since = None
                 if isinstance(stats, SessionStats):
                     entry.last_stats = stats
         if entry.session is not None:
             entry.last_stats = entry.session.describe()
         assert entry.last_stats is not None
         return entry.last_stats
+
+    async def _on_silence(self, entry: Entry) -> None:
+        """The session's actor did not answer. One that is silent for too long hangs: it is ended, and the session goes
+        on without it."""
+        now = time.monotonic()
+        if entry.silent_since is None:
+            entry.silent_since = now
+        actor = entry.actor
+        if actor is not None and now - entry.silent_since > self._config.hang_timeout:
+            logger.error("a session actor (pid %d) does not answer and is replaced", actor.process.pid)
+            await kill_for_sure(actor.process)
+            self._hands.recycles[RecycleReason.UNRESPONSIVE.value] += 1
+        await self.actor_died(entry.key)
 
     def _reported(self, entry: Entry, stats: SessionStats) -> SessionReport:
         pid = None if entry.actor is None else entry.actor.process.pid

@@ -7,12 +7,15 @@ Knows nothing of Ray (an actor is an opaque object), leases or HTTP.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from phi_cluster.cluster.messages import SessionKey
+from phi_cluster.cluster.messages import SegmentRef, SessionKey
+from phi_cluster.cluster.session.held_memory import HeldMemory
+from phi_cluster.cluster.session.segment import SegmentGone, SegmentMismatch
 from phi_cluster.cluster.session.session import Session, SessionStats
 
 
@@ -21,7 +24,8 @@ class Entry:
     """A session in memory: exactly one of `session` (held here) and `actor` is set.
 
     `moving` is locked while the session changes hands. `wants_actor`: it had a turn while the keeper held it.
-    `private_baseline` is its actor's private memory in bytes when it took the session.
+    `private_baseline` is its actor's private memory in bytes when it took the session. `memory` is the actor's, held so
+    that it is not lost with it. `silent_since`: the actor has not answered since then (monotonic seconds).
     """
 
     key: SessionKey
@@ -31,6 +35,18 @@ class Entry:
     wants_actor: bool = False
     private_baseline: int = 0
     last_stats: SessionStats | None = None
+    memory: HeldMemory | None = None
+    silent_since: float | None = None
+
+    def hold_memory(self, ref: SegmentRef | None) -> None:
+        """The actor's memory is this one; None: there is no actor, or nothing to hold."""
+        if self.memory is not None:
+            self.memory.close()
+            self.memory = None
+        if ref is not None:
+            # One that cannot be had is computed again if it must be.
+            with contextlib.suppress(SegmentGone, SegmentMismatch):
+                self.memory = HeldMemory(ref)
 
 
 class Roster:
@@ -81,6 +97,15 @@ class Roster:
             self.adopt(entry)
         return entry
 
+    def left_by(self, tenant: str, request_id: str) -> Entry | None:
+        """The tenant's unnamed conversation in which this request's reply is the last, complete or not."""
+        for entry in self._entries.values():
+            if not entry.key.ephemeral or entry.key.tenant != tenant or entry.session is None:
+                continue
+            if entry.session.left_by(request_id):
+                return entry
+        return None
+
     def continue_or_open(self, tenant: str, text: str) -> Entry:
         """The tenant's idle unnamed conversation that `text` goes on with, else a new one.
 
@@ -118,6 +143,7 @@ class Roster:
         nothing: the session may have been opened again since."""
         if self._entries.get(entry.key.digest) is not entry:
             return
+        entry.hold_memory(None)
         del self._entries[entry.key.digest]
         if deleted and not entry.key.ephemeral:
             self.forget_stored(entry.key)

@@ -32,13 +32,14 @@ from phi_cluster.cluster.session.segment_layout import ID_NBYTES, SegmentLayout,
 __all__ = ["Segment", "SegmentGone", "SegmentLayout", "SegmentMismatch", "SegmentStat", "peek"]
 
 MAGIC = b"phiKVseg"
-VERSION = 1
+VERSION = 2
 
 # Offsets in the header: magic 8, version 8, nonce 16, identity 32, then the fields.
 _HEAD = struct.Struct("=8sq16s32s")
 FIELDS_OFFSET = 64
 _EPOCH, _FLAGS, _SEED, _NUM_COMPUTED_TOKENS, _NUM_TOKENS, _WRITER_PID, _WRITER_START_TICKS = range(7)
-_FIELDS = struct.Struct("=7q")
+_COMMITTER_PID, _COMMITTER_START_TICKS, _REQUEST_HIGH, _REQUEST_LOW = range(7, 11)
+_FIELDS = struct.Struct("=11q")
 _FLAG_LONG_ROPE = 1
 _FLAG_SEED = 2
 
@@ -169,14 +170,39 @@ class Segment:
     @property
     def writer(self) -> ProcessId | None:
         """The process that borrows the segment now, as it entered itself: while it lives, nobody else may."""
-        pid = self._fields[_WRITER_PID]
-        return ProcessId(pid, self._fields[_WRITER_START_TICKS]) if pid else None
+        return self._process(_WRITER_PID, _WRITER_START_TICKS)
 
     @writer.setter
     def writer(self, value: ProcessId | None) -> None:
+        self._set_process(_WRITER_PID, _WRITER_START_TICKS, value)
+
+    @property
+    def committer(self) -> ProcessId | None:
+        """Whoever will commit the turn that is under way (of `epoch`): a session's successor learns of it here."""
+        return self._process(_COMMITTER_PID, _COMMITTER_START_TICKS)
+
+    @committer.setter
+    def committer(self, value: ProcessId | None) -> None:
+        self._set_process(_COMMITTER_PID, _COMMITTER_START_TICKS, value)
+
+    @property
+    def request(self) -> bytes | None:
+        """16 bytes that name the request whose turn is under way, or was and ended without a word."""
+        value = struct.pack("=2q", *self._fields[_REQUEST_HIGH : _REQUEST_LOW + 1])
+        return value if any(value) else None
+
+    @request.setter
+    def request(self, value: bytes | None) -> None:
+        self._fields[_REQUEST_HIGH], self._fields[_REQUEST_LOW] = struct.unpack("=2q", value or bytes(16))
+
+    def _process(self, pid_field: int, ticks_field: int) -> ProcessId | None:
+        pid = self._fields[pid_field]
+        return ProcessId(pid, self._fields[ticks_field]) if pid else None
+
+    def _set_process(self, pid_field: int, ticks_field: int, value: ProcessId | None) -> None:
         if value is not None:
-            self._fields[_WRITER_START_TICKS] = value.start_ticks
-        self._fields[_WRITER_PID] = 0 if value is None else value.pid
+            self._fields[ticks_field] = value.start_ticks
+        self._fields[pid_field] = 0 if value is None else value.pid
 
     # Tokens.
 

@@ -29,7 +29,7 @@ from phi_cluster.cluster.messages import (
     SessionKey,
     TurnGrant,
 )
-from phi_cluster.cluster.session.conversation import Conversation
+from phi_cluster.cluster.session.conversation import Conversation, request_digest
 from phi_cluster.cluster.session.gate import Entry, Gate, GateTimeout
 from phi_cluster.cluster.session.journal import Journal, JournalInfo
 from phi_cluster.cluster.session.segment import Segment, SegmentLayout
@@ -76,7 +76,8 @@ class SessionStats:
 
 @dataclass(frozen=True)
 class _Turn:
-    request_id: str
+    # As the segment names it.
+    request: bytes
     epoch: int
     writers: tuple[ProcessId, ...]
 
@@ -129,12 +130,13 @@ class Session:
         recycled: bool = True,
         last_used: float | None = None,
     ) -> Session:
-        """The successor of an incarnation that is handing over: the same memory, still warm.
+        """The successor of an incarnation that is handing over, or that died: the same memory, still warm, and the turn
+        that is under way in it (its incarnation died), if there is one.
 
         `recycled`: count it as a recycle (not when an actor takes a new session from the keeper). `last_used`: when
         the session had its last turn (changing hands is no use of it; default: now). The
-        predecessor must hold on until this has returned. Raises SegmentGone or SegmentMismatch if the memory
-        is not to be had (then `restore`), and the journal's errors.
+        predecessor, or whoever else holds the memory, must hold on until this has returned. Raises SegmentGone or
+        SegmentMismatch if the memory is not to be had (then `restore`), and the journal's errors.
         """
         segment = Segment.open(ref, settings.layout, settings.fingerprint)
         try:
@@ -146,7 +148,7 @@ class Session:
         if last_used is not None:
             session._last_used = last_used
         try:
-            session._conversation.lay_tokens()
+            session._take_turn_over()
         except BaseException:
             segment.close()
             raise
@@ -170,21 +172,29 @@ class Session:
         them agree with the prompt's. Moved if the session is not here (any more). Raises SessionBusy after
         `wait_seconds`, and the journal's errors.
 
+        A request that reads on (`resume`) is told what is left of its reply; raises ReplyGone if that cannot be had.
+
         Whoever asks must take the answer even if its own client has gone, and then `abandon`; one that cannot
         know whether there was an answer calls `withdraw`.
         """
+        self._end_lost(request)
         if not await self._enter(request.request_id, request.wait_seconds):
             return Moved(self.key)
+        resumed = request.request_id if request.resume else None
         try:
-            grant = self._conversation.begin(request.text)
+            grant = self._conversation.begin(request.text, resumed)
             while self._is_borrowed():
                 # An engine of an earlier turn came in before it could see the new epoch: its words go, when it has.
                 await asyncio.sleep(self._settings.poll_seconds)
-                grant = self._conversation.begin(request.text)
+                grant = self._conversation.begin(request.text, resumed)
         except BaseException:
             self._gate.release()
             raise
-        self._turn = _Turn(request.request_id, grant.epoch, request.writers)
+        self._turn = _Turn(request_digest(request.request_id), grant.epoch, request.writers)
+        # Also for whoever may have to take the session over.
+        segment = self._conversation.segment
+        segment.request = self._turn.request
+        segment.committer = request.writers[0] if request.writers else None
         self._last_used = self._settings.clock()
         return grant
 
@@ -206,15 +216,19 @@ class Session:
         if that turn is not under way (any more)."""
         if self._turn is None or self._turn.epoch != epoch:
             return False
+        # What it wrote is recorded, or is to go.
+        self._conversation.segment.request = None
         self._end_turn()
         return True
 
     def withdraw(self, request_id: str) -> bool:
         """The request waits no more; if its turn had begun already, it is abandoned. False if there was
         neither."""
-        if self._turn is not None and self._turn.request_id == request_id:
+        if self._gate.withdraw(request_id):
+            return True
+        if self._turn is not None and self._turn.request == request_digest(request_id):
             return self.abandon(self._turn.epoch)
-        return self._gate.withdraw(request_id)
+        return False
 
     # The whole conversation.
 
@@ -258,9 +272,18 @@ class Session:
         return self._gate.held
 
     @property
+    def memory(self) -> SegmentRef | None:
+        """Where the memory can be opened for now; None once the session is not here."""
+        return None if self._state == "moved" else self._conversation.segment.ref
+
+    @property
     def last_prompt_chars(self) -> int:
         """Length of the last turn's rendered prompt: where its reply begins."""
         return self._conversation.transcript.last_prompt_chars
+
+    def left_by(self, request_id: str) -> bool:
+        """Whether what is last here is this request's reply, recorded or not, or is about to be."""
+        return self._conversation.left_by(request_id)
 
     def match(self, text: str) -> Match:
         """How much of a prompt this conversation holds already (to find the one that a request continues)."""
@@ -370,8 +393,26 @@ class Session:
         writer = self._conversation.segment.writer
         return writer is not None and self._settings.is_alive(writer)
 
+    def _end_lost(self, request: BeginTurn) -> None:
+        """A request that asks again, because the answer was lost with who gave it, does not wait for itself."""
+        turn = self._turn
+        if turn is None or not turn.writers or request.resume or turn.request != request_digest(request.request_id):
+            return
+        if turn.writers[:1] == request.writers[:1] and not self._is_borrowed():
+            self.abandon(turn.epoch)
+
+    def _take_turn_over(self) -> None:
+        segment = self._conversation.segment
+        if segment.request is None:
+            self._conversation.lay_tokens()
+        elif segment.committer is not None:
+            # Its writers write: the memory stays as it is until they are through, or dead.
+            self._turn = _Turn(segment.request, segment.epoch, (segment.committer,))
+            self._gate.hold()
+
     def _end_turn(self) -> None:
         self._turn = None
+        self._conversation.segment.committer = None
         self._last_used = self._settings.clock()
         self._gate.release()
 

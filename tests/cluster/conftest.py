@@ -82,6 +82,11 @@ class Conversation:
         """One turn, streamed; the history grows if it is read to its end. Use `with`."""
         return Stream(self, text, self._body(text, {**fields, "stream": True}))
 
+    def read_on(self, torn: Stream) -> Stream:
+        """The rest of a reply whose stream broke. Use `with`."""
+        headers = {"x-request-id": torn.response.headers["x-request-id"], "x-resume-from": str(torn.position)}
+        return Stream(self, torn._text, torn._body, headers)
+
     def edit(self, num_messages: int) -> None:
         """Forgets all but the first messages, as a client does whose user edits the history."""
         del self.messages[num_messages:]
@@ -101,10 +106,14 @@ class Conversation:
 class Stream:
     """A streamed turn that is being read. `times` are the moments at which its `pieces` came (monotonic seconds)."""
 
-    def __init__(self, conversation: Conversation, text: str, body: dict[str, Any]):
+    def __init__(self, conversation: Conversation, text: str, body: dict[str, Any], headers: Any = None):
         self._conversation = conversation
         self._text = text
-        self._open = conversation._http.stream("POST", "/v1/chat/completions", json=body, headers=conversation._headers)
+        self._body = body
+        headers = conversation._headers | (headers or {})
+        self._open = conversation._http.stream("POST", "/v1/chat/completions", json=body, headers=headers)
+        # The last event's id.
+        self.position = 0
         self.pieces: list[str] = []
         self.times: list[float] = []
         self.comments = 0
@@ -148,6 +157,8 @@ class Stream:
         for line in self._lines:
             if line.startswith(":"):
                 self.comments += 1
+            if line.startswith("id: "):
+                position = int(line.removeprefix("id: "))
             if not line.startswith("data: "):
                 continue
             data = line.removeprefix("data: ")
@@ -156,7 +167,11 @@ class Stream:
             event = json.loads(data)
             if "error" in event:
                 raise Refused(None, event, self.response.headers)
-            self.pieces += [c["delta"]["content"] for c in event["choices"] if c["delta"].get("content")]
+            pieces = [c["delta"]["content"] for c in event["choices"] if c["delta"].get("content")]
+            if pieces:
+                assert position > self.position
+                self.position = position
+            self.pieces += pieces
             self.times += [time.monotonic()] * (len(self.pieces) - len(self.times))
             return event
         raise AssertionError("the stream ended without [DONE]")

@@ -232,23 +232,45 @@ def test_an_engine_that_is_lost_while_it_stands_by_is_replaced(number, client, s
 
 
 def test_a_request_on_which_two_engines_died_gets_no_third(client, server, asked, undisturbed, refused, until):
+    """Without a token in between: both die as they compute its long prompt. It is known by now, wherever it comes."""
     standby(client, server, until)
-    talk = client.conversation("poison")
-    question, fields = STREAMS[0]
-    with talk.stream(question, **fields | {"max_tokens": 2000}) as stream:
-        stream.read(3)
+    prompt = "Once more, and slowly: the fox and the lighthouse. " * 260
+    fields = {"max_tokens": 4}
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
         first = engine(client, server, until)
-        first.kill()
-        stream.read(len(stream.pieces) + 5)
-        engine(client, server, until, other_than=first).kill()
+        running = pool.submit(client.conversation("poison").say, prompt, **fields)
+        for victim in (first, None):
+            until(lambda: client.metric("phi_num_requests_running") >= 1, "its prompt to be computed")
+            victim = victim or engine(client, server, until, other_than=first)
+            time.sleep(0.3)
+            victim.kill()
         with pytest.raises(refused) as caught:
-            stream.finish()
-    assert caught.value.error["type"] == "server_error"
-    assert "two engines died on this request" in caught.value.error["message"]
-    # What was said until then is part of the conversation, and the session goes on.
-    assert client.patient(talk, "Go on.", max_tokens=4).completion > 0
+            running.result(60)
+    assert (caught.value.status, caught.value.error["code"]) == (422, "poisonous_request")
+    serving = engine(client, server, until)
+    for name in ("poison", "poison-elsewhere", None):
+        with pytest.raises(refused) as caught:
+            client.conversation(name).say(prompt, **fields)
+        assert (caught.value.status, caught.value.error["code"]) == (422, "poisonous_request")
+    assert serving.lives
+    # The session goes on, and so do all others.
+    assert client.conversation("poison").say("Go on.", max_tokens=4).completion > 0
     replies = [client.conversation(f"after-{n}").say(ask, **fields) for n, (ask, fields) in enumerate(asked)]
     assert all_of(replies) == all_of(undisturbed)
+
+
+def test_a_long_reply_outlives_several_engines(client, server, until):
+    fields = {"max_tokens": 150, "ignore_eos": True, "temperature": 0.8, "seed": 11}
+    question = "Tell me about the sea."
+    expected = client.conversation("long-twin").say(question, **fields)
+    deaths = client.metric("phi_recoveries_total", component="engine")
+    with client.conversation("long").stream(question, **fields) as stream:
+        for read in (10, 50, 90):
+            stream.read(read)
+            engine(client, server, until).kill()
+        reply = stream.finish()
+    assert all_of([reply]) == all_of([expected])
+    until(lambda: client.metric("phi_recoveries_total", component="engine") == deaths + 3, "three deaths to be counted")
 
 
 def test_engines_end_with_their_replica_also_one_that_stands_by(client, server, until):

@@ -6,9 +6,11 @@ One server and one conversation per victim; a twin that nothing happens to says 
 from __future__ import annotations
 
 import concurrent.futures
+import os
 import signal
 from typing import Any
 
+import httpx
 import pytest
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
@@ -127,25 +129,76 @@ def test_the_replica(client, server, twin, until):
     assert server.is_ready()
 
 
+@pytest.mark.parametrize("name", ["read-on", None])
+def test_a_reply_is_read_on_after_the_death_of_its_replica(client, server, until, name):
+    """By a named session and by an unnamed one: with the same text, and without computing again what was there."""
+    fields = {"max_tokens": 60, "ignore_eos": True, "temperature": 0.9}
+    question = "Tell me a long story about a lighthouse."
+    talk = client.conversation(name)
+    if name is not None:
+        talk.say("Hello.", max_tokens=4)
+        client.with_actor(name)
+    with talk.stream(question, **fields) as torn:
+        torn.read(20)
+        server.process("ray::ServeReplica").kill()
+        with pytest.raises(httpx.TransportError):
+            torn.finish()
+    until(server.is_ready, "the next replica", 60)
+    with talk.read_on(torn) as rest:
+        reply = rest.finish()
+    text = "".join(torn.pieces) + reply.text
+    assert (reply.completion, reply.finish_reason) == (60, "length")
+    # The whole of it, once more: it is there. A seed was chosen for it, so nothing else would come out the same.
+    torn.position = 0
+    talk.edit(len(talk.messages) - 2)
+    with talk.read_on(torn) as again:
+        whole = again.finish()
+    assert whole.text == text
+    assert whole.completion == 60
+    # The conversation goes on from it.
+    assert talk.say("And then?", max_tokens=4).cached >= whole.prompt + 59
+
+
+def test_a_client_that_left_reads_on(client):
+    fields = {"max_tokens": 60, "ignore_eos": True}
+    undisturbed = client.conversation("left-twin").say("Describe the sea.", **fields)
+    talk = client.conversation("left")
+    with talk.stream("Describe the sea.", **fields) as torn:
+        torn.read(10)
+    with talk.read_on(torn) as rest:
+        assert "".join(torn.pieces) + rest.finish().text == undisturbed.text
+
+
 def test_the_session_actor_between_turns(client, server, twin):
     talk = begin(client, "actor")
-    victim = {p.pid: p for p in server.processes("ray::SessionActor")}[client.session("actor")["actor_pid"]]
+    victim = actor_of(client, server, "actor")
     victim.kill()
-    # Its memory died with it: the journal has everything.
-    go_on(client, talk, twin, warm=False)
+    # Its memory outlives it.
+    go_on(client, talk, twin)
     assert client.with_actor("actor")["actor_pid"] != victim.pid
 
 
-def test_the_session_actor_in_mid_stream(client, server, twin):
-    talk = begin(client, "actor-mid")
-    victim = {p.pid: p for p in server.processes("ray::SessionActor")}[client.session("actor-mid")["actor_pid"]]
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_the_session_actor_in_mid_stream(client, server, twin, number):
+    """Also one that hangs: it is ended, and nobody waits for it for long."""
+    talk = begin(client, f"actor-{number.name}")
+    victim = actor_of(client, server, talk.session_id)
     with talk.stream(SECOND, max_tokens=24) as stream:
         stream.read(2)
-        victim.kill()
+        os.kill(victim.pid, number)
         reply = stream.finish()
     assert reply.text == twin.replies[1].text
-    assert client.session("actor-mid")["turns"] == 2
-    assert talk.say(THIRD, max_tokens=24).text == twin.replies[2].text
+    assert client.session(talk.session_id)["turns"] == 2
+    third = talk.say(THIRD, max_tokens=24)
+    assert third.text == twin.replies[2].text
+    assert third.cached >= reply.prompt + reply.completion - 1
+    assert not victim.lives
+    if number == signal.SIGSTOP:
+        assert client.metric("phi_session_recycles_total", reason="unresponsive") >= 1
+
+
+def actor_of(client, server, name):
+    return {p.pid: p for p in server.processes("ray::SessionActor")}[client.with_actor(name)["actor_pid"]]
 
 
 def test_the_keeper(client, server, twin, until):

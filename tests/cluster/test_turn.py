@@ -21,6 +21,9 @@ from phi_cluster.cluster.errors import (
     InvalidRequest,
     Overloaded,
     PhiError,
+    PoisonousRequest,
+    ReadElsewhere,
+    ReplyGone,
     SessionBusy,
     StaleEpoch,
     Unavailable,
@@ -93,6 +96,10 @@ class FakeSessions:
         self.begun: list[BeginTurn] = []
         self.reserved: list[int] = []
         self.commits: list[CommitTurn] = []
+        # For whoever reads on: what there is of the reply, behind what is kept.
+        self.resumed: bytes | None = None
+        self.behind_prompt = False
+        self.encode: Callable[[str], list[int]]
         self.abandoned: list[int] = []
 
     async def begin_turn(self, request: BeginTurn) -> TurnGrant:
@@ -115,7 +122,16 @@ class FakeSessions:
             num_computed_tokens=max(transcript.num_tokens - 1, 0),
             turns=0,
             holder_pid=1,
+            resumed_ids=self._resumed_ids(request, kept),
         )
+
+    def _resumed_ids(self, request: BeginTurn, kept: int) -> bytes | None:
+        if not request.resume or self.resumed is None:
+            return None
+        if self.behind_prompt and kept == 0:
+            # The prompt's ids are there as well: nobody has recorded the turn.
+            return array("i", self.encode(request.text)).tobytes() + self.resumed
+        return self.resumed
 
     async def reserve(self, key: SessionKey, num_tokens: int) -> None:
         self.reserved.append(num_tokens)
@@ -207,13 +223,28 @@ class FakeEngines:
         self.extended.append(max_num_tokens)
 
 
+class FakePoison:
+    """Remembers what was asked (implements turn.Poison)."""
+
+    def __init__(self) -> None:
+        self.added: list[TurnRequest] = []
+
+    def holds(self, request: TurnRequest) -> bool:
+        return any(one.messages == request.messages for one in self.added)
+
+    def add(self, request: TurnRequest) -> None:
+        self.added.append(request)
+
+
 class World:
     """Everything that a turn touches."""
 
     def __init__(self, tokenizer: Tokenizer, **limits: Any):
         self.tokenizer = tokenizer
         self.script = Script()
+        self.poison = FakePoison()
         self.sessions = FakeSessions(self.script)
+        self.sessions.encode = lambda text: tokenizer.encode(text, previous_id=None)
         self.engines = FakeEngines(self.script, self.sessions)
         defaults: dict[str, Any] = {"max_model_len": 4096, "max_turns": 4, "turn_wait": 12.0}
         self.turns = Turns(
@@ -222,6 +253,7 @@ class World:
             cast(EngineClient, self.engines),
             TurnLimits(**(defaults | limits)),
             REPLICA,
+            self.poison,
         )
         self.end = tokenizer.eos_token_ids[0]
 
@@ -494,14 +526,124 @@ async def test_a_user_is_told_when_the_engine_was_replaced(world: World) -> None
     assert flags == [False, False, True, False, False]
 
 
+# Reading on.
+
+
+async def interrupted(world: World, tokenizer: Tokenizer, request: TurnRequest, text: str) -> list[TurnEvent]:
+    """The events of a turn whose client left when it had read so much of the reply."""
+    events, first = await begin(world, request)
+    for char in text:
+        world.engines.push(tokenizer.encode(char)[0], cached=0)
+    seen = [await first]
+    while said(seen) != text:
+        seen.append(await anext(events))
+    await events.aclose()
+    world.engines.push(reason="abort", released=True)
+    await world.quiet()
+    return seen
+
+
+async def test_a_reply_is_read_on_where_its_client_left(world: World, tokenizer: Tokenizer) -> None:
+    sampled = {"seed": None, "max_tokens": 5}
+    seen = await interrupted(world, tokenizer, chat("hi", sampling=sampled), "hey")
+    first = world.engines.streams[-1].add
+    world.sessions.resumed = array("i", tokenizer.encode("h") + tokenizer.encode("e") + tokenizer.encode("y")).tobytes()
+    world.reply("xy", stop=False)
+    position = [e.position for e in seen if isinstance(e, TextDelta)][1]
+    events = await world.run(chat("hi", sampling=sampled, resume_from=position))
+    assert said(seen)[:2] + said(events) == "heyxy"
+    assert [e.position for e in events if isinstance(e, TextDelta)] == [3, 4, 5]
+    again = world.engines.streams[-1].add
+    # The reply so far stands behind the prompt, and the same numbers are drawn.
+    assert again.num_kept_tokens == first.num_prompt_tokens
+    assert [tokenizer.encode(char)[0] for char in "hey"] == again.token_ids
+    assert (again.num_prompt_tokens, again.sampling) == (first.num_prompt_tokens, first.sampling)
+    assert world.sessions.begun[-1].resume
+    assert finished(events).num_completion_tokens == 5
+    commit = world.sessions.commits[-1]
+    assert commit.text == "heyxy"
+    assert stored_ids(commit) == [tokenizer.encode(char)[0] for char in "heyxy"]
+
+
+async def test_a_reply_that_is_over_needs_no_engine(world: World, tokenizer: Tokenizer) -> None:
+    stored = world.reply("hello")
+    whole = await world.run(chat("hi"))
+    world.sessions.resumed = array("i", stored).tobytes()
+    calls = world.calls.count("add")
+    for position in range(7):
+        events = await world.run(chat("hi", resume_from=position))
+        assert said(events) == "hello"[position:]
+        assert finished(events).finish_reason == finished(whole).finish_reason
+        assert finished(events).num_completion_tokens == finished(whole).num_completion_tokens
+    assert world.calls.count("add") == calls
+
+
+@pytest.mark.parametrize("sampling", [{"max_tokens": 3}, {"max_tokens": 9}])
+async def test_stop_strings_and_lengths_end_a_reply_that_is_read_on(
+    world: World, tokenizer: Tokenizer, sampling: dict[str, Any]
+) -> None:
+    world.sessions.resumed = array("i", [tokenizer.encode(char)[0] for char in "abcdef"]).tobytes()
+    world.sessions.behind_prompt = True
+    request = chat("hi", sampling=sampling, resume_from=1, stop=("ef",))
+    events = await world.run(request if sampling["max_tokens"] > 6 else replace(request, stop=()))
+    expected = ("bcd", "stop") if sampling["max_tokens"] > 6 else ("bcdef", "length")
+    assert (said(events), finished(events).finish_reason) == expected
+    assert "add" not in world.calls
+
+
+async def test_what_is_lost_comes_out_the_same_again(make_world: Callable[..., World], tokenizer: Tokenizer) -> None:
+    world = make_world(reproducible=True)
+    seeds = set()
+    for position in (None, 0, 3):
+        world.reply("hello")
+        events = await world.run(chat("hi", sampling={"seed": None}, resume_from=position))
+        assert said(events) == "hello"[position or 0 :]
+        seeds.add(world.engines.streams[-1].add.sampling["seed"])
+    assert len(seeds) == 1
+
+
+async def test_what_is_lost_and_may_come_out_otherwise_is_refused(world: World) -> None:
+    with pytest.raises(ReplyGone, match="x-resume-from"):
+        await world.run(chat("hi", resume_from=3))
+    world.reply("hello")
+    assert said(await world.run(chat("hi", resume_from=0))) == "hello"
+
+
+async def test_a_later_connection_ends_an_earlier_one(world: World, tokenizer: Tokenizer) -> None:
+    _, first = await begin(world, chat("hi"))
+    world.script.gates["begin_turn"] = asyncio.Event()
+    later = asyncio.ensure_future(world.run(chat("hi", resume_from=0)))
+    await until(lambda: "abort" in world.calls)
+    world.engines.push(reason="abort", released=True)
+    with pytest.raises(ReadElsewhere):
+        await first
+    world.reply("hello")
+    world.script.gates["begin_turn"].set()
+    assert said(await later) == "hello"
+
+
+async def test_poison_is_remembered_and_told(world: World) -> None:
+    _, first = await begin(world, chat("hi"))
+    for _ in range(2):
+        world.engines.streams[-1].outlive_engine()
+    world.engines.push(reason="error", released=True, error="engines died on it")
+    with pytest.raises(PoisonousRequest, match="not tried again"):
+        await first
+    await world.quiet()
+    calls = len(world.calls)
+    with pytest.raises(PoisonousRequest):
+        await world.run(chat("hi", session_id="other", request_id="other"))
+    assert len(world.calls) == calls
+
+
 # Sampling.
 
 
 async def test_a_seed_is_chosen_kept_and_recorded(world: World) -> None:
     seeds = []
-    for _ in range(5):
+    for i in range(5):
         world.reply("x")
-        await world.run(chat("hi", sampling={"seed": None}))
+        await world.run(chat("hi", request_id=f"request-{i}", sampling={"seed": None}))
         seeds.append(world.engines.streams[-1].add.sampling["seed"])
         assert world.sessions.commits[-1].sampling["seed"] == seeds[-1]
     assert len(set(seeds)) == 5

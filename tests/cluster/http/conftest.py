@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from typing import Any
 
@@ -28,9 +29,9 @@ class FakeTurns:
     def __init__(self) -> None:
         self.script: list[TurnEvent | Exception | asyncio.Event] = [
             TurnStarted(num_prompt_tokens=7, num_cached_tokens=3),
-            TextDelta("Hello", 1),
-            TextDelta("", 1),
-            TextDelta(", wörld", 2),
+            TextDelta("Hello", 1, 1),
+            TextDelta("", 1, 2),
+            TextDelta(", wörld", 2, 4),
             TurnFinished("stop", num_prompt_tokens=7, num_cached_tokens=3, num_completion_tokens=5),
         ]
         self.requests: list[TurnRequest] = []
@@ -306,6 +307,8 @@ def _events(body: str | bytes) -> list[Any]:
     """The JSON of each SSE event; the last one must be [DONE] and is left out. Comments are not events."""
     text = body.decode() if isinstance(body, bytes) else body
     blocks = [block for block in text.split("\n\n") if block and not block.startswith(":")]
+    # What carries text has an id line before it.
+    blocks = [re.sub(r"\Aid: \d+\n", "", block) for block in blocks]
     assert all(block.startswith("data: ") for block in blocks)
     assert blocks[-1] == "data: [DONE]"
     return [json.loads(block.removeprefix("data: ")) for block in blocks[:-1]]

@@ -197,3 +197,21 @@ async def test_surplus_conversations_go_longest_idle_first(roster: Roster, say: 
     for entry in entries[:2]:
         roster.forget(entry, deleted=True)
     assert roster.surplus_ephemeral() == []
+
+
+async def test_a_request_that_reads_on_finds_its_conversation(roster: Roster, turns: Any) -> None:
+    """Among several that a prompt could go on with, also while its turn is under way."""
+    entries = []
+    for name in ("a", "b"):
+        entry = roster.continue_or_open("t", "same>")
+        assert entry.session is not None
+        entries.append((entry, await turns.begin(entry.session, "same>", name)))
+    (first, grant), (second, _) = entries
+    assert first is not second
+    assert roster.left_by("t", "b") is second
+    turns.write(grant, [1])
+    assert first.session is not None
+    first.session.commit(turns.message(grant, "same>x", [1], "a"))
+    assert roster.left_by("t", "a") is first
+    assert roster.left_by("t", "c") is None
+    assert roster.left_by("other", "a") is None

@@ -14,6 +14,7 @@ from phi_cluster.cluster.messages import SegmentRef
 from phi_cluster.cluster.session import memfd
 from phi_cluster.cluster.session.segment import (
     FIELDS_OFFSET,
+    VERSION,
     Segment,
     SegmentGone,
     SegmentLayout,
@@ -310,7 +311,7 @@ def test_a_torn_segment_is_refused(layout, damage):
     if damage == "magic":
         header[0] ^= 1
     elif damage == "version":
-        struct.pack_into("=q", header, 8, 2)
+        struct.pack_into("=q", header, 8, VERSION + 1)
     fd = memfd.create("torn", nbytes)
     try:
         if nbytes:

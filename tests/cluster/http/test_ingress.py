@@ -1,0 +1,50 @@
+"""What clients may not tell Serve, and one request id in every response."""
+
+import pytest
+
+from phi_cluster.cluster.http.ingress import CALLBACK_PATH, Ingress, middlewares
+
+
+def wrapped(app):
+    for middleware in middlewares():
+        app = middleware.cls(app, *middleware.args, **middleware.kwargs)
+    return app
+
+
+@pytest.mark.parametrize("ids", [[b"ours"], [b"ours", b"serves"], []])
+async def test_headers_at_the_border(ids):
+    sent, seen = [], []
+
+    async def app(scope, receive, send):
+        seen.extend(scope["headers"])
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"x-request-id", one) for one in ids]})
+        await send({"type": "http.response.body", "body": b"x"})
+
+    async def send(message):
+        sent.append(message)
+
+    headers = [
+        (b"x-request-disconnect-disabled", b"1"),
+        (b"X-Request-Timeout-Seconds", b"nan"),
+        (b"x-session-id", b"a"),
+    ]
+    await wrapped(app)({"type": "http", "headers": headers}, None, send)
+    assert seen == [(b"x-session-id", b"a")]
+    assert sent[0]["headers"] == [(b"x-request-id", one) for one in ids[:1]]
+    assert sent[1]["body"] == b"x"
+
+
+async def test_what_is_not_http_passes():
+    seen = []
+
+    async def app(scope, receive, send):
+        seen.append(scope)
+
+    await wrapped(app)({"type": "lifespan"}, None, None)
+    assert seen == [{"type": "lifespan"}]
+
+
+def test_serve_finds_it():
+    module, _, name = CALLBACK_PATH.rpartition(".")
+    assert module == Ingress.__module__
+    assert getattr(__import__(module, fromlist=[name]), name) is middlewares
