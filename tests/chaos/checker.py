@@ -132,7 +132,8 @@ def _endings(chain: list[Attempt], windows: list[Window], history: History) -> I
             yield from _error(attempt, history)
         elif attempt.ending in ("refused", "broken"):
             repairing = any(window.covers(attempt.ended) for window in windows)
-            if not repairing or (attempt.status or 503) not in (200, 500, 502, 503, 504):
+            # While there is no way to the server, a proxy may say what it likes: the server itself only 503.
+            if not repairing or (attempt.errors and attempt.status != 503):
                 fault = _last_fault(history, attempt.ended)
                 yield Breach("C5", f"{name}: {attempt.ending} ({attempt.why}); the last fault: {fault}")
     last = chain[-1]
@@ -214,7 +215,7 @@ def _no_leak(history: History) -> Iterator[Breach]:
 
 
 def _ready(history: History) -> Iterator[Breach]:
-    if history.ready and all(look.status != 200 for look in history.ready if look.at > history.ended - 10):
+    if history.ready and all(look.status != 200 for look in history.ready if look.at > history.ready[-1].at - 10):
         yield Breach("C7", "the server is not ready again at the end")
     moments = sorted(event.at for attempt in history.attempts for event in attempt.events)
     for look in history.ready:

@@ -163,10 +163,10 @@ class History:
     def write(self, path: Path) -> None:
         with path.open("w") as file:
             head = {"began": self.began, "ended": self.ended, "sees_positions": self.sees_positions}
-            file.write(json.dumps({"what": "run", **head}) + "\n")
+            file.write(json.dumps({"record": "run", **head}) + "\n")
             for name, kind in _KINDS.items():
                 for record in getattr(self, name):
-                    file.write(json.dumps({"what": kind.__name__, **asdict(record)}) + "\n")
+                    file.write(json.dumps({"record": kind.__name__, **asdict(record)}) + "\n")
 
     @classmethod
     def read(cls, path: Path) -> History:
@@ -174,7 +174,7 @@ class History:
         lists = {kind.__name__: (kind, getattr(history, name)) for name, kind in _KINDS.items()}
         for line in path.read_text().splitlines():
             fields = json.loads(line)
-            what = fields.pop("what")
+            what = fields.pop("record")
             if what == "run":
                 for name, value in fields.items():
                     setattr(history, name, value)

@@ -255,7 +255,7 @@ class Nemesis:
 
     async def _forget(self, sessions: list[str]) -> None:
         """Deletes sessions that may exist or not. Some are in their last step, and some not begun yet."""
-        for _ in range(3):
+        for _ in range(20):
             await asyncio.sleep(1.0)
             left: list[str] = []
             for start in range(0, len(sessions), 10):
@@ -263,7 +263,11 @@ class Nemesis:
                 answers = await asyncio.gather(
                     *(ask(self._address, "DELETE", f"/v1/sessions/{name}", timeout=40.0) for name in some)
                 )
-                left += [name for name, answer in zip(some, answers, strict=True) if answer.status != 404]
+                left += [
+                    name
+                    for name, answer in zip(some, answers, strict=True)
+                    if answer.status != 404 or not answer.is_ours
+                ]
             if not left:
                 return
             sessions = left

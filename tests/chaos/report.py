@@ -6,18 +6,21 @@ Owns: that text. Knows nothing of how promises are checked.
 from __future__ import annotations
 
 import itertools
+import re
 import statistics
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 
 from tests.chaos.history import Fault, History
 from tests.chaos.promises import PROMISES, Breach
+from tests.chaos.victims import HAPROXY
 from tests.chaos.windows import breaks_connections
 
 # A silence that begins later behind a fault is not from it.
 _LATEST_SECONDS = 10.0
 # Between two tokens of an undisturbed stream there is less than this.
 _USUAL_SECONDS = 0.5
+_ALIKE = 3
 
 
 def pauses(history: History) -> dict[tuple[str, str], list[float]]:
@@ -43,13 +46,15 @@ def pauses(history: History) -> dict[tuple[str, str], list[float]]:
 
 
 def deaths_by_themselves(history: History) -> list[str]:
-    """Deaths that no fault explains: not the nemesis's victim, nor an engine that went with its replica."""
+    """Deaths that no fault explains: of neither the nemesis's victim nor one that goes with it."""
     killed = {fault.pid for fault in history.faults if fault.pid}
     replicas = [death.at for death in history.deaths if death.role == "replica"]
+    haproxies = [fault.at for fault in history.faults if fault.target == HAPROXY]
     found = []
     for death in history.deaths:
-        with_replica = death.role == "engine" and any(-2 < death.at - at < 10 for at in replicas)
-        if death.pid not in killed and not with_replica:
+        # Engines go with their replica, and whoever starts HAProxy is replaced when that is lost.
+        others = {"engine": replicas, "proxy": haproxies}.get(death.role, [])
+        if death.pid not in killed and not any(-2 < death.at - at < 10 for at in others):
             found.append(f"{death.role} {death.pid} at {death.at - history.began:.1f} s")
     return found
 
@@ -72,12 +77,16 @@ def report(history: History, breaches: Sequence[Breach], promises: Sequence[str]
         f"{resumed} read on; {tokens} pieces of text; {copies} journals read, {killed} of them after all was killed"
     )
     lines.append(f"processes that died by themselves: {', '.join(deaths_by_themselves(history)) or 'none'}")
+    foreign = Counter(a.status for a in history.attempts if a.ending == "refused" and a.status and not a.errors)
+    if foreign:
+        said = ", ".join(f"{times} times {status}" for status, times in sorted(foreign.items()))
+        lines.append(f"answers of a proxy that found nobody behind it: {said}")
     broken = Counter(breach.promise for breach in breaches)
     for promise in promises:
         lines.append(
             f"{promise}  {PROMISES[promise]:<36} {f'BROKEN {broken[promise]} times' if broken[promise] else 'kept'}"
         )
-    lines += [f"    {breach.promise}  {breach.what}" for breach in breaches[:40]]
+    lines += _some(breaches)
     return "\n".join(lines)
 
 
@@ -93,3 +102,15 @@ def _row(name: str, times: int, waited: list[float], breaking: bool) -> str:
     p99 = ordered[min(int(len(ordered) * 0.99), len(ordered) - 1)]
     figures = f"{statistics.median(ordered):>8.2f} s {p99:>5.2f} s {ordered[-1]:>5.2f} s"
     return f"{name:<32} {times:>5} {len(ordered):>8} {figures}"
+
+
+def _some(breaches: Sequence[Breach]) -> list[str]:
+    """Of those that differ only in names and numbers a few."""
+    lines, seen = [], Counter[str]()
+    for breach in breaches:
+        kind = breach.promise + re.sub(r"[0-9a-f]*[0-9][0-9a-f]*", "", breach.what)[:160]
+        seen[kind] += 1
+        if seen[kind] <= _ALIKE:
+            lines.append(f"    {breach.promise}  {breach.what}")
+    more = len(breaches) - len(lines)
+    return [*lines, f"    and {more} more like these"] if more else lines

@@ -39,6 +39,11 @@ class Answer:
     body: bytes
     headers: Mapping[str, str]
 
+    @property
+    def is_ours(self) -> bool:
+        """Whether the server itself has answered, not a proxy that found nobody behind it."""
+        return self.status == 200 or self.body.startswith(b'{"error"')
+
 
 class Connection:
     """One request on a connection of its own."""

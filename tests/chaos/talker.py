@@ -98,7 +98,7 @@ class Talkers:
         deadline = time.monotonic() + self._patience.repairs
         while True:
             answer = await ask(self._address, "DELETE", f"/v1/sessions/{talk.session}", talk.headers)
-            if answer.status in (200, 404) or time.monotonic() > deadline:
+            if (answer.status in (200, 404) and answer.is_ours) or time.monotonic() > deadline:
                 return answer
             await asyncio.sleep(self._patience.again)
 
@@ -203,4 +203,5 @@ def _may_ask_again(attempt: Attempt) -> bool:
     """The way to the server broke, or was not there: whatever else went wrong is an answer."""
     if attempt.ending in ("broken", "cut"):
         return True
-    return attempt.ending == "refused" and attempt.status in (None, 500, 502, 503, 504) and not attempt.events
+    # A proxy that finds nobody behind it has answers of its own.
+    return attempt.ending == "refused" and (not attempt.errors or attempt.status == 503)

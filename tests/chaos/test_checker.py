@@ -192,6 +192,7 @@ def a_writer_of_no_epoch(history):
 
 
 def committed_twice(history):
+    """Its second row is behind its first, instead of in its place."""
     history.journals[0].rows[1].request_id = "a-0"
 
 
@@ -260,7 +261,11 @@ def again(began, **fields):
 
 
 def refused_with_another_status(history):
-    history.attempts.insert(2, again(10.8, ending="refused", status=404, why="404"))
+    history.attempts.insert(2, again(10.8, ending="refused", status=404, why="404", errors=[{"message": "no"}]))
+
+
+def an_error_of_the_servers_own_in_repairs(history):
+    history.attempts.insert(2, again(10.8, ending="refused", status=500, why="500", errors=[{"message": "no"}]))
 
 
 def gave_up(history):
@@ -345,6 +350,7 @@ BREACHES = {
         broken_by_an_engine,
         refused_for_nothing,
         refused_with_another_status,
+        an_error_of_the_servers_own_in_repairs,
         gave_up,
         an_error,
         slow,
@@ -391,7 +397,7 @@ def test_such_a_request_is_remembered(history):
 
 def test_a_client_that_left_and_read_on_leaves_two_parts(history):
     rows = history.journals[0].rows
-    part = replace(rows[1], request_id="a-1", finish_reason="abort", num_completion_tokens=5)
+    part = replace(rows[1], finish_reason="abort", num_completion_tokens=5)
     history.journals[0].rows = [rows[0], part, replace(rows[1], epoch=3)]
     history.journals[0].epoch = 3
     assert check(history) == []
@@ -421,6 +427,12 @@ def test_repairs_may_take_a_while_but_not_for_ever(history):
     for look in history.ready:
         look.status = 503
     assert windows_of(history)[0].end == pytest.approx(10.4 + 75)
+
+
+def test_a_proxy_without_a_server_behind_it_may_say_what_it_likes(history):
+    history.attempts.insert(2, again(12.0, ending="refused", status=404, why="404 Path not found"))
+    assert check(history) == []
+    assert "1 times 404" in report(history, [])
 
 
 def test_a_proxy_that_was_stopped_may_be_killed_for_it_later(history):

@@ -25,8 +25,8 @@ ROLES = {
     "ray::Controller": "controller",
     "ray::WeightStore": "weight store",
     "ray::ServeController": "Serve controller",
-    "ray::ProxyActor": "proxy",
     "ray::HAProxyManager": "proxy",
+    "ray::ProxyActor": "fallback proxy",
 }
 HAPROXY = "HAProxy"
 

@@ -14,7 +14,7 @@ from tests.chaos.victims import Census, Victim
 
 _PERIOD_SECONDS = 0.5
 # Whose deaths are of interest; idle workers of Ray's come and go.
-_WATCHED = {"engine", "replica", "keeper", "controller", "weight store", "Serve controller", "proxy"}
+_WATCHED = {"engine", "replica", "keeper", "controller", "weight store", "Serve controller", "proxy", "fallback proxy"}
 
 
 class Watcher:
