@@ -158,6 +158,8 @@ class EngineServer:
         try:
             connection, _ = self._listener.accept()
             self._listener.close()
+            # Nobody else is to come, and whoever ends this process may not leave it the time.
+            self._socket_path.unlink(missing_ok=True)
             with connection:
                 # A step that never ends must not outlive its replica either.
                 self.serve(connection, on_gone=lambda: os._exit(1))

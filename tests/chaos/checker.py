@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from tests.chaos.history import Attempt, Event, Expected, History
 from tests.chaos.promises import Breach
 from tests.chaos.stored import check_journal
+from tests.chaos.talker import OVERTAKEN
 from tests.chaos.windows import Window, windows_of
 
 POISON_CODE = "poisonous_request"
@@ -124,6 +125,8 @@ def _endings(chain: list[Attempt], windows: list[Window], history: History) -> I
             yield Breach("C5", f"{name}: no end within {attempt.ended - attempt.began:.0f} s ({attempt.why})")
         elif attempt.ending == "done" and (dones, closings, errors) != (1, 1, 0):
             yield Breach("C5", f"{name}: {dones} times [DONE], {closings} closing chunks, {errors} errors")
+        elif _is_overtaken(attempt, history):
+            continue
         elif attempt.ending == "error":
             if (dones, closings, errors) != (1, 0, 1):
                 yield Breach("C5", f"{name}: {dones} times [DONE], {closings} closing chunks, {errors} errors")
@@ -143,13 +146,24 @@ def _endings(chain: list[Attempt], windows: list[Window], history: History) -> I
         yield Breach("C5", f"{_name(last)}: the turn took {last.ended - chain[0].began:.0f} s")
 
 
+def _is_overtaken(attempt: Attempt, history: History) -> bool:
+    """Whether another client asked for the same turn and it was right to refuse this one: it wanted to read on what the
+    other's reply had replaced, or whoever knew that it had the turn was killed, and it lost it to the other."""
+    others = [a for a in history.attempts if (a.session, a.turn) == (attempt.session, attempt.turn)]
+    if attempt.error_code not in OVERTAKEN or all(other.lane == attempt.lane for other in others):
+        return False
+    holders = [fault for fault in history.faults if fault.target in ("keeper", "session actor")]
+    killed = any(attempt.began - 10 < fault.at < attempt.ended for fault in holders)
+    return killed or (attempt.error_code == "reply_gone" and attempt.resumed is not None)
+
+
 def _last_fault(history: History, moment: float) -> str:
     before = [fault for fault in history.faults if fault.at <= moment and not fault.skipped]
     return f"{before[-1].kind} {before[-1].target}, {moment - before[-1].at:.1f} s before" if before else "none"
 
 
 def _is_poison(attempt: Attempt) -> bool:
-    return any(error.get("code") == POISON_CODE for error in attempt.errors)
+    return attempt.error_code == POISON_CODE
 
 
 def _asks_the_same(one: Attempt, other: Attempt) -> bool:

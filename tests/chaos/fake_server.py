@@ -46,6 +46,7 @@ class Behaviour:
 
     break_after: int | None = None
     status: int = 200
+    code: str = "no"
     error_after: int | None = None
     hang_after: int | None = None
     strange: bytes = b""
@@ -95,7 +96,7 @@ class FakeServer:
         self.requests.append((headers, body))
         behaviour = self.behaviours.pop(0) if self.behaviours else Behaviour()
         if behaviour.status != 200 or not body:
-            text = json.dumps({"error": {"message": "no", "code": "no"}}).encode()
+            text = json.dumps({"error": {"message": "no", "code": behaviour.code}}).encode()
             writer.write(f"HTTP/1.1 {behaviour.status} X\r\ncontent-length: {len(text)}\r\n\r\n".encode() + text)
             await writer.drain()
             return

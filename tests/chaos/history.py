@@ -58,6 +58,10 @@ class Attempt:
     def text(self) -> str:
         return "".join(event.text for event in self.events)
 
+    @property
+    def error_code(self) -> str | None:
+        return self.errors[0].get("code") if self.errors else None
+
 
 @dataclass
 class Fault:

@@ -16,6 +16,9 @@ from tests.chaos.history import Attempt, Expected, History
 from tests.chaos.scripts import Script, Turn
 from tests.chaos.streams import Address, Answer, Stream, ask
 
+# What a client may be told when another one has asked for the same turn of the same session.
+OVERTAKEN = ("reply_gone", "stale_epoch")
+
 
 @dataclass(frozen=True)
 class Patience:
@@ -124,7 +127,10 @@ class Talkers:
                 return seen.text
             if attempt.cut_by == "script":
                 return cut
-            if not _may_ask_again(attempt):
+            if turn.twice and attempt.error_code in OVERTAKEN:
+                # The other one, who asks for the same, has put its reply in the place of this one.
+                seen = Seen()
+            elif not _may_ask_again(attempt):
                 return None
             now = time.monotonic()
             if attempt.events or broken_since is None:

@@ -386,6 +386,18 @@ def test_one_on_which_two_engines_died_may_fail(history):
     assert check(history) == []
 
 
+def test_of_two_clients_one_may_be_overtaken(history):
+    said = {"errors": [{"code": "stale_epoch"}], "closings": 0, "finish_reason": None, "ending": "error"}
+    history.attempts.append(attempt("b", "s1", 1, 20.0, lane=1, **said | {"completion_tokens": 12}))
+    history.attempts.append(attempt("b", "s1", 1, 23.0, lane=1, request_id="b-2"))
+    # Nobody who knew of the turn was killed.
+    assert {breach.promise for breach in check(history)} == {"C5"}
+    history.faults.append(Fault(20.5, "kill", "keeper", 30))
+    assert check(history) == []
+    history.attempts[-2].lane = history.attempts[-1].lane = 0
+    assert {breach.promise for breach in check(history)} == {"C5"}
+
+
 def test_such_a_request_is_remembered(history):
     poison(history, 2)
     later = broken("c", "s1", 1, 40.0, last=0, ending="refused", status=422, errors=[{"code": "poisonous_request"}])

@@ -138,6 +138,16 @@ async def test_two_clients_ask_for_one_turn(talkers, history, fake):
     assert not talk.failed
 
 
+@pytest.mark.parametrize("twice", [True, False])
+async def test_one_of_two_clients_that_was_overtaken_asks_anew(twice, talkers, history, fake):
+    script = Script("s0", "Zorvexlin", (Turn("How are you?", {"max_tokens": 12}, twice=twice),))
+    fake.behaviours = [Behaviour(break_after=3), Behaviour(status=409, code="reply_gone")]
+    talk = Conversation("a", script)
+    await talkers.say_next(talk)
+    assert talk.failed is not twice
+    assert [attempt.resume_from for attempt in history.attempts] == [None, 3, None][: 3 if twice else 2]
+
+
 async def test_a_stream_cut_by_the_nemesis_is_read_on(talkers, history, fake):
     fake.gap = 0.005
     talk = Conversation("a", SCRIPT)
