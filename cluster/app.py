@@ -206,6 +206,7 @@ class Server:
                 detached_options(CONTROLLER, self._node_id),
                 config.sessions,
                 config.recycler,
+                config.engine,
                 config.server.host,
                 config.server.metrics_port,
                 prepared.weights_nbytes,

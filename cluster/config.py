@@ -92,6 +92,11 @@ class EngineConfig(_Section):
         description="an engine that shows no life, or computes no layer although it is busy, for so long is "
         "replaced; contexts beyond some 30k tokens on a CPU may take longer for a layer: raise it there",
     )
+    max_age: Seconds | None = Field(12 * 3600.0, description="an engine that has served for so long is renewed")
+    max_steps: int | None = Field(None, ge=1, description="an engine that has computed so many steps is renewed")
+    max_private_growth: Bytes | None = Field(
+        10**9, description="an engine whose private memory grew by more than this is renewed"
+    )
     # A section whose fields are all commented out is null to YAML.
     speculation: Annotated[SpeculationConfig, BeforeValidator(lambda value: {} if value is None else value)] = Field(
         default_factory=SpeculationConfig, description="n-gram speculation: quick where replies quote or repeat"
@@ -210,7 +215,7 @@ def load_config(path: Path | None, overrides: dict[str, Any]) -> Config:
             raise StartError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
         if loaded is not None and not isinstance(loaded, dict):
             raise StartError(f"{path} must hold fields such as 'model: smollm2', not a {type(loaded).__name__}")
-        # A section whose fields are all commented out is null to YAML.
+            # A section whose fields are all commented out is null to YAML.
         data = {name: {} if value is None and name in _SECTIONS else value for name, value in (loaded or {}).items()}
     _overlay(data, overrides)
     try:

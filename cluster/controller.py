@@ -22,10 +22,11 @@ from prometheus_client.registry import CollectorRegistry
 from ray.exceptions import RayError
 
 from phi_cluster.cluster.actors import NAMESPACE, keeper_name
-from phi_cluster.cluster.config import RecyclerConfig, SessionsConfig
+from phi_cluster.cluster.config import EngineConfig, RecyclerConfig, SessionsConfig
+from phi_cluster.cluster.engine_recycler import EnginePolicy, EngineRecycles, EngineReport
 from phi_cluster.cluster.errors import PhiError
 from phi_cluster.cluster.processes import private_bytes
-from phi_cluster.cluster.session.recycler import RecyclePolicy, SessionSnapshot, decide
+from phi_cluster.cluster.session.recycler import RecyclePolicy, RecycleReason, SessionSnapshot, decide
 from phi_cluster.cluster.session.reports import KeeperReport, private_or_zero
 from phi_cluster.monitoring.metrics import (
     FamilySnapshot,
@@ -54,6 +55,7 @@ class Controller:
         self,
         sessions: SessionsConfig,
         recycler: RecyclerConfig,
+        engine: EngineConfig,
         metrics_host: str,
         metrics_port: int,
         weights_nbytes: int,
@@ -65,6 +67,9 @@ class Controller:
             idle_timeout=sessions.idle_timeout,
         )
         self._rhythm = recycler
+        self._engine_recycles = EngineRecycles(
+            EnginePolicy(engine.max_age, engine.max_steps, engine.max_private_growth)
+        )
         self._metrics_address = (metrics_host, metrics_port)
         self._weights_nbytes = weights_nbytes
         self._reports: dict[str, KeeperReport] = {}
@@ -92,13 +97,19 @@ class Controller:
         replica_id: str,
         snapshot: list[FamilySnapshot],
         pid: int,
-        engine_pid: int | None,
+        engine: EngineReport | None,
         standby_pids: list[int],
-    ) -> None:
-        """A replica's counters so far, and the pids of its processes, about once a second."""
+    ) -> RecycleReason | None:
+        """A replica's counters so far, and the pids of its processes, about once a second. The answer: why its engine
+        is to be renewed now, if it is."""
         await self.start()
-        pids = {"replica": [pid], "engine": [engine_pid] if engine_pid else [], "standby_engine": standby_pids}
+        pids = {"replica": [pid], "engine": [engine.pid] if engine else [], "standby_engine": standby_pids}
         self._replicas[replica_id] = (time.monotonic(), snapshot, pids)
+        return self._engine_recycles.take(replica_id, engine, time.monotonic())
+
+    async def request_engine_recycles(self) -> int:
+        """Has the engines of all replicas renewed, one after the other; returns how many."""
+        return self._engine_recycles.request_all(time.monotonic())
 
     async def num_open_requests(self) -> int:
         """Requests running or waiting in all replicas, as last reported."""

@@ -22,6 +22,7 @@ from phi_cluster.cluster.messages import (
     ExtendSequence,
     Frame,
     SequenceOutput,
+    StepDown,
     StepFrame,
 )
 from phi_cluster.cluster.standby import StandbyEngines
@@ -48,6 +49,8 @@ class SequenceStream:
         self.finish_reason: str | None = None
         self.released = False
         self.aborted = False
+        # Whether more than one engine has had it.
+        self.was_moved = False
         self.engine_deaths = 0
         self._deaths_in_place = 0
         self._outputs: asyncio.Queue[SequenceOutput] = asyncio.Queue()
@@ -60,10 +63,11 @@ class SequenceStream:
         self.released = self.released or output.released
         self._outputs.put_nowait(output)
 
-    def outlive_engine(self) -> None:
-        """The engine that had it has died."""
-        self.engine_deaths += 1
-        self._deaths_in_place += 1
+    def outlive_engine(self, *, died: bool = True) -> None:
+        """The engine that had it is gone; `died`: not as it was told to."""
+        self.was_moved = True
+        self.engine_deaths += died
+        self._deaths_in_place += died
 
     @property
     def is_poisonous(self) -> bool:
@@ -85,7 +89,8 @@ class SequenceStream:
 class EngineClient:
     """Keeps one engine serving. All methods belong to one event loop.
 
-    Attributes: `recoveries`, how many engines were lost while they served, by how; `last_step`, the last step's frame.
+    Attributes: `recoveries`, how many engines were lost while they served, by how; `recycles`, how many were renewed,
+    by why; `serving_since` (monotonic seconds); `last_step`, the last step's frame.
     """
 
     def __init__(
@@ -109,7 +114,12 @@ class EngineClient:
         self._link: EngineLink | None = None
         self._connected = asyncio.Event()
         self._supervisor: asyncio.Task[None] | None = None
+        # Serves next, as soon as the one that serves has stepped down; and why.
+        self._successor: EngineLink | None = None
+        self._recycling: str | None = None
         self.recoveries: Counter[str] = Counter()
+        self.recycles: Counter[str] = Counter()
+        self.serving_since = time.monotonic()
         self.last_step = StepFrame(0, [], 0, 0)
         self.last_error: str | None = None
 
@@ -171,12 +181,35 @@ class EngineClient:
         stream.add = replace(stream.add, max_num_tokens=max_num_tokens)
         self._send(ExtendSequence(stream.add.sequence_id, max_num_tokens))
 
+    async def recycle(self, reason: str) -> bool:
+        """Renews the engine, make before break: sequences go on with the successor between two steps. False if one is
+        being renewed, or none serves. Raises whatever goes wrong with the successor's start."""
+        if self._recycling is not None or self._link is None:
+            return False
+        self._recycling = reason
+        try:
+            link = self._link
+            successor = await self._standbys.make()
+            if self._link is not link or link.is_lost:
+                # It died meanwhile, and another one serves: as new as this one.
+                await successor.end()
+                self._recycling = None
+                return False
+        except BaseException:
+            self._recycling = None
+            raise
+        self._successor = successor
+        link.send(StepDown())
+        return True
+
     async def close(self) -> None:
         """Ends all engines and every stream."""
         if self._supervisor is not None:
             self._supervisor.cancel()
             await asyncio.gather(self._supervisor, return_exceptions=True)
         await asyncio.gather(self._standbys.close(), self._end_engine())
+        if self._successor is not None:
+            await self._successor.end()
         for stream in list(self._streams.values()):
             self._finish(stream, "error", "the replica is shutting down")
 
@@ -209,14 +242,13 @@ class EngineClient:
             lost_at = time.monotonic()
             self._connected.clear()
             await self._end_engine()
-            self.recoveries[how] += 1
-            self._settle_after_death()
+            self._count_loss(how)
             patience = asyncio.get_running_loop().call_later(self._ready_wait, self._give_up)
 
     async def _next_engine(self) -> EngineLink:
         """One that has said that it serves: from those that stand by if one of them lives, else a new one."""
         while True:
-            link = await self._standbys.take()
+            link, self._successor = self._successor or await self._standbys.take(), None
             is_standby = link is not None
             link = link or await self._start_engine()
             try:
@@ -234,6 +266,7 @@ class EngineClient:
     def _connect(self, link: EngineLink) -> None:
         """All live sequences go on there."""
         self._link = link
+        self.serving_since = time.monotonic()
         for stream in self._streams.values():
             link.send(stream.remaining())
         self._connected.set()
@@ -255,10 +288,22 @@ class EngineClient:
             if stream.released:
                 del self._streams[output.sequence_id]
 
-    def _settle_after_death(self) -> None:
-        """The dead engine released everything. What was over anyway, or kills engines, is not carried on."""
+    def _count_loss(self, how: str) -> None:
+        reason = None
+        if self._successor is not None:
+            reason, self._recycling = self._recycling, None
+        # One that was told to step down ends; nothing else.
+        died = reason is None or how != "death"
+        if reason is not None and not died:
+            self.recycles[reason] += 1
+        else:
+            self.recoveries[how] += 1
+        self._settle(died=died)
+
+    def _settle(self, *, died: bool) -> None:
+        """An engine that is gone released everything. What was over anyway, or kills engines, is not carried on."""
         for stream in list(self._streams.values()):
-            stream.outlive_engine()
+            stream.outlive_engine(died=died)
             if stream.finish_reason is not None:
                 self._finish(stream, None)
             elif stream.aborted:

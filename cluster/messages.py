@@ -155,6 +155,12 @@ class TakeOver:
 
 
 @dataclass(frozen=True)
+class StepDown:
+    """Frame replica -> engine: a successor stands ready. The engine ends between two steps, when it has sent all that
+    the last one brought."""
+
+
+@dataclass(frozen=True)
 class SequenceOutput:
     """One sequence's part of a step. After `released` the engine never touches its segment again."""
 
@@ -187,7 +193,7 @@ class Heartbeat:
     busy: bool
 
 
-Frame: TypeAlias = AddSequence | ExtendSequence | AbortSequence | TakeOver | StepFrame | Heartbeat
+Frame: TypeAlias = AddSequence | ExtendSequence | AbortSequence | TakeOver | StepDown | StepFrame | Heartbeat
 
 
 def encode_frame(message: Frame) -> bytes:
@@ -212,6 +218,8 @@ def encode_frame(message: Frame) -> bytes:
         body = ["abort", message.sequence_id]
     elif isinstance(message, TakeOver):
         body = ["take_over"]
+    elif isinstance(message, StepDown):
+        body = ["step_down"]
     elif isinstance(message, Heartbeat):
         body = ["heartbeat", message.progress, message.busy]
     else:
@@ -236,6 +244,8 @@ def decode_frame(packed: bytes) -> Frame:
         return AbortSequence(*fields)
     if kind == "take_over":
         return TakeOver(*fields)
+    if kind == "step_down":
+        return StepDown(*fields)
     if kind == "heartbeat":
         return Heartbeat(*fields)
     if kind == "step":

@@ -25,6 +25,8 @@ from phi_cluster.cluster.actors import CONTROLLER, NAMESPACE, keeper_name
 from phi_cluster.cluster.config import Config
 from phi_cluster.cluster.engine_client import EngineClient
 from phi_cluster.cluster.engine_link import start_engine
+from phi_cluster.cluster.engine_recycler import EngineReport
+from phi_cluster.cluster.errors import Unavailable
 from phi_cluster.cluster.http.edge import EdgeSettings
 from phi_cluster.cluster.http.server import build_app
 from phi_cluster.cluster.poison import PoisonList
@@ -32,6 +34,8 @@ from phi_cluster.cluster.processes import process_id
 from phi_cluster.cluster.ray_engine import EngineSpawner
 from phi_cluster.cluster.served_model import ServedModel
 from phi_cluster.cluster.session.directory import SessionDirectory
+from phi_cluster.cluster.session.recycler import RecycleReason
+from phi_cluster.cluster.session.reports import private_or_zero
 from phi_cluster.cluster.standby import StandbyEngines
 from phi_cluster.cluster.turn import TurnLimits, Turns
 from phi_cluster.model.tokenizer import Tokenizer
@@ -45,6 +49,7 @@ _START_SECONDS = 300.0
 # Whoever starts the server asks the replicas whether they are ready. One that nobody asks takes it for started then.
 _UNASKED_SECONDS = 30.0
 _LAST_COMMITS_SECONDS = 5.0
+_SETTLE_SECONDS = 60.0
 
 
 @serve.ingress()
@@ -62,6 +67,8 @@ class Replica:
         self._started_at = time.monotonic()
         self._metrics = RequestMetrics()
         self._last_step = (0, time.monotonic())
+        self._engine_baseline = (0, 0)
+        self._recycling: asyncio.Task[None] | None = None
         self._sessions = SessionDirectory(self._keeper)
         spawner = EngineSpawner(served, config, runtime_dir, num_threads, self._node_id)
         hang_timeout = config.engine.hang_timeout
@@ -99,7 +106,8 @@ class Replica:
             keep_alive_seconds=server.keep_alive,
             system_fingerprint=f"fp_{served.fingerprint[:12]}",
         )
-        return build_app(settings, self._turns, _Sessions(self._sessions, self._engines), self, self._metrics)
+        sessions = _Sessions(self._sessions, self._engines)
+        return build_app(settings, self._turns, sessions, self, self, self._metrics)
 
     async def __del__(self) -> None:
         """Serve calls this at the end, when all answers are given: turns whose client had left may still commit."""
@@ -126,6 +134,15 @@ class Replica:
         self._started.set()
         return True, "ready"
 
+    async def recycle_engines(self) -> int:
+        """See turn_api.EngineAdmin."""
+        try:
+            controller = ray.get_actor(CONTROLLER, namespace=NAMESPACE)
+            count: int = await controller.request_engine_recycles.remote()
+        except (ValueError, RayError):
+            raise Unavailable("the controller is being restarted; try again", retry_after=2) from None
+        return count
+
     def _observe_step(self) -> tuple[int, float]:
         """The engine's step counter, and for how many seconds it has not changed."""
         step = self._engines.last_step.step
@@ -140,20 +157,45 @@ class Replica:
             self._observe_step()
             if time.monotonic() - self._started_at > _UNASKED_SECONDS and self._engines.ready:
                 self._started.set()
-            standby_pids = self._standbys.pids
-            recoveries = {"engine": self._engines.recoveries, "standby_engine": self._standbys.losses}
-            self._metrics.on_engine(self._engines.last_step.num_running, recoveries, len(standby_pids))
-            engine = self._engines.engine
+            engines, standby_pids = self._engines, self._standbys.pids
+            recoveries = {"engine": engines.recoveries, "standby_engine": self._standbys.losses}
+            self._metrics.on_engine(engines.last_step.num_running, recoveries, len(standby_pids), engines.recycles)
             with contextlib.suppress(ValueError, RayError):
                 controller = ray.get_actor(CONTROLLER, namespace=NAMESPACE)
-                await controller.report_replica.remote(
-                    self._replica_id,
-                    self._metrics.snapshot(),
-                    os.getpid(),
-                    engine.process.pid if engine else None,
-                    standby_pids,
+                reason = await controller.report_replica.remote(
+                    self._replica_id, self._metrics.snapshot(), os.getpid(), self._engine_report(), standby_pids
                 )
+                if reason is not None and self._recycling is None:
+                    self._recycling = asyncio.get_running_loop().create_task(self._recycle_engine(reason))
             await asyncio.sleep(1.0)
+
+    def _engine_report(self) -> EngineReport | None:
+        engine = self._engines.engine
+        if engine is None:
+            return None
+        age = time.monotonic() - self._engines.serving_since
+        private = private_or_zero(engine.process.pid)
+        pid, baseline = self._engine_baseline
+        if pid != engine.process.pid:
+            baseline = private
+        # What it takes in its first minute is what it needs.
+        self._engine_baseline = (engine.process.pid, max(private, baseline) if age < _SETTLE_SECONDS else baseline)
+        return EngineReport(
+            pid=engine.process.pid,
+            age_seconds=age,
+            steps=self._engines.last_step.step,
+            private_nbytes=private,
+            private_baseline=self._engine_baseline[1],
+        )
+
+    async def _recycle_engine(self, reason: RecycleReason) -> None:
+        try:
+            await self._engines.recycle(reason.value)
+        except Exception as error:
+            # The engine that serves goes on. The controller will ask again.
+            logger.warning("the engine was not renewed (%s): %s", reason.value, error)
+        finally:
+            self._recycling = None
 
     def _keeper(self) -> Any:
         return ray.get_actor(keeper_name(self._node_id), namespace=NAMESPACE)

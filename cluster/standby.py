@@ -68,6 +68,14 @@ class StandbyEngines:
         if not self._waiting and self._starting is not None:
             # What it has done already need not be done again, and nobody else computes now.
             await asyncio.wait({self._starting}, timeout=self._join_seconds)
+        return self._pick()
+
+    async def make(self) -> EngineLink:
+        """One for a change that is planned, so that it may take a while: also where none stands by. Raises whatever
+        goes wrong with its start."""
+        return self._pick() or await self._start()
+
+    def _pick(self) -> EngineLink | None:
         link = next((link for link in self._waiting if not link.is_lost), None)
         if link is not None:
             self._waiting.pop(link).cancel()

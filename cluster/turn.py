@@ -231,7 +231,7 @@ class Turns:
             if not started:
                 started = True
                 reply.num_cached_tokens = output.num_cached_tokens or 0
-                if stream.engine_deaths or request.resume_from is not None:
+                if stream.was_moved or request.resume_from is not None:
                     # What an engine computed before it died was no cache when the turn began.
                     reply.num_cached_tokens = min(reply.num_cached_tokens, grant.num_computed_tokens)
                 yield TurnStarted(reply.num_prompt_tokens, reply.num_cached_tokens)

@@ -121,6 +121,14 @@ class SessionAdmin(Protocol):
         ...
 
 
+class EngineAdmin(Protocol):
+    """Looks after the engines of all replicas. Raises `Unavailable`."""
+
+    async def recycle_engines(self) -> int:
+        """Has them renewed, one after the other, between two steps; returns how many."""
+        ...
+
+
 class Health(Protocol):
     """Neither method may block: they answer from what is known already."""
 

@@ -70,6 +70,10 @@ class RequestMetrics:
             ["component", "reason"],
             registry=self.registry,
         )
+        self._engine_recycles = Counter(
+            "phi_engine_recycles", "Engines renewed by policy or on request.", ["reason"], registry=self.registry
+        )
+        self._recycled: dict[str, int] = {}
         self._standbys = Gauge(
             "phi_standby_engines", "Engines that are up and wait to take over.", registry=self.registry
         )
@@ -102,9 +106,15 @@ class RequestMetrics:
         self._cached_tokens.inc(num_cached_tokens)
         self._generation_tokens.inc(num_completion_tokens)
 
-    def on_engine(self, num_running: int, recoveries: Mapping[str, Mapping[str, int]], num_standbys: int) -> None:
-        """The engine's state now: running sequences, how often each component was lost so far, by how, and how many
-        engines stand by."""
+    def on_engine(
+        self,
+        num_running: int,
+        recoveries: Mapping[str, Mapping[str, int]],
+        num_standbys: int,
+        recycles: Mapping[str, int],
+    ) -> None:
+        """The engine's state now: running sequences, how often each component was lost so far, by how, how many
+        engines stand by, and how often the engine was renewed, by why."""
         self._engine_running = num_running
         self._standbys.set(num_standbys)
         for component, counts in recoveries.items():
@@ -112,6 +122,9 @@ class RequestMetrics:
                 before = self._recovered.get((component, reason), 0)
                 self._recoveries.labels(component, reason).inc(max(count - before, 0))
                 self._recovered[component, reason] = max(count, before)
+        for reason, count in recycles.items():
+            self._engine_recycles.labels(reason).inc(max(count - self._recycled.get(reason, 0), 0))
+            self._recycled[reason] = max(count, self._recycled.get(reason, 0))
 
     def snapshot(self) -> list[FamilySnapshot]:
         """All families with their samples, picklable."""

@@ -40,6 +40,7 @@ from phi_cluster.cluster.messages import (
     Heartbeat,
     SegmentRef,
     SequenceOutput,
+    StepDown,
     StepFrame,
     TakeOver,
     decode_frame,
@@ -140,6 +141,7 @@ class EngineServer:
         self._heartbeat_seconds = heartbeat_seconds
         self._idle_steps = 1
         self._stands_by = True
+        self._steps_down = False
         # Whether it is doing anything but waiting.
         self._busy = False
         # The replica has not heard yet that it is served.
@@ -193,6 +195,9 @@ class EngineServer:
             self._busy = True
             if readable and not self._receive(connection):
                 return
+            if self._steps_down:
+                # All that was computed has been sent; the memory of the sequences stays as the last step left it.
+                return
             if self._engine.has_work:
                 self._send(sender, self._take_refused() + self._engine.step())
                 last_step = time.monotonic()
@@ -243,6 +248,8 @@ class EngineServer:
         elif isinstance(frame, TakeOver):
             self._stands_by = False
             self._unanswered = True
+        elif isinstance(frame, StepDown):
+            self._steps_down = True
 
     def _open(self, frame: AddSequence) -> Sequence:
         """Maps the segment and makes it hold the sequence's ids: what it holds of them keeps its keys and values.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from phi_cluster.cluster.turn_api import Clock, Health, RequestObserver, SessionAdmin, TurnRunner
+from phi_cluster.cluster.turn_api import Clock, EngineAdmin, Health, RequestObserver, SessionAdmin, TurnRunner
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,7 @@ class Edge:
     settings: EdgeSettings
     turns: TurnRunner
     sessions: SessionAdmin
+    engines: EngineAdmin
     health: Health
     observer: RequestObserver
     clock: Clock

@@ -18,11 +18,12 @@ from phi_cluster.cluster.http.chat_schemas import ChatCompletionChunk, ChatReque
 from phi_cluster.cluster.http.completion_schemas import CompletionRequest
 from phi_cluster.cluster.http.completions import completions_router
 from phi_cluster.cluster.http.edge import Edge, EdgeSettings
+from phi_cluster.cluster.http.engines import engines_router
 from phi_cluster.cluster.http.errors import install_error_handling, to_json
 from phi_cluster.cluster.http.models import models_router
 from phi_cluster.cluster.http.openapi import error_docs, install_openapi
 from phi_cluster.cluster.http.sessions import sessions_router
-from phi_cluster.cluster.turn_api import Clock, Health, RequestObserver, SessionAdmin, TurnRunner
+from phi_cluster.cluster.turn_api import Clock, EngineAdmin, Health, RequestObserver, SessionAdmin, TurnRunner
 
 API_VERSION = "1"
 
@@ -31,12 +32,13 @@ def build_app(
     settings: EdgeSettings,
     turns: TurnRunner,
     sessions: SessionAdmin,
+    engines: EngineAdmin,
     health: Health,
     observer: RequestObserver,
     clock: Clock = time,
 ) -> FastAPI:
     """A new app over these objects; several may live in one process."""
-    edge = Edge(settings, turns, sessions, health, observer, clock)
+    edge = Edge(settings, turns, sessions, engines, health, observer, clock)
     app = FastAPI(
         title="phi-cluster",
         version=API_VERSION,
@@ -51,6 +53,7 @@ def build_app(
         completions_router(edge),
         models_router(edge),
         sessions_router(edge),
+        engines_router(edge),
         _health_router(edge),
     ):
         app.include_router(router)

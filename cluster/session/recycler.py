@@ -17,6 +17,7 @@ class RecycleReason(Enum):
     IDLE = "idle"
     MAX_AGE = "max_age"
     MAX_TURNS = "max_turns"
+    MAX_STEPS = "max_steps"
     MEMORY_PRESSURE = "memory_pressure"
     LEAK = "leak"
     MIGRATING = "migrating"

@@ -22,6 +22,7 @@ from phi_cluster.cluster.messages import (
     ProcessId,
     SegmentRef,
     SequenceOutput,
+    StepDown,
     StepFrame,
     TakeOver,
     decode_frame,
@@ -50,10 +51,12 @@ class FakeEngine:
         self.may_end = asyncio.Event()
         self.may_end.set()
         self._connected = asyncio.Event()
+        self._is_dialled = False
         self._step = 0
 
     @property
     def socket_path(self) -> str:
+        self._is_dialled = True
         self.on_connect()
         return self._path
 
@@ -108,6 +111,10 @@ class FakeEngine:
     async def end(self) -> None:
         await self.may_end.wait()
         self.ended = True
+        if self._is_dialled:
+            # The other side may know a moment earlier that it is connected.
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._connected.wait(), 0.05)
         self._server.close()
         if self._connected.is_set():
             self._writer.transport.abort()
@@ -133,9 +140,10 @@ class Engines:
         if self.failures:
             self.failures -= 1
             raise RuntimeError("no room for an engine")
-        engine = await FakeEngine(len(self.all) + 1, self._folder).listen()
+        engine = FakeEngine(len(self.all) + 1, self._folder)
         engine.on_connect, engine.answers = self.on_connect, self.answers
         self.all.append(engine)
+        await engine.listen()
         self._started.put_nowait(engine)
         return engine
 
@@ -729,3 +737,75 @@ async def test_an_engine_that_dies_before_it_serves_is_a_start_that_failed(
     assert engines.attempts > 1
     engines.answers = True
     await client.wait_ready(PATIENCE)
+
+
+# Engines that are renewed.
+
+
+@pytest.mark.parametrize("num_standbys", [0, 1])
+async def test_a_recycled_engine_is_succeeded_between_two_steps(
+    engines: Engines, make_client: MakeClient, num_standbys: int
+) -> None:
+    client = make_client(num_standbys)
+    stream, leaving, done = [await client.add(add(client)) for _ in range(3)]
+    first = await engines.next()
+    for _ in range(3):
+        await first.next(AddSequence)
+    await first.send(SequenceOutput(stream.add.sequence_id, [10], num_cached_tokens=0))
+    await first.send(SequenceOutput(done.add.sequence_id, [1], "stop", released=True))
+    await until(lambda: stream.received == [10])
+    if num_standbys:
+        await until(lambda: len(engines.all) == 2)
+    assert await client.recycle("leak")
+    # One at a time.
+    assert not await client.recycle("leak")
+    await first.next(StepDown)
+    # What is on its way, and what is asked of it now, is not lost.
+    client.abort(leaving)
+    late = await client.add(add(client))
+    await first.send(SequenceOutput(stream.add.sequence_id, [11]))
+    await until(lambda: stream.received == [10, 11])
+    first.die()
+    second = await engines.next()
+    added = [await second.next(AddSequence) for _ in range(2)]
+    assert [one.sequence_id for one in added] == [stream.add.sequence_id, late.add.sequence_id]
+    assert added[0].token_ids == [*stream.add.token_ids, 10, 11]
+    assert first.ended
+    assert (await collect(leaving))[-1].finish_reason == "abort"
+    await second.send(SequenceOutput(stream.add.sequence_id, [12], "stop", released=True))
+    assert ids(await collect(stream)) == [10, 11, 12]
+    assert (stream.was_moved, stream.engine_deaths) == (True, 0)
+    assert (dict(client.recycles), client.replacements) == ({"leak": 1}, 0)
+    assert client.engine is second
+
+
+async def test_a_successor_that_cannot_start_changes_nothing(engines: Engines, make_client: MakeClient) -> None:
+    client = make_client()
+    await client.wait_ready()
+    first = await engines.next()
+    engines.failures = 1
+    with pytest.raises(RuntimeError, match="no room"):
+        await client.recycle("max_age")
+    assert client.engine is first
+    assert await client.recycle("max_age")
+
+
+async def test_an_engine_that_dies_before_its_successor_is_up(engines: Engines, make_client: MakeClient) -> None:
+    client = make_client()
+    stream = await client.add(add(client))
+    first = await engines.next()
+    await first.next(AddSequence)
+    engines.may_start.clear()
+    recycling = asyncio.ensure_future(client.recycle("max_age"))
+    await until(lambda: engines.attempts == 2)
+    first.die()
+    await until(lambda: engines.attempts == 3)
+    engines.may_start.set()
+    assert not await recycling
+    await client.wait_ready()
+    assert (client.replacements, client.recycles.total()) == (1, 0)
+    serving = client.engine
+    assert [engine.ended for engine in engines.all if engine is not serving] == [True, True]
+    assert isinstance(serving, FakeEngine)
+    assert (await serving.next(AddSequence)).sequence_id == stream.add.sequence_id
+    assert stream.engine_deaths == 1

@@ -259,6 +259,25 @@ def test_a_request_on_which_two_engines_died_gets_no_third(client, server, asked
     assert all_of(replies) == all_of(undisturbed)
 
 
+@pytest.mark.parametrize("stands_by", [True, False])
+def test_engines_are_renewed_and_no_stream_notices(client, server, asked, undisturbed, until, stands_by):
+    """Between two steps, also where the successor must be started first."""
+    first, spare = engine(client, server, until), standby(client, server, until)
+    streams = Streams(client, asked)
+    if not stands_by:
+        spare.kill()
+    deaths = client.metric("phi_recoveries_total", component="engine")
+    renewed = client.metric("phi_engine_recycles_total", reason="requested")
+    assert client.http.post("/v1/engines/recycle").json()["engines"] == 1
+    replies = streams.finish()
+    assert all_of(replies) == all_of(undisturbed)
+    second = engine(client, server, until, other_than=first)
+    assert (second.pid == spare.pid) == stands_by
+    assert not first.lives
+    until(lambda: client.metric("phi_engine_recycles_total", reason="requested") == renewed + 1, "it to be counted")
+    assert client.metric("phi_recoveries_total", component="engine") == deaths
+
+
 def test_a_long_reply_outlives_several_engines(client, server, until):
     fields = {"max_tokens": 150, "ignore_eos": True, "temperature": 0.8, "seed": 11}
     question = "Tell me about the sea."

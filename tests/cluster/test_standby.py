@@ -261,3 +261,20 @@ async def test_closing_ends_those_that_wait_and_the_one_that_is_started(starts: 
     await until(lambda: starts.attempts == 3)
     await other.close()
     assert starts.cancelled == 1
+
+
+async def test_one_is_made_for_a_planned_change(make: Make, starts: Starts) -> None:
+    """From those that stand by, else anew; also where none is wanted."""
+    standbys = make(0)
+    link = await standbys.make()
+    assert link is cast(Any, starts.links[0])
+    standbys = make(1)
+    standbys.fill()
+    await until(lambda: len(starts.links) == 2)
+    await until(lambda: bool(standbys.pids))
+    assert await standbys.make() is cast(Any, starts.links[1])
+    # Its place is filled again.
+    await until(lambda: len(starts.links) == 3)
+    starts.failures = 1
+    with pytest.raises(RuntimeError, match="no room"):
+        await make(0).make()

@@ -117,7 +117,7 @@ def test_every_metric_is_declared_once_under_our_prefix() -> None:
 
 def test_all_promised_metrics_are_there() -> None:
     metrics = served(("stop", 5, 3, 2))
-    metrics.on_engine(1, {"engine": {"death": 1}}, 1)
+    metrics.on_engine(1, {"engine": {"death": 1}}, 1, {})
     exporter = Exporter(merge_snapshots([metrics.snapshot()]), node_metrics(NODES, 4, {"idle": 2}, 270))
     families = {family.name for family in exporter.families()}
     samples = {sample.name for family in exporter.families() for sample in family.samples}
@@ -135,7 +135,7 @@ def test_labels_are_few_and_never_name_a_session() -> None:
 
 def test_what_requests_count() -> None:
     metrics = served(("stop", 10, 4, 3), ("length", 20, 0, 7), ("abort", 0, 0, 0), open_requests=3)
-    metrics.on_engine(2, {}, 0)
+    metrics.on_engine(2, {}, 0, {})
     exporter = merged(metrics.snapshot())
     assert exporter.value("phi_request_success_total", finish_reason="stop") == 1
     assert exporter.value("phi_request_success_total", finish_reason="length") == 1
@@ -150,14 +150,14 @@ def test_what_requests_count() -> None:
     assert exporter.value("phi_inter_token_latency_seconds_sum") == pytest.approx(0.09)
     assert exporter.value("phi_e2e_request_latency_seconds_sum") == 4.5
     # The engine may run more than is open here for a moment: nothing is negative.
-    metrics.on_engine(9, {}, 0)
+    metrics.on_engine(9, {}, 0, {})
     assert merged(metrics.snapshot()).value("phi_num_requests_waiting") == 0
 
 
 def test_replacements_are_counted_once() -> None:
     metrics = RequestMetrics()
     for deaths, hangs in ((0, 0), (1, 0), (1, 0), (3, 1), (3, 1)):
-        metrics.on_engine(0, {"engine": {"death": deaths, "hang": hangs}, "standby_engine": {}}, 0)
+        metrics.on_engine(0, {"engine": {"death": deaths, "hang": hangs}, "standby_engine": {}}, 0, {})
     exporter = merged(metrics.snapshot())
     assert exporter.value("phi_recoveries_total", component="engine", reason="death") == 3
     assert exporter.value("phi_recoveries_total", component="engine", reason="hang") == 1
@@ -179,8 +179,8 @@ def test_two_replicas_in_a_process_do_not_share_anything() -> None:
 def test_replicas_are_summed() -> None:
     one = served(("stop", 10, 4, 3), ("error", 1, 0, 0), open_requests=2)
     other = served(("stop", 30, 0, 5), open_requests=1)
-    one.on_engine(1, {"engine": {"death": 2}}, 1)
-    other.on_engine(1, {"engine": {"death": 1}}, 2)
+    one.on_engine(1, {"engine": {"death": 2}}, 1, {})
+    other.on_engine(1, {"engine": {"death": 1}}, 2, {})
     exporter = merged(one.snapshot(), other.snapshot())
     assert exporter.value("phi_request_success_total", finish_reason="stop") == 2
     assert exporter.value("phi_request_success_total", finish_reason="error") == 1
@@ -207,8 +207,8 @@ def test_histograms_are_summed_bucket_by_bucket() -> None:
 
 def test_a_replica_that_is_gone_keeps_its_counters_and_loses_its_gauges() -> None:
     gone, living = served(("stop", 10, 4, 3), open_requests=5), served(("stop", 1, 0, 1), open_requests=1)
-    gone.on_engine(2, {"engine": {"death": 1}}, 1)
-    living.on_engine(1, {"engine": {"death": 0}}, 1)
+    gone.on_engine(2, {"engine": {"death": 1}}, 1, {})
+    living.on_engine(1, {"engine": {"death": 0}}, 1, {})
     exporter = merged(without_gauges(gone.snapshot()), living.snapshot())
     assert exporter.value("phi_prompt_tokens_total") == 11
     assert exporter.value("phi_request_success_total", finish_reason="stop") == 2
@@ -261,3 +261,12 @@ def test_a_cluster_without_sessions_or_budget() -> None:
     exporter = Exporter(node_metrics([NodeView("one")], 0, {}, 0), node_metrics([], 0, {}, 0))
     assert exporter.value("phi_kv_cache_usage_perc", node="one") == 0
     assert "phi_session_kv_cache_bytes" in Exporter(node_metrics([], 0, {}, 0)).text()
+
+
+def test_renewed_engines_are_counted_by_why() -> None:
+    metrics = RequestMetrics()
+    for recycles in ({}, {"max_age": 1}, {"max_age": 1, "leak": 2}):
+        metrics.on_engine(0, {}, 0, recycles)
+    samples = [sample for family in metrics.registry.collect() for sample in family.samples]
+    counted = {s.labels["reason"]: s.value for s in samples if s.name == "phi_engine_recycles_total"}
+    assert counted == {"max_age": 1, "leak": 2}

@@ -20,6 +20,7 @@ from phi_cluster.cluster.messages import (
     Frame,
     Heartbeat,
     SequenceOutput,
+    StepDown,
     StepFrame,
     TakeOver,
     decode_frame,
@@ -198,3 +199,18 @@ def test_frames_of_two_threads_never_run_into_each_other() -> None:
             thread.join()
     assert [frame for frame in found if isinstance(frame, StepFrame)] == frames
     assert [f.progress for f in found if isinstance(f, Heartbeat)] == list(range(2000))
+
+
+def test_it_steps_down_between_two_steps(connect: Callable[..., Replica]) -> None:
+    """With all that the step in flight brought, and with nothing of the next."""
+    replica = connect()
+    replica.engine.may_step.clear()
+    replica.send(TakeOver())
+    replica.send(ExtendSequence(1, 5))
+    replica.next(Heartbeat, lambda beat: beat.busy)
+    replica.send(StepDown())
+    replica.engine.may_step.set()
+    assert replica.next(StepFrame, lambda frame: frame.outputs).outputs == [SequenceOutput(1, [1])]
+    replica.thread.join(PATIENCE)
+    assert not replica.thread.is_alive()
+    assert replica.engine.step_count == 1

@@ -116,6 +116,16 @@ class FakeSessions:
         return session
 
 
+class FakeEngines:
+    def __init__(self) -> None:
+        self.answer: int | Exception = 2
+
+    async def recycle_engines(self) -> int:
+        if isinstance(self.answer, Exception):
+            raise self.answer
+        return self.answer
+
+
 class FakeHealth:
     def __init__(self) -> None:
         self.is_live = True
@@ -241,6 +251,11 @@ def health() -> FakeHealth:
 
 
 @pytest.fixture
+def engines() -> FakeEngines:
+    return FakeEngines()
+
+
+@pytest.fixture
 def observer() -> RecordingObserver:
     return RecordingObserver()
 
@@ -259,9 +274,13 @@ def settings() -> EdgeSettings:
 
 @pytest.fixture
 def make_app(
-    turns: FakeTurns, sessions: FakeSessions, health: FakeHealth, observer: RecordingObserver
+    turns: FakeTurns,
+    sessions: FakeSessions,
+    engines: FakeEngines,
+    health: FakeHealth,
+    observer: RecordingObserver,
 ) -> Callable[[EdgeSettings], FastAPI]:
-    return lambda settings: build_app(settings, turns, sessions, health, observer, FakeClock())
+    return lambda settings: build_app(settings, turns, sessions, engines, health, observer, FakeClock())
 
 
 @pytest.fixture

@@ -111,6 +111,7 @@ async def test_openapi_document(client):
     assert set(document["paths"]) == {
         CHAT,
         "/v1/completions",
+        "/v1/engines/recycle",
         "/v1/models",
         "/v1/models/{model}",
         "/v1/sessions",
