@@ -49,11 +49,12 @@ def deaths_by_themselves(history: History) -> list[str]:
     """Deaths that no fault explains: of neither the nemesis's victim nor one that goes with it."""
     killed = {fault.pid for fault in history.faults if fault.pid}
     replicas = [death.at for death in history.deaths if death.role == "replica"]
-    haproxies = [fault.at for fault in history.faults if fault.target == HAPROXY]
+    proxies = [fault.at for fault in history.faults if fault.target in (HAPROXY, "Serve controller")]
     found = []
     for death in history.deaths:
-        # Engines go with their replica, and whoever starts HAProxy is replaced when that is lost.
-        others = {"engine": replicas, "proxy": haproxies}.get(death.role, [])
+        # Engines go with their replica; whoever starts HAProxy is replaced when that is lost, or unknown to the next
+        # Serve controller.
+        others = {"engine": replicas, "proxy": proxies}.get(death.role, [])
         if death.pid not in killed and not any(-2 < death.at - at < 10 for at in others):
             found.append(f"{death.role} {death.pid} at {death.at - history.began:.1f} s")
     return found

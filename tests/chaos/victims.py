@@ -42,7 +42,7 @@ def role_of(command: str) -> str:
 
 @dataclass(frozen=True)
 class Victim:
-    """A living process. `settled`: it is made, and waits to be called or is."""
+    """A living process. `settled`: it is made, and an engine has also started."""
 
     process: ProcessId
     role: str
@@ -54,7 +54,8 @@ class Victim:
 
     @property
     def settled(self) -> bool:
-        return ".__init__" not in self.command
+        # The name of an actor that is being called ends with the method's: engines are called only to start.
+        return ("." if self.role == "engine" else ".__init__") not in self.command
 
     @property
     def lives(self) -> bool:
