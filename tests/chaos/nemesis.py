@@ -26,8 +26,8 @@ ENGINE_LIFE_SECONDS = 2.5
 # What hangs is known by its silence and killed, engines after 3 s, session actors after 8: it is waited for so long.
 HANG_SECONDS = 12.0
 MASS = 200
-# There must be something to be connected to, and it may be under repair: so many looks.
-_MASS_PATIENCE = 40
+# What was struck before may be under repair: it is waited for so often, half a second each time.
+_LOOKS = 30
 
 
 @dataclass(frozen=True)
@@ -125,6 +125,8 @@ class Nemesis:
                 await asyncio.wait(self._background)
 
     async def _do(self, plan: Plan) -> None:
+        if plan.target in ("engine", "standby engine", "session", "client"):
+            await self._until_ready()
         fault = Fault(time.monotonic(), plan.kind, plan.target)
         if plan.kind in ("kill", "stop"):
             await self._strike(plan, fault)
@@ -136,6 +138,12 @@ class Nemesis:
             fault.count = self._cut(plan, fault)
         self._log(f"{fault.kind} {fault.target} {fault.pid or ''} {fault.skipped or fault.note}")
 
+    async def _until_ready(self) -> None:
+        for _ in range(_LOOKS):
+            if (await ask(self._address, "GET", "/ready", timeout=3.0)).status == 200:
+                return
+            await asyncio.sleep(0.5)
+
     # Processes.
 
     async def _strike(self, plan: Plan, fault: Fault) -> None:
@@ -145,6 +153,11 @@ class Nemesis:
             await asyncio.sleep(max(self._engine_died_at + ENGINE_LIFE_SECONDS - time.monotonic(), 0))
         try:
             victim = await self._choose(plan)
+            for _ in range(_LOOKS):
+                if victim is not None:
+                    break
+                await asyncio.sleep(0.5)
+                victim = await self._choose(plan)
             fault.at = time.monotonic()
             self._history.faults.append(fault)
             number = signal.SIGKILL if plan.kind == "kill" else signal.SIGSTOP
@@ -229,11 +242,6 @@ class Nemesis:
 
     async def _mass_disconnect(self, fault: Fault) -> int:
         """As many new conversations at once, all of which leave before they are served."""
-        for _ in range(_MASS_PATIENCE):
-            if (await ask(self._address, "GET", "/ready", timeout=3.0)).status == 200:
-                break
-            await asyncio.sleep(0.5)
-        fault.at = time.monotonic()
         name = uuid.uuid4().hex[:8]
         streams = [Stream(Attempt(f"mass-{name}-{n}", "mass", 0, time.monotonic())) for n in range(MASS)]
         running = [

@@ -83,6 +83,7 @@ def make(tmp_path, monkeypatch):
             return Answer(200, json.dumps({"data": [{"id": "one", "engine_pid": serving}]}).encode(), {})
 
         monkeypatch.setattr(module, "ask", ask)
+        monkeypatch.setattr(module, "_LOOKS", 1)
         history, address = History(), Address("127.0.0.1", 1)
         return Nemesis(address, Census(tmp_path), Talkers(address, history), history, print), history
 

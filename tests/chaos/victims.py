@@ -55,7 +55,7 @@ class Victim:
     @property
     def settled(self) -> bool:
         # The name of an actor that is being called ends with the method's: engines are called only to start.
-        return ("." if self.role == "engine" else ".__init__") not in self.command
+        return ("." if self.role == "engine" else ".__init__") not in self.command.split(" ", 1)[0]
 
     @property
     def lives(self) -> bool:
