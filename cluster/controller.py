@@ -25,7 +25,7 @@ from phi_cluster.cluster.actors import NAMESPACE, keeper_name
 from phi_cluster.cluster.config import EngineConfig, RecyclerConfig, SessionsConfig
 from phi_cluster.cluster.engine_recycler import EnginePolicy, EngineRecycles, EngineReport
 from phi_cluster.cluster.errors import PhiError
-from phi_cluster.cluster.processes import private_bytes
+from phi_cluster.cluster.processes import kill_for_sure, private_bytes
 from phi_cluster.cluster.session.recycler import RecyclePolicy, RecycleReason, SessionSnapshot, decide
 from phi_cluster.cluster.session.reports import KeeperReport, private_or_zero
 from phi_cluster.monitoring.metrics import (
@@ -45,6 +45,11 @@ _REPLICA_SILENCE_SECONDS = 5.0
 _REPLICA_GONE_SECONDS = 600.0
 # Longer than a hand-over may wait for a turn; a keeper or an actor that hangs must not stop the rounds.
 _RECYCLE_SECONDS = 30.0
+
+
+# A keeper that does not answer for so long, so many times in a row, hangs.
+_KEEPER_SECONDS = 5.0
+_KEEPER_SILENCES = 3
 
 
 @ray.remote(num_cpus=0)
@@ -80,6 +85,8 @@ class Controller:
         self._replicas: dict[str, tuple[float, list[FamilySnapshot], dict[str, list[int]]]] = {}
         # The sums of all replicas that are gone.
         self._past_replicas: list[FamilySnapshot] = []
+        # How often in a row each node's keeper has not answered.
+        self._silent_keepers: Counter[str] = Counter()
         self._running: asyncio.Task[None] | None = None
 
     async def start(self) -> int:
@@ -153,13 +160,32 @@ class Controller:
                 continue
             try:
                 keeper = ray.get_actor(keeper_name(node["NodeID"]), namespace=NAMESPACE)
-                report = await asyncio.wait_for(keeper.report.remote(), 10.0)
-            except (ValueError, RayError, asyncio.TimeoutError) as error:
+                report = await asyncio.wait_for(keeper.report.remote(), _KEEPER_SECONDS)
+            except (ValueError, RayError) as error:
                 # No keeper there (yet), or it is being restarted.
                 logger.info("no report of node %s: %s", node["NodeID"], type(error).__name__)
+                self._silent_keepers.pop(node["NodeID"], None)
                 continue
+            except asyncio.TimeoutError:
+                await self._on_silence(node["NodeID"])
+                continue
+            self._silent_keepers.pop(node["NodeID"], None)
             self._take(report)
             await self._recycle(keeper, report)
+
+    async def _on_silence(self, node_id: str) -> None:
+        """The node's keeper did not answer. One that hangs keeps every turn of the node waiting: it is ended, and Ray
+        starts another."""
+        self._silent_keepers[node_id] += 1
+        report = self._reports.get(node_id)
+        logger.warning("the keeper of node %s does not answer", node_id)
+        if self._silent_keepers[node_id] < _KEEPER_SILENCES or report is None:
+            return
+        # A process is killed where it runs.
+        if node_id == ray.get_runtime_context().get_node_id():
+            logger.error("the keeper (pid %d) hangs and is replaced", report.process.pid)
+            await kill_for_sure(report.process)
+            del self._silent_keepers[node_id]
 
     async def _recycle(self, keeper: Any, report: KeeperReport) -> None:
         now = time.time()
@@ -186,7 +212,7 @@ class Controller:
 
     def _take(self, report: KeeperReport) -> None:
         before = self._reports.get(report.node_id)
-        if before is not None and before.pid != report.pid:
+        if before is not None and before.process != report.process:
             self._remember_counters(before)
         self._reports[report.node_id] = report
 

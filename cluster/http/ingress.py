@@ -1,7 +1,8 @@
 """The layer around Serve's own handling of a request: what clients may not tell it, and what it may not add.
 
-Owns: the headers that cross this border. Knows nothing of our app. Serve imports `middlewares` by its path, in every
-process that listens (RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH).
+Owns: the headers that cross this border, and Serve's own errors as OpenAI's. Knows nothing of our app, but that it
+serves all paths and answers errors as JSON. Serve imports `middlewares` by its path, in every process of its that
+listens (RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH); what HAProxy says on its own does not come by here.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ from starlette.datastructures import MutableHeaders
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from phi_cluster.cluster.errors import PhiError, Unavailable
 from phi_cluster.cluster.http.caller import REQUEST_ID_HEADER
+from phi_cluster.cluster.http.errors import error_response, internal_error
 
 CALLBACK_PATH = f"{__name__}.middlewares"
 
@@ -34,14 +37,29 @@ class Ingress:
             await self._app(scope, receive, send)
             return
 
-        async def send_one_id(message: Message) -> None:
+        replaced = False
+
+        async def send_ours(message: Message) -> None:
+            nonlocal replaced
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
                 given = headers.getlist(REQUEST_ID_HEADER)
                 if len(given) > 1:
                     # Serve has added its own behind ours.
                     headers[REQUEST_ID_HEADER] = given[0]
-            await send(message)
+                if message["status"] >= 400 and not headers.get("content-type", "").startswith("application/json"):
+                    replaced = True
+                    await error_response(_told(message["status"]))(scope, receive, send)
+            if not replaced:
+                await send(message)
 
         headers = [(name, value) for name, value in scope["headers"] if name.lower() not in _SWITCHES]
-        await self._app({**scope, "headers": headers}, receive, send_one_id)
+        await self._app({**scope, "headers": headers}, receive, send_ours)
+
+
+def _told(status: int) -> PhiError:
+    """What a client is told instead of an error of Serve's own."""
+    if status in (404, 408, 502, 503, 504):
+        # A proxy that has just been started knows no routes yet: there is nothing wrong with the request.
+        return Unavailable("no replica can be reached just now; try again", retry_after=1)
+    return internal_error()

@@ -25,7 +25,7 @@ from ray.exceptions import RayActorError, RayError
 from phi_cluster.cluster.config import KVConfig, SessionsConfig
 from phi_cluster.cluster.errors import NotFound, PhiError, SessionBusy
 from phi_cluster.cluster.messages import BeginTurn, CommitTurn, Moved, SessionKey, TurnGrant
-from phi_cluster.cluster.processes import kill_for_sure, private_bytes
+from phi_cluster.cluster.processes import kill_for_sure, private_bytes, process_id
 from phi_cluster.cluster.session.actor import session_settings
 from phi_cluster.cluster.session.actor_pool import ActorPool
 from phi_cluster.cluster.session.hand_over import HandOvers
@@ -80,6 +80,7 @@ class Keeper:
         self._state_path = state_path
         self._settings = session_settings(layout, fingerprint)
         self._node_id = ray.get_runtime_context().get_node_id()
+        self._process = process_id()
         self._ledger = Ledger(budget_nbytes)
         self._leases = KVLeases(self._ledger, self._make_room, kv.reserve_wait)
         self._roster = Roster(self._open_session, sessions.max_ephemeral)
@@ -277,7 +278,7 @@ class Keeper:
         in_memory = {entry.key.digest for entry in entries}
         return KeeperReport(
             node_id=self._node_id,
-            pid=os.getpid(),
+            process=self._process,
             budget_nbytes=self._ledger.capacity,
             reserved_nbytes=self._ledger.usage,
             sessions=[self._reported(entry, s) for entry, s in zip(entries, stats, strict=True)],

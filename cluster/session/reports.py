@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from phi_cluster.cluster.messages import ProcessId
 from phi_cluster.cluster.processes import private_bytes
 from phi_cluster.cluster.session.journal import JournalInfo
 from phi_cluster.cluster.session.session import SessionStats
@@ -29,7 +30,7 @@ class KeeperReport:
     """What the controller collects. Bytes; counters since this keeper started."""
 
     node_id: str
-    pid: int
+    process: ProcessId
     budget_nbytes: int
     reserved_nbytes: int
     sessions: list[SessionReport]

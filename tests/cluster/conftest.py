@@ -232,7 +232,8 @@ class Client:
         return self._until(look, f"an actor for {session_id}", 30)
 
     def patient(self, conversation: Conversation, text: str, seconds: float = 60.0, **fields: Any) -> Reply:
-        """`say`, again and again while the way to the engine is being repaired (5xx or no connection)."""
+        """`say`, again and again while the way to the engine is being repaired: 5xx, no connection, or an answer that
+        is not the server's (a new HAProxy says 404 in plain text before it knows a way)."""
         deadline = time.monotonic() + seconds
         while True:
             try:
@@ -241,7 +242,8 @@ class Client:
                 if time.monotonic() > deadline:
                     raise
             except Refused as error:
-                if time.monotonic() > deadline or error.status is None or error.status < 500:
+                repairing = error.status is not None and (error.status >= 500 or "type" not in error.error)
+                if time.monotonic() > deadline or not repairing:
                     raise
             time.sleep(0.1)
 

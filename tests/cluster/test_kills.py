@@ -201,23 +201,26 @@ def actor_of(client, server, name):
     return {p.pid: p for p in server.processes("ray::SessionActor")}[client.with_actor(name)["actor_pid"]]
 
 
-def test_the_keeper(client, server, twin, until):
-    talk, held = begin(client, "keeper"), client.conversation("keeper-held")
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_the_keeper(client, server, twin, until, number):
+    """Also one that hangs: the controller ends it."""
+    name = f"keeper-{number.name}"
+    talk, held = begin(client, name), client.conversation(f"{name}-held")
     before = {name: one["turns"] for name, one in client.sessions().items()}
-    actor_pid = client.session("keeper")["actor_pid"]
+    actor_pid = client.session(name)["actor_pid"]
     victim = server.process("ray::Keeper")
     # This session is too new to have an actor of its own for sure: held by the keeper or not, it must come back.
     held.say(FIRST, max_tokens=24)
-    victim.kill()
+    os.kill(victim.pid, number)
     go_on(client, talk, twin)
     go_on(client, held, twin, warm=False)
     assert server.process("ray::Keeper").pid != victim.pid
     after = {name: one["turns"] for name, one in client.sessions().items()}
-    assert after == before | {"keeper": 3, "keeper-held": 3}
-    assert client.session("keeper")["actor_pid"] == actor_pid
+    assert after == before | {name: 3, f"{name}-held": 3}
+    assert client.session(name)["actor_pid"] == actor_pid
     # New sessions get actors again.
-    client.conversation("after-keeper").say("Hi", max_tokens=2)
-    client.with_actor("after-keeper")
+    client.conversation(f"after-{name}").say("Hi", max_tokens=2)
+    client.with_actor(f"after-{name}")
     until(lambda: client.metric("phi_sessions", state="active") >= 2, "the gauges to be back")
 
 
@@ -237,6 +240,35 @@ def test_the_controller_and_the_weight_store(client, server, twin, until):
     server.process("ray::EngineActor").kill()
     before = talk.last
     assert client.patient(talk, "Thank you.", max_tokens=4).cached >= before.prompt + before.completion - 1
+
+
+def test_serves_controller(client, server, twin, until):
+    """Nobody needs it for a turn, running or new."""
+    talk = begin(client, "serve-controller")
+    victim = server.process("ray::ServeController")
+    with client.conversation("beside").stream("Tell me a story.", max_tokens=60, ignore_eos=True) as stream:
+        stream.read(3)
+        victim.kill()
+        go_on(client, talk, twin)
+        assert stream.finish().completion == 60
+    until(lambda: server.processes("ray::ServeController"), "the next one", 60)
+
+
+def test_haproxy(client, server, twin, until):
+    """Its connections break; new ones are served again after some seconds, and a broken reply is read on."""
+    talk, torn = begin(client, "haproxy"), client.conversation("haproxy-torn")
+    with torn.stream("Tell me a story.", max_tokens=60, ignore_eos=True) as stream:
+        stream.read(3)
+        victims = [process for process in server.processes() if "haproxy -" in process.name]
+        assert victims
+        for victim in victims:
+            victim.kill()
+        with pytest.raises(httpx.TransportError):
+            stream.finish()
+    go_on(client, talk, twin)
+    with torn.read_on(stream) as rest:
+        assert rest.finish().completion == 60
+    assert not any(victim.lives for victim in victims)
 
 
 def test_everything_at_once(launch, server, client, make_client, twin):

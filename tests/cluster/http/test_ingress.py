@@ -1,5 +1,7 @@
 """What clients may not tell Serve, and one request id in every response."""
 
+import json
+
 import pytest
 
 from phi_cluster.cluster.http.ingress import CALLBACK_PATH, Ingress, middlewares
@@ -48,3 +50,34 @@ def test_serve_finds_it():
     module, _, name = CALLBACK_PATH.rpartition(".")
     assert module == Ingress.__module__
     assert getattr(__import__(module, fromlist=[name]), name) is middlewares
+
+
+@pytest.mark.parametrize(
+    ("status", "kind", "told"),
+    [(404, b"text/plain", 503), (503, b"text/plain", 503), (500, b"text/plain", 500), (404, b"application/json", 404)],
+)
+async def test_serves_own_errors_are_told_as_ours(status, kind, told):
+    """A proxy without routes says 404 to everything; only our app knows what is not there, and says so in JSON."""
+    sent = []
+
+    async def app(scope, receive, send):
+        await send({"type": "http.response.start", "status": status, "headers": [(b"content-type", kind)]})
+        await send(
+            {"type": "http.response.body", "body": b"Path '/v1' not found. Ping http://inside", "more_body": True}
+        )
+        await send({"type": "http.response.body", "body": b""})
+
+    async def send(message):
+        sent.append(message)
+
+    await wrapped(app)({"type": "http", "headers": []}, None, send)
+    assert sent[0]["status"] == told
+    body = b"".join(message.get("body", b"") for message in sent)
+    if kind == b"text/plain":
+        assert json.loads(body)["error"]["type"] in ("unavailable_error", "server_error")
+        assert b"inside" not in body
+        assert len(sent) == 2
+        if told == 503:
+            assert dict(sent[0]["headers"])[b"retry-after"] == b"1"
+    else:
+        assert b"inside" in body
