@@ -46,7 +46,11 @@ def set_environment(config: Config, runtime_dir: Path) -> None:
             "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(first_port),
             "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(first_port + 400),
             "RAY_SERVE_DIRECT_INGRESS_MIN_GRPC_PORT": str(first_port + 401),
-            "RAY_SERVE_DIRECT_INGRESS_MAX_GRPC_PORT": str(first_port + 900),
+            "RAY_SERVE_DIRECT_INGRESS_MAX_GRPC_PORT": str(first_port + 898),
+            # Whom HAProxy asks while there is no replica. On the same port for all servers of a machine, it may be
+            # another server's, which would answer: with its own replica, and into its own journals.
+            "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(first_port + 899),
+            "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(first_port + 900),
             "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": CALLBACK_PATH,
             "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
             "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "1",

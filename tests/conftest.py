@@ -131,7 +131,7 @@ def _free_ports() -> tuple[int, int, int]:
         first = next(_next_ports)
         assert first + _INTERNAL_PORTS + 2 < 32_000, "no free ports"
         api, metrics = first + _INTERNAL_PORTS, first + _INTERNAL_PORTS + 1
-        if not any(map(listens, (*range(first, first + 8), first + 901, first + 902, api, metrics))):
+        if not any(map(listens, (*range(first, first + 8), *range(first + 899, first + 903), api, metrics))):
             return api, metrics, first
 
 

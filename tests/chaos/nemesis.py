@@ -23,8 +23,9 @@ from tests.chaos.victims import HAPROXY, Census, Victim
 
 # A request on which two engines died in a row without a token is failed: engines live at least so long.
 ENGINE_LIFE_SECONDS = 2.5
-# What hangs is known by its silence and killed, engines after 3 s, session actors after 8: it is waited for so long.
-HANG_SECONDS = 12.0
+# What hangs is known by its silence and killed, engines after 3 s, session actors and the keeper later:
+# it is waited for so long.
+HANG_SECONDS = 20.0
 MASS = 200
 # What was struck before may be under repair: it is waited for so often, half a second each time.
 _LOOKS = 30
@@ -56,6 +57,7 @@ _DECK: tuple[Plan, ...] = (
     Plan("stop", "session actor", 4.0, hold=HANG_SECONDS),
     Plan("kill", "keeper", 4.0),
     Plan("stop", "keeper", 3.0, hold=2.0),
+    Plan("stop", "keeper", 6.0, hold=HANG_SECONDS),
     Plan("kill", "controller", 2.0),
     Plan("stop", "controller", 2.0, hold=2.0),
     Plan("kill", "weight store", 2.0),
