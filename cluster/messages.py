@@ -166,7 +166,7 @@ class SequenceOutput:
 
     sequence_id: int
     token_ids: list[int] = field(repr=False)
-    # stop | length | abort | error, once
+    # stop | length | abort | error | gone (there is no memory where the segment should be), once
     finish_reason: str | None = None
     released: bool = False
     # In the first output only: how many prompt tokens the cache saved.

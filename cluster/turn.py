@@ -13,6 +13,7 @@ behind its prompt: what is still there of it is not computed again, and what is 
 from __future__ import annotations
 
 import asyncio
+import logging
 from array import array
 from collections import OrderedDict
 from collections.abc import AsyncGenerator
@@ -27,6 +28,7 @@ from phi_cluster.cluster.errors import (
     PoisonousRequest,
     ReadElsewhere,
     ReplyGone,
+    Unavailable,
 )
 from phi_cluster.cluster.messages import AddSequence, BeginTurn, ProcessId, SessionKey, TurnGrant
 from phi_cluster.cluster.prompt import PromptReader
@@ -37,7 +39,11 @@ from phi_cluster.cluster.turn_record import Recorder, TurnRecord
 from phi_cluster.model.sampling_params import SamplingParams
 from phi_cluster.model.tokenizer import Tokenizer
 
+logger = logging.getLogger(__name__)
+
 _REMEMBERED_SESSIONS = 4096
+# A turn may begin in so many: session and engine must die together for each.
+_MAX_MEMORIES = 4
 
 
 class Sessions(Recorder, Lessor, Protocol):
@@ -64,6 +70,21 @@ class TurnLimits:
     turn_wait: float
     reproducible: bool = False
     lease_tokens: int = 512
+
+
+class MemoryLost(Exception):
+    """Whoever held the session's memory is gone, and no engine has it mapped."""
+
+
+@dataclass
+class _Carried:
+    """What of a turn outlives the memory in which it began. `token_ids` are the reply's, None before there are any to
+    speak of; the client has all text up to `given`, and `started` if it was told so."""
+
+    key: SessionKey
+    given: int
+    token_ids: list[int] | None = None
+    started: TurnStarted | None = None
 
 
 class Turns:
@@ -119,30 +140,51 @@ class Turns:
         if request.resume_from is not None and who in self._live:
             # Its client came back before its first connection was seen to be gone.
             self._engines.abort(self._live[who])
+        carried = _Carried(_key_of(request), given=request.resume_from or 0)
+        for _ in range(_MAX_MEMORIES):
+            try:
+                async with aclosing(self._attempt(request, text, carried)) as events:
+                    async for event in events:
+                        yield event
+                return
+            except MemoryLost:
+                logger.warning("a session's memory was lost in the middle of a turn, which goes on in another one")
+        raise Unavailable("the session's memory was lost several times; try again", retry_after=2)
+
+    async def _attempt(self, request: TurnRequest, text: str, carried: _Carried) -> AsyncGenerator[TurnEvent, None]:
+        """The turn, in the memory that the session has now. Raises MemoryLost, with all of the reply in `carried`."""
+        who = (request.tenant, request.request_id)
         engine = self._engines.engine
         begin = BeginTurn(
-            key=SessionKey(request.tenant, request.session_id or "", ephemeral=request.session_id is None),
+            key=carried.key,
             request_id=request.request_id,
             text=text,
             wait_seconds=self._limits.turn_wait,
             writers=(self._process,) if engine is None else (self._process, engine.process),
-            resume=request.resume_from is not None,
+            resume=request.resume_from is not None and carried.token_ids is None,
         )
         grant = await self._sessions.begin_turn(begin)
-        reply = Reply(text, self._tokenizer.detokenizer(), request.stop, given=request.resume_from or 0)
+        reply = Reply(text, self._tokenizer.detokenizer(), request.stop, given=carried.given)
         commit = TurnRecord(self._sessions, self._tokenizer, grant, request, reply)
         stream: SequenceStream | None = None
         try:
-            stream, fresh = await self._begin(request, grant, commit, text)
+            stream, fresh = await self._begin(request, grant, commit, text, carried)
             if stream is None:
                 yield TurnStarted(reply.num_prompt_tokens, reply.num_cached_tokens)
                 yield TextDelta(fresh, 0, reply.position)
             else:
                 self._live[who] = stream
-                async with aclosing(self._stream(request, grant, stream, reply, fresh)) as events:
+                async with aclosing(self._stream(request, grant, stream, commit, fresh, carried)) as events:
                     async for event in events:
                         yield event
             await commit.make()
+        except MemoryLost:
+            carried.key, carried.token_ids, carried.given = (
+                grant.key,
+                reply.token_ids,
+                max(carried.given, reply.position),
+            )
+            raise
         except BaseException:
             # The client left or something failed: whatever it is, the session is given back, in the background,
             # because an await here may be cancelled too.
@@ -160,7 +202,7 @@ class Turns:
         )
 
     async def _begin(
-        self, request: TurnRequest, grant: TurnGrant, commit: TurnRecord, text: str
+        self, request: TurnRequest, grant: TurnGrant, commit: TurnRecord, text: str, carried: _Carried
     ) -> tuple[SequenceStream | None, str]:
         """The engine's sequence (None if the reply is there as a whole), and what the client has not got yet of the
         reply so far."""
@@ -169,7 +211,9 @@ class Turns:
         num_prompt = num_kept + len(new_ids)
         sampling = self._prompts.sampling(request, self._prompts.max_tokens(request, num_prompt))
         reply = commit.reply
-        so_far = self._so_far(request, grant, num_kept, new_ids)
+        so_far = carried.token_ids
+        if so_far is None:
+            so_far = self._so_far(request, grant, num_kept, new_ids)
         fresh = reply.push(so_far)
         over = None
         if so_far and not reply.is_cut:
@@ -215,14 +259,24 @@ class Turns:
         return []
 
     async def _stream(
-        self, request: TurnRequest, grant: TurnGrant, stream: SequenceStream, reply: Reply, fresh: str
+        self,
+        request: TurnRequest,
+        grant: TurnGrant,
+        stream: SequenceStream,
+        commit: TurnRecord,
+        fresh: str,
+        carried: _Carried,
     ) -> AsyncGenerator[TurnEvent, None]:
         """Turns the engine's tokens into text until the sequence is released. `fresh`: text that is there already."""
+        reply = commit.reply
         limit = min(reply.num_prompt_tokens + stream.add.sampling["max_tokens"], self._limits.max_model_len)
         lease = TurnLease(self._sessions, self._engines, grant.key, stream, limit, self._limits.lease_tokens)
         num_given = reply.num_prompt_tokens + len(reply.token_ids)
         started = False
         async for output in stream:
+            if output.finish_reason == "gone":
+                await commit.drop()
+                raise MemoryLost
             if output.finish_reason == "error":
                 self._give_up(request, stream, output.error)
             if output.finish_reason == "abort" and not reply.is_cut:
@@ -234,7 +288,10 @@ class Turns:
                 if stream.was_moved or request.resume_from is not None:
                     # What an engine computed before it died was no cache when the turn began.
                     reply.num_cached_tokens = min(reply.num_cached_tokens, grant.num_computed_tokens)
-                yield TurnStarted(reply.num_prompt_tokens, reply.num_cached_tokens)
+                if carried.started is None:
+                    carried.started = TurnStarted(reply.num_prompt_tokens, reply.num_cached_tokens)
+                    yield carried.started
+                reply.num_cached_tokens = carried.started.num_cached_tokens
                 if fresh:
                     yield TextDelta(fresh, 0, reply.position)
             if reply.is_cut:
@@ -286,6 +343,10 @@ class Turns:
         if len(self._served_by) > _REMEMBERED_SESSIONS:
             self._served_by.popitem(last=False)
         return before != pid
+
+
+def _key_of(request: TurnRequest) -> SessionKey:
+    return SessionKey(request.tenant, request.session_id or "", ephemeral=request.session_id is None)
 
 
 def _poisonous() -> PoisonousRequest:

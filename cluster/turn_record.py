@@ -49,6 +49,11 @@ class TurnRecord:
         self._made = True
         await asyncio.shield(self._record())
 
+    async def drop(self) -> None:
+        """The turn leaves nothing here. Raises PhiError."""
+        self.prompt_ids = None
+        await self.make()
+
     async def _record(self) -> None:
         grant = self._grant
         if self.prompt_ids is None:

@@ -46,6 +46,7 @@ from phi_cluster.cluster.messages import (
     decode_frame,
 )
 from phi_cluster.cluster.served_model import ServedModel
+from phi_cluster.cluster.session.segment import SegmentGone
 from phi_cluster.model.flat_weights import WeightIndex, protect_read_only, view_weights
 from phi_cluster.model.kv_cache import KVCache
 from phi_cluster.model.ops import library
@@ -240,7 +241,8 @@ class EngineServer:
             try:
                 self._engine.add(self._open(frame))
             except (OSError, ValueError) as error:
-                self._refused.append(SequenceOutput(frame.sequence_id, [], "error", released=True, error=str(error)))
+                reason = "gone" if isinstance(error, SegmentGone) else "error"
+                self._refused.append(SequenceOutput(frame.sequence_id, [], reason, released=True, error=str(error)))
         elif isinstance(frame, AbortSequence):
             self._engine.abort(frame.sequence_id)
         elif isinstance(frame, ExtendSequence):

@@ -278,7 +278,27 @@ def test_engines_are_renewed_and_no_stream_notices(client, server, asked, undist
     assert client.metric("phi_recoveries_total", component="engine") == deaths
 
 
-def test_a_long_reply_outlives_several_engines(client, server, until):
+def test_the_session_actor_and_the_engine_die_in_one_turn(client, server, undisturbed, until):
+    """Where the next engine would look for the memory there is nobody any more."""
+    fields = {"max_tokens": 60, "ignore_eos": True, "temperature": 0.8, "seed": 12}
+    questions = ["Tell me about mountains.", "And about valleys?"]
+    twin, talk = client.conversation("both-twin"), client.conversation("both")
+    for conversation in (twin, talk):
+        conversation.say(questions[0], **fields)
+    expected = twin.say(questions[1], **fields)
+    actor = client.with_actor("both")["actor_pid"]
+    standby(client, server, until)
+    with talk.stream(questions[1], **fields) as stream:
+        stream.read(10)
+        os.kill(actor, signal.SIGKILL)
+        engine(client, server, until).kill()
+        reply = stream.finish()
+    assert all_of([reply]) == all_of([expected])
+    last = talk.say("Thank you.", max_tokens=4)
+    assert last.cached >= reply.prompt + reply.completion - 1
+
+
+def test_a_long_reply_outlives_several_engines(client, server, undisturbed, until):
     fields = {"max_tokens": 150, "ignore_eos": True, "temperature": 0.8, "seed": 11}
     question = "Tell me about the sea."
     expected = client.conversation("long-twin").say(question, **fields)

@@ -106,7 +106,7 @@ class FakeSessions:
         await self._script.call("begin_turn")
         self.begun.append(request)
         key = request.key
-        if key.ephemeral:
+        if key.ephemeral and not key.session_id:
             key = SessionKey(key.tenant, f"unnamed-{len(self.begun)}", ephemeral=True)
         transcript = self.transcripts.setdefault(key.digest, Transcript())
         match = transcript.match(request.text)
@@ -197,6 +197,8 @@ class FakeEngines:
         self.added.set()
         if self.replies:
             token_ids, reason = self.replies.popleft()
+            if not token_ids:
+                self.push(reason=reason, released=True)
             for i, token_id in enumerate(token_ids):
                 last = i == len(token_ids) - 1
                 self.push(token_id, reason=reason if last else None, cached=kept if i == 0 else None, released=last)
@@ -620,6 +622,49 @@ async def test_a_later_connection_ends_an_earlier_one(world: World, tokenizer: T
     world.reply("hello")
     world.script.gates["begin_turn"].set()
     assert said(await later) == "hello"
+
+
+@pytest.mark.parametrize("said_before", ["", "he"])
+async def test_a_memory_that_is_lost_is_replaced_in_mid_turn(
+    world: World, tokenizer: Tokenizer, said_before: str
+) -> None:
+    """Its session's process died and then the engine: the turn begins again with what was said, and nobody notices."""
+    request = chat("hi", session_id=None, sampling={"seed": None, "max_tokens": 5})
+    events, first = await begin(world, request)
+    for char in said_before:
+        world.engines.push(tokenizer.encode(char)[0], cached=0)
+    seen = [await first] if said_before else []
+    while said(seen) != said_before:
+        seen.append(await anext(events))
+    told = [tokenizer.encode(char)[0] for char in "hello"]
+    world.engines.replies.append((told[len(said_before) :], "length"))
+    before = world.engines.streams[-1].add
+    world.engines.push(reason="gone", released=True, error="the KV segment's holder is gone")
+    if not said_before:
+        seen.append(await first)
+    seen += [event async for event in events]
+    assert said(seen) == "hello"
+    assert [event for event in seen if isinstance(event, TurnStarted)] == seen[:1]
+    assert [e.position for e in seen if isinstance(e, TextDelta)] == [1, 2, 3, 4, 5]
+    assert finished(seen).num_completion_tokens == 5
+    again = world.engines.streams[-1].add
+    assert again.sampling == before.sampling
+    assert again.num_prompt_tokens == before.num_prompt_tokens
+    assert again.token_ids == before.token_ids + told[: len(said_before)]
+    # The first one is given back, and the same conversation asked for again.
+    assert world.sessions.abandoned == [1]
+    [asked, asked_again] = world.sessions.begun
+    assert (asked.key.session_id, asked_again.key.session_id) == ("", "unnamed-1")
+    [commit] = world.sessions.commits
+    assert stored_ids(commit)[-5:] == told
+
+
+async def test_a_memory_that_is_lost_again_and_again(world: World) -> None:
+    for _ in range(9):
+        world.engines.replies.append(([], "gone"))
+    with pytest.raises(Unavailable, match="lost"):
+        await world.run(chat("hi"))
+    assert len(world.sessions.begun) == len(world.sessions.abandoned) == 4
 
 
 async def test_poison_is_remembered_and_told(world: World) -> None:
