@@ -97,9 +97,11 @@ def _descriptors(victim: Victim, segments: set[int]) -> int:
     with contextlib.suppress(OSError):
         for link in Path(f"/proc/{victim.pid}/fd").iterdir():
             with contextlib.suppress(OSError):
-                if os.readlink(link).startswith(_SEGMENT):
+                target = os.readlink(link)
+                if target.startswith(_SEGMENT):
                     segments.add(link.stat().st_ino)
-                else:
+                # Ray's log monitor keeps the logs of dead workers open, up to 200 of them.
+                elif "/logs/" not in target:
                     number += 1
     return number
 

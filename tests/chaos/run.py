@@ -204,10 +204,8 @@ class Run:
     async def _count_leaks(self, census: Census, before: Resources) -> None:
         alive = await self._alive()
         after = await asyncio.to_thread(count, census, self.server.runtime_dir, self.server.state_dir)
-        self._log_at(
-            f"before {before.processes}, {before.segments} segments; after {after.processes}, "
-            f"{after.segments} segments, {alive.caches} of them of {len(self.open)} open conversations"
-        )
+        for what, found in (("before", before), ("after", after)):
+            self._log_at(f"{what}: {found.processes}, {found.segments} segments, descriptors {found.descriptors}")
         for leak in leaks(before, after, alive):
             self.history.notes.append(Note(time.monotonic(), "C6", f"{QUIET_SECONDS:g} s after quiet: {leak}"))
 

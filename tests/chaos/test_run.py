@@ -62,4 +62,4 @@ async def test_a_run_from_beginning_to_end(fake, tmp_path, quick):
     whats = [breach.what for breach in check(run.history)]
     assert whats
     assert all("the journal of" in what for what in whats)
-    assert "quiet" in logged[-2]
+    assert "quiet" in logged[-3]
