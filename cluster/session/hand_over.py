@@ -12,14 +12,11 @@ import logging
 from collections import Counter
 from collections.abc import Callable
 
-import ray
 from ray.exceptions import RayError, RayTaskError
 
-from phi_cluster.cluster.actors import NAMESPACE
 from phi_cluster.cluster.config import SessionsConfig
 from phi_cluster.cluster.errors import PhiError, SessionBusy
-from phi_cluster.cluster.messages import Moved, SessionKey
-from phi_cluster.cluster.processes import private_bytes
+from phi_cluster.cluster.messages import Moved, SegmentRef, SessionKey
 from phi_cluster.cluster.session.actor_pool import ANSWER_SECONDS, ActorPool, PooledActor
 from phi_cluster.cluster.session.journal import Journal
 from phi_cluster.cluster.session.recycler import RecycleReason
@@ -31,6 +28,8 @@ logger = logging.getLogger(__name__)
 
 # How long a hand-over waits for the turn under way; a longer turn is left alone until the next round.
 _WAIT_SECONDS = 5.0
+# A call may be lost although its actor lives.
+_CANCELS = 5
 
 
 class HandOvers:
@@ -100,14 +99,9 @@ class HandOvers:
 
     async def adopt_actors(self) -> list[Entry]:
         """Finds the actors that an earlier keeper of this node had, and enters their sessions."""
-        names = [
-            actor["name"]
-            for actor in ray.util.list_named_actors(all_namespaces=True)
-            if actor["namespace"] == NAMESPACE and actor["name"].startswith(self._pool.name_prefix)
-        ]
         empty: list[PooledActor] = []
         holders: dict[str, Entry] = {}
-        for found in await asyncio.gather(*(self._look_at(name) for name in names)):
+        for found in await asyncio.gather(*(self._look_at(name) for name in self._pool.actors.names())):
             if isinstance(found, PooledActor):
                 empty.append(found)
             elif found is not None:
@@ -134,21 +128,19 @@ class HandOvers:
     async def _look_at(self, name: str) -> Entry | PooledActor | None:
         """What an earlier keeper's actor holds. One that is dead is nobody, one that does not answer is ended."""
         try:
-            handle = ray.get_actor(name, namespace=NAMESPACE)
+            handle = self._pool.actors.find(name)
         except ValueError:
             return None
         try:
             pooled = PooledActor(handle, await asyncio.wait_for(handle.process.remote(), ANSWER_SECONDS))
             held = await asyncio.wait_for(handle.held.remote(), ANSWER_SECONDS)
-            baseline = private_bytes(pooled.process.pid)
-        except asyncio.TimeoutError:
-            ray.kill(handle)
-            return None
-        except (RayError, ProcessLookupError):
+        except (RayError, asyncio.TimeoutError):
+            # An error is no proof of its death: it may still hold a session, and hand turns out.
+            self._pool.actors.kill(handle)
             return None
         if held is None or held[1].state == "moved":
             return pooled
-        return Entry(held[0], actor=pooled, private_baseline=baseline, last_stats=held[1])
+        return Entry(held[0], actor=pooled, private_baseline=private_or_zero(pooled.process.pid), last_stats=held[1])
 
     async def _to_actor(self, entry: Entry, successor: PooledActor, reason: RecycleReason | None) -> None:
         """The successor takes the session, then the predecessor lets go. With `entry.moving` held."""
@@ -161,7 +153,7 @@ class HandOvers:
             else:
                 # One that hangs would hold the lock for ever.
                 stats = await asyncio.wait_for(predecessor.handle.describe.remote(key), ANSWER_SECONDS)
-                ref = await predecessor.handle.begin_hand_over.remote(key, _WAIT_SECONDS)
+                ref = await self._begin(key, predecessor)
         except (PhiError, RayError, asyncio.TimeoutError):
             self._pool.add(successor)
             raise
@@ -182,7 +174,7 @@ class HandOvers:
                 assert entry.session is not None
                 entry.session.cancel_hand_over()
             else:
-                await predecessor.handle.cancel_hand_over.remote(key)
+                await self._cancel(key, predecessor)
             raise
         held, entry.session, entry.actor, entry.wants_actor = entry.session, None, successor, False
         # It may be dead by now. Whatever it is, the predecessor is let go: it must not keep those who wait there.
@@ -202,7 +194,7 @@ class HandOvers:
         if actor is None:
             return
         stats = await asyncio.wait_for(actor.handle.describe.remote(entry.key), ANSWER_SECONDS)
-        ref = await actor.handle.begin_hand_over.remote(entry.key, _WAIT_SECONDS)
+        ref = await self._begin(entry.key, actor)
         if isinstance(ref, Moved) or isinstance(stats, Moved):
             return
         last_used = self._settings.clock() - stats.idle_seconds
@@ -211,11 +203,34 @@ class HandOvers:
                 ref, self._journal(entry.key), self._settings, recycled=False, last_used=last_used
             )
         except BaseException:
-            await actor.handle.cancel_hand_over.remote(entry.key)
+            await self._cancel(entry.key, actor)
             raise
         entry.actor, entry.wants_actor = None, False
         self.recycles[reason.value] += 1
         await self._let_go(entry.key, actor)
+
+    async def _begin(self, key: SessionKey, predecessor: PooledActor) -> SegmentRef | Moved:
+        """Raises SessionBusy and RayError, and the session is as before."""
+        try:
+            return await predecessor.handle.begin_hand_over.remote(key, _WAIT_SECONDS)
+        except RayTaskError:
+            raise
+        except RayError:
+            # Only the answer may be lost: it must not wait for a successor that nobody sends.
+            await self._cancel(key, predecessor)
+            raise
+
+    async def _cancel(self, key: SessionKey, predecessor: PooledActor) -> None:
+        """The predecessor goes on as before, unless it is dead."""
+        for _ in range(_CANCELS):
+            try:
+                await asyncio.wait_for(predecessor.handle.cancel_hand_over.remote(key), ANSWER_SECONDS)
+                return
+            except RayTaskError:
+                # No hand-over is under way.
+                return
+            except (RayError, asyncio.TimeoutError) as error:
+                logger.info("a predecessor was not told to go on: %s", type(error).__name__)
 
     async def _let_go(self, key: SessionKey, predecessor: PooledActor) -> None:
         """The session is with its successor: the predecessor tells those who wait, and ends."""

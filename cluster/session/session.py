@@ -39,7 +39,7 @@ from phi_cluster.cluster.session.transcript import Match
 @dataclass(frozen=True)
 class SessionSettings:
     """What all sessions of a host share. `clock` is wall time in seconds; `poll_seconds` is how often those
-    who wait for a turn look whether its writers still live."""
+    who wait for a turn look whether its writers still live, `segments` what makes and opens memory."""
 
     layout: SegmentLayout
     fingerprint: str
@@ -47,6 +47,7 @@ class SessionSettings:
     is_alive: Callable[[ProcessId], bool]
     poll_seconds: float = 0.05
     max_waiting: int = 64
+    segments: type[Segment] = Segment
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ class Session:
         A turn that was under way may still be committed. Raises the journal's errors.
         """
         info = journal.activate(recycled=False) if activate else journal.info()
-        segment = Segment.create(settings.layout, settings.fingerprint)
+        segment = settings.segments.create(settings.layout, settings.fingerprint)
         return cls._built(segment, journal, settings, info)
 
     @classmethod
@@ -136,7 +137,7 @@ class Session:
         predecessor must hold on until this has returned. Raises SegmentGone or SegmentMismatch if the memory
         is not to be had (then `restore`), and the journal's errors.
         """
-        segment = Segment.open(ref, settings.layout, settings.fingerprint)
+        segment = settings.segments.open(ref, settings.layout, settings.fingerprint)
         try:
             info = journal.activate(recycled=recycled)
         except BaseException:
@@ -171,8 +172,9 @@ class Session:
         `wait_seconds`, and the journal's errors.
 
         Whoever asks must take the answer even if its own client has gone, and then `abandon`; one that cannot
-        know whether there was an answer calls `withdraw`.
+        know whether there was an answer calls `withdraw`, or asks again: one request has one turn, the last one.
         """
+        self.withdraw(request.request_id)
         if not await self._enter(request.request_id, request.wait_seconds):
             return Moved(self.key)
         try:
@@ -248,7 +250,7 @@ class Session:
         if self._state != "active":
             raise ValueError("the session is being handed over, or was")
         settings = self._settings
-        self._conversation.replace_segment(Segment.create(settings.layout, settings.fingerprint))
+        self._conversation.replace_segment(settings.segments.create(settings.layout, settings.fingerprint))
         if self._turn is not None:
             self._end_turn()
 
