@@ -38,8 +38,9 @@ VERSION = 2
 _HEAD = struct.Struct("=8sq16s32s")
 FIELDS_OFFSET = 64
 _EPOCH, _FLAGS, _SEED, _NUM_COMPUTED_TOKENS, _NUM_TOKENS, _WRITER_PID, _WRITER_START_TICKS = range(7)
-_COMMITTER_PID, _COMMITTER_START_TICKS, _REQUEST_HIGH, _REQUEST_LOW = range(7, 11)
-_FIELDS = struct.Struct("=11q")
+_COMMITTER_PID, _COMMITTER_START_TICKS, _REQUEST, _, _CLAIM, _ = range(7, 13)
+_FIELDS = struct.Struct("=13q")
+_NAME = struct.Struct("=2q")
 _FLAG_LONG_ROPE = 1
 _FLAG_SEED = 2
 
@@ -188,12 +189,27 @@ class Segment:
     @property
     def request(self) -> bytes | None:
         """16 bytes that name the request whose turn is under way, or was and ended without a word."""
-        value = struct.pack("=2q", *self._fields[_REQUEST_HIGH : _REQUEST_LOW + 1])
-        return value if any(value) else None
+        return self._name(_REQUEST)
 
     @request.setter
     def request(self, value: bytes | None) -> None:
-        self._fields[_REQUEST_HIGH], self._fields[_REQUEST_LOW] = struct.unpack("=2q", value or bytes(16))
+        self._set_name(_REQUEST, value)
+
+    @property
+    def claim(self) -> bytes | None:
+        """16 bytes that name the attempt with which that turn began."""
+        return self._name(_CLAIM)
+
+    @claim.setter
+    def claim(self, value: bytes | None) -> None:
+        self._set_name(_CLAIM, value)
+
+    def _name(self, field: int) -> bytes | None:
+        value = _NAME.pack(self._fields[field], self._fields[field + 1])
+        return value if any(value) else None
+
+    def _set_name(self, field: int, value: bytes | None) -> None:
+        self._fields[field], self._fields[field + 1] = _NAME.unpack(value or bytes(_NAME.size))
 
     def _process(self, pid_field: int, ticks_field: int) -> ProcessId | None:
         pid = self._fields[pid_field]

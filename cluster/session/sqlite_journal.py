@@ -23,7 +23,7 @@ import msgpack
 from phi_cluster.cluster.errors import PhiError
 from phi_cluster.cluster.messages import CommitTurn, SessionKey
 from phi_cluster.cluster.session import sqlite_file
-from phi_cluster.cluster.session.journal import JournalInfo, JournalUnavailable, stale_epoch
+from phi_cluster.cluster.session.journal import JournalInfo, JournalUnavailable, first_epoch, stale_epoch
 from phi_cluster.cluster.session.sqlite_file import MIGRATIONS, corrupt, translated
 
 _TURN_COLUMNS = (
@@ -186,9 +186,10 @@ class SQLiteJournal:
         return self.key.tenant, self.key.session_id, int(self.key.ephemeral)
 
     def _write_names(self, connection: sqlite3.Connection) -> None:
+        now = self._clock()
         connection.execute(
-            "INSERT INTO session VALUES (1, ?, ?, ?, ?, ?, 0, 0, 0, 0)",
-            (*self._names, self._fingerprint, self._clock()),
+            "INSERT INTO session VALUES (1, ?, ?, ?, ?, ?, ?, 0, 0, 0)",
+            (*self._names, self._fingerprint, now, first_epoch(now)),
         )
 
     def _read_info(self, connection: sqlite3.Connection) -> JournalInfo:
