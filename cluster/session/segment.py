@@ -273,14 +273,14 @@ class Segment:
         layout = self.layout
         used = page_ceil(num_tokens * ID_NBYTES)
         if used < layout.ids_nbytes:
-            memfd.punch(self._fd, layout.ids_offset + used, layout.ids_nbytes - used)
+            self._punch(layout.ids_offset + used, layout.ids_nbytes - used)
         for offset, length in layout.kv.tail_ranges(num_tokens):
-            memfd.punch(self._fd, layout.kv_offset + offset, length)
+            self._punch(layout.kv_offset + offset, length)
 
     def drop_kv(self) -> None:
         """Give all keys and values back and keep the ids: the next turn computes them again."""
         self._fields[_NUM_COMPUTED_TOKENS] = 0
-        memfd.punch(self._fd, self.layout.kv_offset, self.layout.kv.nbytes)
+        self._punch(self.layout.kv_offset, self.layout.kv.nbytes)
 
     def clear(self) -> None:
         """Forget everything but the nonce: as new, one page, all zeros behind the header."""
@@ -302,6 +302,9 @@ class Segment:
     def __del__(self) -> None:
         # A holder that was dropped after an error must not keep a conversation's memory.
         self.close()
+
+    def _punch(self, offset: int, length: int) -> None:
+        memfd.punch(self._fd, offset, length)
 
     def _slice(self, start: int, stop: int | None) -> memoryview:
         # Never beyond num_tokens: reading a hole through a shared mapping would allocate its page.

@@ -187,7 +187,7 @@ def test_a_newer_version_is_refused_and_an_older_one_is_brought_up(make_journal,
     assert len(upgraded.load()) == 1
     assert upgraded._open().execute("SELECT note FROM turns").fetchall() == [("none",)]
     upgraded.close()
-    with pytest.raises(JournalTooNew, match="version 2 and this program knows 1"):
+    with pytest.raises(JournalTooNew, match="version 3 and this program knows 2"):
         make_journal(key).load()
     assert len(make_journal(key, migrations=newer).load()) == 1
 
