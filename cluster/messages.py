@@ -58,6 +58,8 @@ class BeginTurn:
     writers: tuple[ProcessId, ...] = ()
     # The request comes again, to read on where its reply was interrupted.
     resume: bool = False
+    # Names this attempt at a turn, where a request may make several: whoever asks again with it has had no answer.
+    claim: str = ""
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,8 @@ class TurnGrant:
     num_kept_tokens: int
     num_kept_chars: int
     last_kept_id: int | None
+    # Over the first `num_kept_tokens` ids, as int32: see reply.Position.
+    kept_checksum: int
     num_tokens: int
     num_computed_tokens: int
     turns: int

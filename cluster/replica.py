@@ -89,7 +89,6 @@ class Replica:
                 max_model_len=served.max_model_len,
                 max_turns=config.engine.max_num_seqs + config.engine.max_waiting,
                 turn_wait=config.sessions.turn_wait,
-                reproducible=served.is_reproducible,
             ),
             process_id(),
             PoisonList(runtime_dir / "poison"),

@@ -3,34 +3,56 @@
 Owns: the reply's ids and text, where a stop string cut it, and the positions by which a client reads on. Knows nothing
 of engines, sessions or HTTP.
 
-A position counts the reply's tokens up to a piece of text; text that was held back until the end stands one further.
-The same tokens give the same pieces in any grouping, so a position means the same text whenever it is computed.
+The same tokens give the same pieces of text in any grouping, so a position means the same text whenever it is computed.
 """
 
 from __future__ import annotations
 
+import zlib
+from array import array
 from collections.abc import Sequence
 
+from phi_cluster.cluster.errors import ReplyGone
+from phi_cluster.cluster.turn_api import BEGINNING, Position
 from phi_cluster.model.tokenizer import Detokenizer, StopStrings
 
 
 class Reply:
-    """`text` is all that has come out, also what the client had before (`given`, a position).
+    """`text` is all that has come out, also what the client had before, up to `given`.
 
     `prompt_text` is what it answers; `finish_reason` is the engine's, or "stop_string"; counts are in tokens.
     """
 
-    def __init__(self, prompt_text: str, detokenizer: Detokenizer, stops: Sequence[str] = (), *, given: int = 0):
+    def __init__(
+        self,
+        prompt_text: str,
+        detokenizer: Detokenizer,
+        stops: Sequence[str] = (),
+        *,
+        given: Position = BEGINNING,
+        is_known: bool = False,
+    ):
+        """`is_known`: the tokens up to `given` are for sure the ones that the client got."""
         self.prompt_text = prompt_text
         self.num_prompt_tokens = 0
         self.num_cached_tokens = 0
         self.token_ids: list[int] = []
         self.text = ""
         self.finish_reason = "abort"
-        self.position = 0
+        self._count = 0
+        self._checksum = 0
         self._detokenizer = detokenizer
         self._stops = StopStrings(list(stops))
         self._given = given
+        self._is_known = is_known
+
+    @property
+    def position(self) -> Position:
+        return Position(self._count, self._checksum)
+
+    def answer(self, kept_checksum: int, prompt_ids: Sequence[int]) -> None:
+        """The prompt is these ids, behind those of `kept_checksum`."""
+        self._checksum = _add(kept_checksum, prompt_ids)
 
     @property
     def is_cut(self) -> bool:
@@ -38,13 +60,15 @@ class Reply:
         return self.finish_reason == "stop_string"
 
     def push(self, token_ids: Sequence[int]) -> str:
-        """Takes tokens in, up to a stop string; returns the text that the client has not got yet."""
+        """Takes tokens in, up to a stop string; returns the text that the client has not got yet. Raises ReplyGone if
+        these are not the tokens that it got."""
         fresh = ""
         # One by one: of several tokens in a step, those behind a stop string do not count.
         for token_id in token_ids:
             if self.is_cut:
                 break
             self.token_ids.append(token_id)
+            self._checksum = _add(self._checksum, (token_id,))
             piece, is_cut = self._stops.push(self._detokenizer.push([token_id]))
             if is_cut:
                 self.finish_reason = "stop_string"
@@ -52,16 +76,32 @@ class Reply:
         return fresh
 
     def end(self, finish_reason: str) -> str:
-        """There are no more tokens: returns what was held back."""
+        """There are no more tokens: returns what was held back. Raises ReplyGone if the client got more."""
         self.finish_reason = finish_reason
         piece, is_cut = self._stops.push(self._detokenizer.flush())
         if is_cut:
             self.finish_reason = "stop_string"
         else:
             piece += self._stops.flush()
-        return self._take(piece) if piece else ""
+        fresh = self._take(piece) if piece else ""
+        if self._count < self._given.count:
+            raise _other()
+        return fresh
 
     def _take(self, piece: str) -> str:
-        self.position += 1
+        self._count += 1
         self.text += piece
-        return piece if self.position > self._given else ""
+        is_other = self._count == self._given.count and self._checksum != self._given.checksum
+        if is_other and not self._is_known:
+            raise _other()
+        return piece if self._count > self._given.count else ""
+
+
+def _add(checksum: int, token_ids: Sequence[int]) -> int:
+    return zlib.crc32(array("i", token_ids).tobytes(), checksum)
+
+
+def _other() -> ReplyGone:
+    return ReplyGone(
+        "the interrupted reply is lost, and computed again it is another one; send the request without x-resume-from"
+    )

@@ -38,11 +38,6 @@ class ServedModel:
     max_model_len: int
 
     @property
-    def is_reproducible(self) -> bool:
-        """Whether a conversation's logits are the same bits whatever is computed beside it."""
-        return self.dtype in _QUANTISED
-
-    @property
     def layout(self) -> SegmentLayout:
         itemsize, scale_nbytes = _KV_NBYTES[self.kv_cache_dtype]
         return SegmentLayout(KVCacheLayout.for_config(self.config, self.max_model_len, itemsize, scale_nbytes))

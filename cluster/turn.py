@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import uuid
 from array import array
 from collections import OrderedDict
 from collections.abc import AsyncGenerator
@@ -27,13 +28,21 @@ from phi_cluster.cluster.errors import (
     PhiError,
     PoisonousRequest,
     ReadElsewhere,
-    ReplyGone,
     Unavailable,
 )
 from phi_cluster.cluster.messages import AddSequence, BeginTurn, ProcessId, SessionKey, TurnGrant
 from phi_cluster.cluster.prompt import PromptReader
 from phi_cluster.cluster.reply import Reply
-from phi_cluster.cluster.turn_api import FinishReason, TextDelta, TurnEvent, TurnFinished, TurnRequest, TurnStarted
+from phi_cluster.cluster.turn_api import (
+    BEGINNING,
+    FinishReason,
+    Position,
+    TextDelta,
+    TurnEvent,
+    TurnFinished,
+    TurnRequest,
+    TurnStarted,
+)
 from phi_cluster.cluster.turn_lease import Lessor, TurnLease
 from phi_cluster.cluster.turn_record import Recorder, TurnRecord
 from phi_cluster.model.sampling_params import SamplingParams
@@ -62,13 +71,11 @@ class Poison(Protocol):
 
 @dataclass(frozen=True)
 class TurnLimits:
-    """`lease_tokens`: KV memory is leased for so many tokens ahead of the reply. `reproducible`: a reply that is
-    computed again comes out the same, whatever else is computed beside it."""
+    """`lease_tokens`: KV memory is leased for so many tokens ahead of the reply."""
 
     max_model_len: int
     max_turns: int
     turn_wait: float
-    reproducible: bool = False
     lease_tokens: int = 512
 
 
@@ -82,7 +89,7 @@ class _Carried:
     speak of; the client has all text up to `given`, and `started` if it was told so."""
 
     key: SessionKey
-    given: int
+    given: Position
     token_ids: list[int] | None = None
     started: TurnStarted | None = None
 
@@ -140,12 +147,14 @@ class Turns:
         if request.resume_from is not None and who in self._live:
             # Its client came back before its first connection was seen to be gone.
             self._engines.abort(self._live[who])
-        carried = _Carried(_key_of(request), given=request.resume_from or 0)
+        carried = _Carried(_key_of(request), given=request.resume_from or BEGINNING)
         for _ in range(_MAX_MEMORIES):
             try:
                 async with aclosing(self._attempt(request, text, carried)) as events:
                     async for event in events:
                         yield event
+                        if isinstance(event, TextDelta):
+                            carried.given = event.position
                 return
             except MemoryLost:
                 logger.warning("a session's memory was lost in the middle of a turn, which goes on in another one")
@@ -162,9 +171,11 @@ class Turns:
             wait_seconds=self._limits.turn_wait,
             writers=(self._process,) if engine is None else (self._process, engine.process),
             resume=request.resume_from is not None and carried.token_ids is None,
+            claim=uuid.uuid4().hex,
         )
         grant = await self._sessions.begin_turn(begin)
-        reply = Reply(text, self._tokenizer.detokenizer(), request.stop, given=carried.given)
+        is_known = carried.token_ids is not None
+        reply = Reply(text, self._tokenizer.detokenizer(), request.stop, given=carried.given, is_known=is_known)
         commit = TurnRecord(self._sessions, self._tokenizer, grant, request, reply)
         stream: SequenceStream | None = None
         try:
@@ -179,11 +190,7 @@ class Turns:
                         yield event
             await commit.make()
         except MemoryLost:
-            carried.key, carried.token_ids, carried.given = (
-                grant.key,
-                reply.token_ids,
-                max(carried.given, reply.position),
-            )
+            carried.key, carried.token_ids = grant.key, reply.token_ids
             raise
         except BaseException:
             # The client left or something failed: whatever it is, the session is given back, in the background,
@@ -213,7 +220,8 @@ class Turns:
         reply = commit.reply
         so_far = carried.token_ids
         if so_far is None:
-            so_far = self._so_far(request, grant, num_kept, new_ids)
+            so_far = self._so_far(grant, num_kept, new_ids)
+        reply.answer(grant.kept_checksum if num_kept else 0, new_ids)
         fresh = reply.push(so_far)
         over = None
         if so_far and not reply.is_cut:
@@ -244,18 +252,13 @@ class Turns:
             reply.num_cached_tokens = min(grant.num_computed_tokens, num_prompt)
         return stream, fresh
 
-    def _so_far(self, request: TurnRequest, grant: TurnGrant, num_kept: int, new_ids: list[int]) -> list[int]:
-        """The ids of the reply that are there already. Raises ReplyGone if they must be and are not."""
+    def _so_far(self, grant: TurnGrant, num_kept: int, new_ids: list[int]) -> list[int]:
+        """The ids of the reply that are there already."""
         if grant.resumed_ids is not None:
             left = array("i", grant.resumed_ids).tolist()
             prompt = new_ids[grant.num_kept_tokens - num_kept :]
             if left[: len(prompt)] == prompt:
                 return left[len(prompt) :]
-        if request.resume_from and not self._limits.reproducible:
-            raise ReplyGone(
-                "what came of the interrupted reply is lost, and with this dtype it might not come out the same again; "
-                "send the request without x-resume-from"
-            )
         return []
 
     async def _stream(

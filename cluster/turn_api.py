@@ -18,6 +18,22 @@ Endpoint: TypeAlias = Literal["chat", "completions"]
 
 
 @dataclass(frozen=True)
+class Position:
+    """A place in a reply: `count` tokens of it are said there (what is held back until the end stands one further);
+    `checksum` is the CRC-32 of all ids up to there, the prompt's included, as int32. So a reply that is computed again
+    is known to be the same."""
+
+    count: int
+    checksum: int
+
+    def __str__(self) -> str:
+        return f"{self.count}-{self.checksum:08x}"
+
+
+BEGINNING = Position(0, 0)
+
+
+@dataclass(frozen=True)
 class TurnRequest:
     """One turn, validated as far as that is possible without a tokenizer.
 
@@ -45,7 +61,7 @@ class TurnRequest:
     stop: tuple[str, ...] = field(default=(), repr=False)
     add_generation_prompt: bool = True
     continue_final_message: bool = False
-    resume_from: int | None = None
+    resume_from: Position | None = None
 
 
 @dataclass(frozen=True)
@@ -60,13 +76,12 @@ class TurnStarted:
 class TextDelta:
     """Text that is final, and how many new tokens this event stands for. `text` may be empty (held back).
 
-    `position` is where in the reply the text ends: its tokens are counted from 1; what is held back until the end
-    stands behind the last.
+    `position` is where in the reply the text ends.
     """
 
     text: str = field(repr=False)
     num_tokens: int
-    position: int
+    position: Position
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,12 @@ from phi_cluster.model.kv_cache import KVCache
 class SegmentKV:
     """Keys and values lie in the segment itself, shared with whoever maps it."""
 
+    # What maps the memory: tests record its stores.
+    _segment_class = Segment
+
     def __init__(self, ref: SegmentRef, layout: SegmentLayout, fingerprint: str, dtype: torch.dtype, epoch: int):
         """Raises SegmentGone or SegmentMismatch, also if the segment has been lent to a later turn than `epoch`."""
-        self._segment = Segment.open(ref, layout, fingerprint)
+        self._segment = self._segment_class.open(ref, layout, fingerprint)
         self._me = process_id()
         if self._segment.epoch == epoch:
             self._segment.writer = self._me

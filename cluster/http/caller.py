@@ -13,6 +13,7 @@ from starlette.requests import Request
 
 from phi_cluster.cluster.errors import InvalidRequest
 from phi_cluster.cluster.http.auth import tenant_of
+from phi_cluster.cluster.turn_api import Position
 
 SESSION_HEADER = "x-session-id"
 REQUEST_ID_HEADER = "x-request-id"
@@ -21,7 +22,7 @@ RESUME_HEADER = "x-resume-from"
 
 SESSION_ID_RULE = "1 to 128 of the characters A-Z a-z 0-9 . _ : -, and neither . nor .. alone"
 _REQUEST_ID = re.compile(r"[0-9a-f]{32}", re.ASCII)
-_POSITION = re.compile(r"[0-9]{1,9}", re.ASCII)
+_POSITION = re.compile(r"([0-9]{1,9})-([0-9a-f]{8})", re.ASCII)
 _SESSION_ID = re.compile(r"(?!\.{1,2}\Z)[A-Za-z0-9._:-]{1,128}", re.ASCII)
 
 
@@ -34,7 +35,7 @@ class Caller:
     session_id: str | None
     request_id: str
     wants_details: bool
-    resume_from: int | None = None
+    resume_from: Position | None = None
 
 
 def caller_of(request: Request) -> Caller:
@@ -50,14 +51,15 @@ def caller_of(request: Request) -> Caller:
     )
 
 
-def _resume_from(request: Request) -> int | None:
+def _resume_from(request: Request) -> Position | None:
     """The position to read on from. The request then goes on under the id that it had."""
     position = _only(request, RESUME_HEADER)
     if position is None:
         return None
-    if not _POSITION.fullmatch(position):
+    parts = _POSITION.fullmatch("0-00000000" if position == "0" else position)
+    if parts is None:
         raise InvalidRequest(
-            f"{RESUME_HEADER}: the number of the last event's id line is expected, or 0", param=RESUME_HEADER
+            f"{RESUME_HEADER}: the id of the last event that came is expected, or 0", param=RESUME_HEADER
         )
     request_id = _only(request, REQUEST_ID_HEADER)
     if request_id is None or not _REQUEST_ID.fullmatch(request_id):
@@ -67,7 +69,7 @@ def _resume_from(request: Request) -> int | None:
             param=REQUEST_ID_HEADER,
         )
     request.state.request_id = request_id
-    return int(position)
+    return Position(int(parts[1]), int(parts[2], 16))
 
 
 def _only(request: Request, name: str) -> str | None:

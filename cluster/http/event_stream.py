@@ -35,9 +35,9 @@ class EventStream:
         self._ended = False
         self._last_write = asyncio.get_running_loop().time()
 
-    async def write(self, event: Mapping[str, Any], position: int | None = None) -> None:
+    async def write(self, event: Mapping[str, Any], position: object = None) -> None:
         """Sends an event, with `position` as its id; the first call sends the status 200 and the headers."""
-        id_line = b"" if position is None else b"id: %d\n" % position
+        id_line = b"" if position is None else f"id: {position}\n".encode()
         await self._write(id_line + b"data: " + to_json(event) + b"\n\n")
 
     async def end(self, *events: Mapping[str, Any]) -> None:

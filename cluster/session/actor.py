@@ -7,6 +7,7 @@ to recycle; the keeper tells it what to take and when to let go. Small on purpos
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import ray
@@ -21,6 +22,7 @@ from phi_cluster.cluster.messages import (
     TurnGrant,
 )
 from phi_cluster.cluster.processes import is_alive, process_id
+from phi_cluster.cluster.session.journal import Journal
 from phi_cluster.cluster.session.segment import SegmentLayout
 from phi_cluster.cluster.session.session import Session, SessionSettings, SessionStats
 from phi_cluster.cluster.session.sqlite_journal import SQLiteJournal
@@ -31,24 +33,24 @@ def session_settings(layout: SegmentLayout, fingerprint: str) -> SessionSettings
     return SessionSettings(layout, fingerprint, time.time, is_alive)
 
 
-@ray.remote(num_cpus=0)
-class SessionActor:
-    """Every method answers `Moved` for a session that is not here."""
+class SessionHost:
+    """Every method answers `Moved` for a session that is not here. `journal` opens a session's."""
 
-    def __init__(self, layout: SegmentLayout, fingerprint: str, state_path: Path):
-        self._settings = session_settings(layout, fingerprint)
-        self._state_path = state_path
+    def __init__(self, settings: SessionSettings, journal: Callable[[SessionKey], Journal], process: ProcessId):
+        self._settings = settings
+        self._journal = journal
+        self._process = process
         self._session: Session | None = None
 
     async def process(self) -> ProcessId:
-        return process_id()
+        return self._process
 
     async def activate(self, key: SessionKey, ref: SegmentRef, recycled: bool, last_used: float) -> SessionStats:
         """Takes the session over from a process that is handing over; that one must hold on until this returns.
 
         Raises SegmentGone or SegmentMismatch, and the journal's errors.
         """
-        journal = SQLiteJournal(self._state_path, key, self._settings.fingerprint, self._settings.clock)
+        journal = self._journal(key)
         self._session = Session.take_over(ref, journal, self._settings, recycled=recycled, last_used=last_used)
         return self._session.describe()
 
@@ -72,9 +74,9 @@ class SessionActor:
         session.abandon(epoch)
         return session.describe()
 
-    async def withdraw(self, key: SessionKey, request_id: str) -> bool | Moved:
+    async def withdraw(self, key: SessionKey, claim: str) -> bool | Moved:
         session = self._find(key)
-        return session.withdraw(request_id) if session else Moved(key)
+        return session.withdraw(claim) if session else Moved(key)
 
     async def clear(self, key: SessionKey, wait_seconds: float) -> SessionStats | Moved:
         session = self._find(key)
@@ -111,3 +113,14 @@ class SessionActor:
 
     def _find(self, key: SessionKey) -> Session | None:
         return self._session if self._session is not None and self._session.key == key else None
+
+
+@ray.remote(num_cpus=0)
+class SessionActor(SessionHost):
+    """The host in a process of its own."""
+
+    def __init__(self, layout: SegmentLayout, fingerprint: str, state_path: Path):
+        settings = session_settings(layout, fingerprint)
+        super().__init__(
+            settings, lambda key: SQLiteJournal(state_path, key, fingerprint, settings.clock), process_id()
+        )

@@ -15,8 +15,9 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
-from phi_cluster.cluster.actors import SESSION_PREFIX, create, detached_options
+from phi_cluster.cluster.actors import NAMESPACE, SESSION_PREFIX, create, detached_options
 from phi_cluster.cluster.messages import ProcessId
+from phi_cluster.cluster.processes import kill_for_sure
 from phi_cluster.cluster.session.actor import SessionActor
 from phi_cluster.cluster.session.segment import SegmentLayout
 
@@ -34,14 +35,42 @@ class PooledActor:
     process: ProcessId
 
 
-class ActorPool:
-    """For one event loop."""
+class RayActors:
+    """A node's session actors as Ray knows them."""
 
     def __init__(self, layout: SegmentLayout, fingerprint: str, state_path: Path, node_id: str):
         self._arguments = (layout, fingerprint, state_path)
         self._node_id = node_id
-        # Of all names of this node's session actors.
-        self.name_prefix = f"{SESSION_PREFIX}{node_id}-"
+        self._prefix = f"{SESSION_PREFIX}{node_id}-"
+
+    def create(self) -> Any:
+        options = detached_options(f"{self._prefix}{uuid.uuid4().hex}", self._node_id, restarts=0)
+        options["runtime_env"] = {"py_executable": _PRIORITY}
+        return create(SessionActor, options, *self._arguments)
+
+    def names(self) -> list[str]:
+        """Of all that there are, also those that an earlier keeper had."""
+        actors = ray.util.list_named_actors(all_namespaces=True)
+        ours = [actor["name"] for actor in actors if actor["namespace"] == NAMESPACE]
+        return [name for name in ours if name.startswith(self._prefix)]
+
+    def find(self, name: str) -> Any:
+        """Raises ValueError if there is none (any more)."""
+        return ray.get_actor(name, namespace=NAMESPACE)
+
+    def kill(self, handle: Any) -> None:
+        ray.kill(handle)
+
+    async def kill_for_sure(self, process: ProcessId) -> None:
+        """Also one that hangs, and returns when it is dead."""
+        await kill_for_sure(process)
+
+
+class ActorPool:
+    """For one event loop."""
+
+    def __init__(self, actors: RayActors):
+        self.actors = actors
         self._warm: list[PooledActor] = []
 
     @property
@@ -50,13 +79,11 @@ class ActorPool:
 
     async def spawn(self) -> PooledActor:
         """Starts one and waits until it is up (about a second). Raises RayError."""
-        options = detached_options(f"{self.name_prefix}{uuid.uuid4().hex}", self._node_id, restarts=0)
-        options["runtime_env"] = {"py_executable": _PRIORITY}
-        handle = create(SessionActor, options, *self._arguments)
+        handle = self.actors.create()
         try:
             return PooledActor(handle, await handle.process.remote())
         except BaseException:
-            ray.kill(handle)
+            self.actors.kill(handle)
             raise
 
     def add(self, actor: PooledActor) -> None:
@@ -73,9 +100,8 @@ class ActorPool:
                 self.end(actor)
         return await self.spawn()
 
-    @staticmethod
-    def end(actor: PooledActor) -> None:
-        ray.kill(actor.handle)
+    def end(self, actor: PooledActor) -> None:
+        self.actors.kill(actor.handle)
 
     def end_all(self) -> None:
         while self._warm:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import zlib
 from array import array
 from dataclasses import replace
 
@@ -19,9 +20,9 @@ from phi_cluster.cluster.session.segment import Segment
 from phi_cluster.cluster.session.transcript import Transcript
 
 
-def request_digest(request_id: str) -> bytes:
-    """How a segment names a request: 16 bytes."""
-    return hashlib.blake2b(request_id.encode(), digest_size=16).digest()
+def name_digest(name: str) -> bytes:
+    """How a segment names a request, or an attempt at a turn: 16 bytes."""
+    return hashlib.blake2b(name.encode(), digest_size=16).digest()
 
 
 class Conversation:
@@ -72,6 +73,7 @@ class Conversation:
             num_kept_tokens=kept,
             num_kept_chars=match.num_kept_chars,
             last_kept_id=self.transcript.token_ids[kept - 1] if kept else None,
+            kept_checksum=zlib.crc32(self.transcript.token_ids[:kept].tobytes()),
             num_tokens=segment.num_tokens,
             num_computed_tokens=segment.num_computed_tokens,
             turns=info.turns,
@@ -103,7 +105,7 @@ class Conversation:
 
     def left_by(self, request_id: str) -> bool:
         """Whether this request left what is last here, recorded or not."""
-        return self._last_commit[1] == request_id or self.segment.request == request_digest(request_id)
+        return self._last_commit[1] == request_id or self.segment.request == name_digest(request_id)
 
     def forget(self) -> None:
         """Drop history, record and cache. Raises the journal's errors."""
@@ -133,7 +135,7 @@ class Conversation:
 
     def _unrecorded(self, request_id: str | None, kept: int) -> bytes | None:
         """The ids that a request's turn wrote behind the first `kept` and nobody recorded, if it built on those."""
-        if request_id is None or self.segment.request != request_digest(request_id):
+        if request_id is None or self.segment.request != name_digest(request_id):
             return None
         if self.segment.count_matching(self.transcript.token_ids[:kept]) < kept:
             return None

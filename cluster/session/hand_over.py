@@ -12,25 +12,25 @@ import logging
 from collections import Counter
 from collections.abc import Callable
 
-import ray
 from ray.exceptions import RayError, RayTaskError
 
-from phi_cluster.cluster.actors import NAMESPACE
 from phi_cluster.cluster.config import SessionsConfig
 from phi_cluster.cluster.errors import PhiError, SessionBusy
-from phi_cluster.cluster.messages import Moved, SessionKey
-from phi_cluster.cluster.processes import private_bytes
+from phi_cluster.cluster.messages import Moved, SegmentRef, SessionKey
 from phi_cluster.cluster.session.actor_pool import ANSWER_SECONDS, ActorPool, PooledActor
 from phi_cluster.cluster.session.journal import Journal
 from phi_cluster.cluster.session.recycler import RecycleReason
 from phi_cluster.cluster.session.reports import private_or_zero
 from phi_cluster.cluster.session.roster import Entry, Roster
+from phi_cluster.cluster.session.segment import SegmentGone, SegmentMismatch
 from phi_cluster.cluster.session.session import Session, SessionSettings, SessionStats
 
 logger = logging.getLogger(__name__)
 
 # How long a hand-over waits for the turn under way; a longer turn is left alone until the next round.
 _WAIT_SECONDS = 5.0
+# A call may be lost although its actor lives.
+_CANCELS = 5
 
 
 class HandOvers:
@@ -100,14 +100,9 @@ class HandOvers:
 
     async def adopt_actors(self) -> list[Entry]:
         """Finds the actors that an earlier keeper of this node had, and enters their sessions."""
-        names = [
-            actor["name"]
-            for actor in ray.util.list_named_actors(all_namespaces=True)
-            if actor["namespace"] == NAMESPACE and actor["name"].startswith(self._pool.name_prefix)
-        ]
         empty: list[PooledActor] = []
         holders: dict[str, Entry] = {}
-        for found in await asyncio.gather(*(self._look_at(name) for name in names)):
+        for found in await asyncio.gather(*(self._look_at(name) for name in self._pool.actors.names())):
             if isinstance(found, PooledActor):
                 empty.append(found)
             elif found is not None:
@@ -118,6 +113,7 @@ class HandOvers:
                     # The keeper died in a hand-over that was all but done: two hold the same memory. Only the
                     # successor may go on, or two turns would write at once.
                     self._pool.end(other.actor)
+                    other.hold(None)
                 holders[found.key.digest] = found
         for entry in holders.values():
             if entry.last_stats is not None and entry.last_stats.state == "handing_over":
@@ -134,24 +130,41 @@ class HandOvers:
     async def _look_at(self, name: str) -> Entry | PooledActor | None:
         """What an earlier keeper's actor holds. One that is dead is nobody, one that does not answer is ended."""
         try:
-            handle = ray.get_actor(name, namespace=NAMESPACE)
+            handle = self._pool.actors.find(name)
         except ValueError:
             return None
         try:
             pooled = PooledActor(handle, await asyncio.wait_for(handle.process.remote(), ANSWER_SECONDS))
             held = await asyncio.wait_for(handle.held.remote(), ANSWER_SECONDS)
-            baseline = private_bytes(pooled.process.pid)
-        except asyncio.TimeoutError:
-            ray.kill(handle)
-            return None
-        except (RayError, ProcessLookupError):
+        except (RayError, asyncio.TimeoutError):
+            # An error is no proof of its death: it may still hold a session, and hand turns out.
+            self._pool.actors.kill(handle)
             return None
         if held is None or held[1].state == "moved":
             return pooled
         key, stats, ref = held
-        entry = Entry(key, actor=pooled, private_baseline=baseline, last_stats=stats)
-        entry.hold_memory(ref)
+        entry = Entry(key, actor=pooled, private_baseline=private_or_zero(pooled.process.pid), last_stats=stats)
+        self._hold(entry, ref)
         return entry
+
+    async def on_silence(self, entry: Entry) -> None:
+        """The session's actor did not answer. One that is silent for too long hangs: it is ended."""
+        now = asyncio.get_running_loop().time()
+        if entry.silent_since is None:
+            entry.silent_since = now
+        actor = entry.actor
+        if actor is not None and now - entry.silent_since > self._config.hang_timeout:
+            logger.error("a session actor (pid %d) does not answer and is replaced", actor.process.pid)
+            await self._pool.actors.kill_for_sure(actor.process)
+            self.recycles[RecycleReason.UNRESPONSIVE.value] += 1
+
+    def _hold(self, entry: Entry, ref: SegmentRef | None) -> None:
+        """Whatever becomes of the actor: its memory is not lost with it. (One that cannot be had is computed again.)"""
+        memory = None
+        if ref is not None:
+            with contextlib.suppress(SegmentGone, SegmentMismatch):
+                memory = self._settings.hold(ref)
+        entry.hold(memory)
 
     async def _to_actor(self, entry: Entry, successor: PooledActor, reason: RecycleReason | None) -> None:
         """The successor takes the session, then the predecessor lets go. With `entry.moving` held."""
@@ -164,7 +177,7 @@ class HandOvers:
             else:
                 # One that hangs would hold the lock for ever.
                 stats = await asyncio.wait_for(predecessor.handle.describe.remote(key), ANSWER_SECONDS)
-                ref = await predecessor.handle.begin_hand_over.remote(key, _WAIT_SECONDS)
+                ref = await self._begin(key, predecessor)
         except (PhiError, RayError, asyncio.TimeoutError):
             self._pool.add(successor)
             raise
@@ -185,9 +198,9 @@ class HandOvers:
                 assert entry.session is not None
                 entry.session.cancel_hand_over()
             else:
-                await predecessor.handle.cancel_hand_over.remote(key)
+                await self._cancel(key, predecessor)
             raise
-        entry.hold_memory(ref)
+        self._hold(entry, ref)
         held, entry.session, entry.actor, entry.wants_actor = entry.session, None, successor, False
         entry.silent_since = None
         # It may be dead by now. Whatever it is, the predecessor is let go: it must not keep those who wait there.
@@ -207,7 +220,7 @@ class HandOvers:
         if actor is None:
             return
         stats = await asyncio.wait_for(actor.handle.describe.remote(entry.key), ANSWER_SECONDS)
-        ref = await actor.handle.begin_hand_over.remote(entry.key, _WAIT_SECONDS)
+        ref = await self._begin(entry.key, actor)
         if isinstance(ref, Moved) or isinstance(stats, Moved):
             return
         last_used = self._settings.clock() - stats.idle_seconds
@@ -216,12 +229,35 @@ class HandOvers:
                 ref, self._journal(entry.key), self._settings, recycled=False, last_used=last_used
             )
         except BaseException:
-            await actor.handle.cancel_hand_over.remote(entry.key)
+            await self._cancel(entry.key, actor)
             raise
-        entry.hold_memory(None)
+        entry.hold(None)
         entry.actor, entry.wants_actor = None, False
         self.recycles[reason.value] += 1
         await self._let_go(entry.key, actor)
+
+    async def _begin(self, key: SessionKey, predecessor: PooledActor) -> SegmentRef | Moved:
+        """Raises SessionBusy and RayError, and the session is as before."""
+        try:
+            return await predecessor.handle.begin_hand_over.remote(key, _WAIT_SECONDS)
+        except RayTaskError:
+            raise
+        except RayError:
+            # Only the answer may be lost: it must not wait for a successor that nobody sends.
+            await self._cancel(key, predecessor)
+            raise
+
+    async def _cancel(self, key: SessionKey, predecessor: PooledActor) -> None:
+        """The predecessor goes on as before, unless it is dead."""
+        for _ in range(_CANCELS):
+            try:
+                await asyncio.wait_for(predecessor.handle.cancel_hand_over.remote(key), ANSWER_SECONDS)
+                return
+            except RayTaskError:
+                # No hand-over is under way.
+                return
+            except (RayError, asyncio.TimeoutError) as error:
+                logger.info("a predecessor was not told to go on: %s", type(error).__name__)
 
     async def _let_go(self, key: SessionKey, predecessor: PooledActor) -> None:
         """The session is with its successor: the predecessor tells those who wait, and ends."""

@@ -18,6 +18,9 @@ from typing import Protocol
 from phi_cluster.cluster.errors import PhiError, StaleEpoch, Unavailable
 from phi_cluster.cluster.messages import CommitTurn, SessionKey
 
+# A moment before the first journal.
+_EPOCHS_SINCE = 1_700_000_000
+
 
 class JournalCorrupt(PhiError):
     """The journal's file is damaged, or is something else: the conversation cannot be read."""
@@ -105,6 +108,12 @@ def stale_epoch(turn: CommitTurn, epoch: int) -> StaleEpoch:
     )
 
 
+def first_epoch(now: float) -> int:
+    """Where a new journal begins to count: above all epochs of a deleted one of the same name, so that none of its
+    turns is taken for a new one's (no session has a thousand turns a second). `now`: wall clock, seconds."""
+    return max(int((now - _EPOCHS_SINCE) * 1000), 0)
+
+
 def supersedes(later: CommitTurn, earlier: CommitTurn) -> bool:
     """Whether nothing of `earlier` is left once `later` is applied: it is cut off before `earlier` begins."""
     return later.num_kept_chars <= earlier.num_kept_chars and later.num_kept_tokens <= earlier.num_kept_tokens
@@ -118,7 +127,7 @@ class MemoryJournal:
         self._fingerprint = fingerprint
         self._clock = clock
         self._turns: list[CommitTurn] = []
-        self._info = JournalInfo(0, 0, 0, 0, fingerprint, clock())
+        self._info = JournalInfo(first_epoch(clock()), 0, 0, 0, fingerprint, clock())
 
     def info(self) -> JournalInfo:
         return self._info
@@ -150,7 +159,7 @@ class MemoryJournal:
 
     def delete(self) -> None:
         self._turns = []
-        self._info = JournalInfo(0, 0, 0, 0, self._fingerprint, self._clock())
+        self._info = JournalInfo(first_epoch(self._clock()), 0, 0, 0, self._fingerprint, self._clock())
 
     def close(self) -> None:
         pass

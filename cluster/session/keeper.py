@@ -14,10 +14,10 @@ import asyncio
 import contextlib
 import logging
 import os
-import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import ray
 from ray.exceptions import RayActorError, RayError
@@ -25,11 +25,11 @@ from ray.exceptions import RayActorError, RayError
 from phi_cluster.cluster.config import KVConfig, SessionsConfig
 from phi_cluster.cluster.errors import NotFound, PhiError, SessionBusy
 from phi_cluster.cluster.messages import BeginTurn, CommitTurn, Moved, SessionKey, TurnGrant
-from phi_cluster.cluster.processes import kill_for_sure, private_bytes, process_id
+from phi_cluster.cluster.processes import private_bytes, process_id
 from phi_cluster.cluster.session.actor import session_settings
-from phi_cluster.cluster.session.actor_pool import ActorPool
+from phi_cluster.cluster.session.actor_pool import ActorPool, RayActors
 from phi_cluster.cluster.session.hand_over import HandOvers
-from phi_cluster.cluster.session.journal import MemoryJournal
+from phi_cluster.cluster.session.journal import Journal, MemoryJournal
 from phi_cluster.cluster.session.kv_leases import KVLeases
 from phi_cluster.cluster.session.ledger import Ledger
 from phi_cluster.cluster.session.recycler import RecycleReason
@@ -43,7 +43,7 @@ from phi_cluster.cluster.session.reports import (
 from phi_cluster.cluster.session.roster import Entry, Roster
 from phi_cluster.cluster.session.segment import SegmentGone, SegmentMismatch
 from phi_cluster.cluster.session.segment_layout import SegmentLayout
-from phi_cluster.cluster.session.session import Session, SessionStats
+from phi_cluster.cluster.session.session import Session, SessionSettings, SessionStats
 from phi_cluster.cluster.session.sqlite_journal import SQLiteJournal, list_sessions
 from phi_cluster.cluster.session.transcript import Transcript
 
@@ -60,32 +60,39 @@ class HeldBy:
     actor: Any
 
 
-# Whoever waits here, for a turn or for memory, must not take the place of the commit that it waits for: Ray's default
-# is 1000.
-@ray.remote(num_cpus=0, max_concurrency=15_000)  # type: ignore[call-overload]
-class Keeper:
+class Journals(Protocol):
+    """A node's durable journals."""
+
+    def open(self, key: SessionKey) -> Journal: ...
+
+    def keys(self) -> Iterable[SessionKey]:
+        """Of all that there are. Called in a thread."""
+        ...
+
+
+class NodeSessions:
     """All methods are short or wait without holding anything."""
 
     def __init__(
         self,
-        layout: SegmentLayout,
-        fingerprint: str,
-        state_path: Path,
+        settings: SessionSettings,
+        journals: Journals,
+        actors: RayActors,
+        node_id: str,
         sessions: SessionsConfig,
         kv: KVConfig,
         budget_nbytes: int,
     ):
-        self._layout = layout
+        self._layout = settings.layout
         self._config = sessions
-        self._state_path = state_path
-        self._settings = session_settings(layout, fingerprint)
-        self._node_id = ray.get_runtime_context().get_node_id()
+        self._journals = journals
+        self._settings = settings
+        self._node_id = node_id
         self._process = process_id()
         self._ledger = Ledger(budget_nbytes)
         self._leases = KVLeases(self._ledger, self._make_room, kv.reserve_wait)
         self._roster = Roster(self._open_session, sessions.max_ephemeral)
-        pool = ActorPool(layout, fingerprint, state_path, self._node_id)
-        self._hands = HandOvers(self._roster, pool, self._settings, self._journal, sessions)
+        self._hands = HandOvers(self._roster, ActorPool(actors), self._settings, self._journal, sessions)
         self._starting: asyncio.Task[None] | None = None
 
     async def start(self) -> int:
@@ -96,7 +103,7 @@ class Keeper:
         return os.getpid()
 
     async def _start(self) -> None:
-        for key in await asyncio.to_thread(lambda: list(list_sessions(self._state_path))):
+        for key in await asyncio.to_thread(lambda: list(self._journals.keys())):
             self._roster.add_stored(key)
         for entry in await self._hands.adopt_actors():
             assert entry.last_stats is not None
@@ -107,6 +114,11 @@ class Keeper:
 
     async def begin_turn(self, request: BeginTurn) -> TurnGrant | HeldBy:
         await self.start()
+        if request.key.ephemeral and not request.key.session_id:
+            # It may be here already: then its answer was lost, and nobody would ever end that turn.
+            for begun in self._roster:
+                if begun.key.ephemeral and begun.session is not None:
+                    begun.session.withdraw(request.claim or request.request_id)
         while True:
             if request.key.ephemeral and not request.key.session_id:
                 left = self._roster.left_by(request.key.tenant, request.request_id) if request.resume else None
@@ -153,12 +165,12 @@ class Keeper:
         self._drop_surplus()
         return stats
 
-    async def withdraw(self, key: SessionKey, request_id: str) -> bool | HeldBy | Moved:
+    async def withdraw(self, key: SessionKey, claim: str) -> bool | HeldBy | Moved:
         await self.start()
         entry = self._roster.find(key)
         if entry is None:
             return Moved(key)
-        return entry.session.withdraw(request_id) if entry.session else HeldBy(entry.actor.handle)
+        return entry.session.withdraw(claim) if entry.session else HeldBy(entry.actor.handle)
 
     async def reserve(self, key: SessionKey, num_tokens: int) -> None:
         """Leases memory for the session to hold `num_tokens`. Raises Overloaded."""
@@ -191,7 +203,7 @@ class Keeper:
                     logger.warning("a session whose actor died could not be opened: %s", type(error).__name__)
                     self._roster.forget(entry, deleted=False)
                     self._leases.release(key.digest)
-                entry.hold_memory(None)
+                entry.hold(None)
                 entry.silent_since = None
 
     # Administration.
@@ -339,11 +351,10 @@ class Keeper:
 
     # Looking.
 
-    def _journal(self, key: SessionKey) -> SQLiteJournal | MemoryJournal:
-        settings = self._settings
+    def _journal(self, key: SessionKey) -> Journal:
         if key.ephemeral:
-            return MemoryJournal(key, settings.fingerprint, settings.clock)
-        return SQLiteJournal(self._state_path, key, settings.fingerprint, settings.clock)
+            return MemoryJournal(key, self._settings.fingerprint, self._settings.clock)
+        return self._journals.open(key)
 
     def _open_session(self, key: SessionKey) -> Session:
         return Session.restore(self._journal(key), self._settings, activate=False)
@@ -379,7 +390,8 @@ class Keeper:
             except RayError:
                 await self.actor_died(entry.key)
             except asyncio.TimeoutError:
-                await self._on_silence(entry)
+                await self._hands.on_silence(entry)
+                await self.actor_died(entry.key)
             else:
                 entry.silent_since = None
                 if isinstance(stats, SessionStats):
@@ -388,19 +400,6 @@ class Keeper:
             entry.last_stats = entry.session.describe()
         assert entry.last_stats is not None
         return entry.last_stats
-
-    async def _on_silence(self, entry: Entry) -> None:
-        """The session's actor did not answer. One that is silent for too long hangs: it is ended, and the session goes
-        on without it."""
-        now = time.monotonic()
-        if entry.silent_since is None:
-            entry.silent_since = now
-        actor = entry.actor
-        if actor is not None and now - entry.silent_since > self._config.hang_timeout:
-            logger.error("a session actor (pid %d) does not answer and is replaced", actor.process.pid)
-            await kill_for_sure(actor.process)
-            self._hands.recycles[RecycleReason.UNRESPONSIVE.value] += 1
-        await self.actor_died(entry.key)
 
     def _reported(self, entry: Entry, stats: SessionStats) -> SessionReport:
         pid = None if entry.actor is None else entry.actor.process.pid
@@ -417,3 +416,36 @@ class Keeper:
         finally:
             journal.close()
         return stored_description(key.session_id, info, transcript.num_tokens, self._settings.clock())
+
+
+class _SQLiteJournals:
+    def __init__(self, state_path: Path, settings: SessionSettings):
+        self._state_path = state_path
+        self._settings = settings
+
+    def open(self, key: SessionKey) -> Journal:
+        return SQLiteJournal(self._state_path, key, self._settings.fingerprint, self._settings.clock)
+
+    def keys(self) -> Iterable[SessionKey]:
+        return list_sessions(self._state_path)
+
+
+# Whoever waits here, for a turn or for memory, must not take the place of the commit that it waits for: Ray's default
+# is 1000.
+@ray.remote(num_cpus=0, max_concurrency=15_000)  # type: ignore[call-overload]
+class Keeper(NodeSessions):
+    """A node's sessions in a process of their own, with Ray's actors and journals on the disk."""
+
+    def __init__(
+        self,
+        layout: SegmentLayout,
+        fingerprint: str,
+        state_path: Path,
+        sessions: SessionsConfig,
+        kv: KVConfig,
+        budget_nbytes: int,
+    ):
+        settings = session_settings(layout, fingerprint)
+        node_id = ray.get_runtime_context().get_node_id()
+        actors = RayActors(layout, fingerprint, state_path, node_id)
+        super().__init__(settings, _SQLiteJournals(state_path, settings), actors, node_id, sessions, kv, budget_nbytes)

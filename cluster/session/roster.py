@@ -7,15 +7,13 @@ Knows nothing of Ray (an actor is an opaque object), leases or HTTP.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from phi_cluster.cluster.messages import SegmentRef, SessionKey
+from phi_cluster.cluster.messages import SessionKey
 from phi_cluster.cluster.session.held_memory import HeldMemory
-from phi_cluster.cluster.session.segment import SegmentGone, SegmentMismatch
 from phi_cluster.cluster.session.session import Session, SessionStats
 
 
@@ -25,7 +23,7 @@ class Entry:
 
     `moving` is locked while the session changes hands. `wants_actor`: it had a turn while the keeper held it.
     `private_baseline` is its actor's private memory in bytes when it took the session. `memory` is the actor's, held so
-    that it is not lost with it. `silent_since`: the actor has not answered since then (monotonic seconds).
+    that it is not lost with it. `silent_since`: the actor has not answered since then (the loop's seconds).
     """
 
     key: SessionKey
@@ -38,15 +36,11 @@ class Entry:
     memory: HeldMemory | None = None
     silent_since: float | None = None
 
-    def hold_memory(self, ref: SegmentRef | None) -> None:
-        """The actor's memory is this one; None: there is no actor, or nothing to hold."""
+    def hold(self, memory: HeldMemory | None) -> None:
+        """The actor's memory is this one; None: there is no actor, or it cannot be held."""
         if self.memory is not None:
             self.memory.close()
-            self.memory = None
-        if ref is not None:
-            # One that cannot be had is computed again if it must be.
-            with contextlib.suppress(SegmentGone, SegmentMismatch):
-                self.memory = HeldMemory(ref)
+        self.memory = memory
 
 
 class Roster:
@@ -143,7 +137,7 @@ class Roster:
         nothing: the session may have been opened again since."""
         if self._entries.get(entry.key.digest) is not entry:
             return
-        entry.hold_memory(None)
+        entry.hold(None)
         del self._entries[entry.key.digest]
         if deleted and not entry.key.ephemeral:
             self.forget_stored(entry.key)

@@ -38,8 +38,9 @@ VERSION = 2
 _HEAD = struct.Struct("=8sq16s32s")
 FIELDS_OFFSET = 64
 _EPOCH, _FLAGS, _SEED, _NUM_COMPUTED_TOKENS, _NUM_TOKENS, _WRITER_PID, _WRITER_START_TICKS = range(7)
-_COMMITTER_PID, _COMMITTER_START_TICKS, _REQUEST_HIGH, _REQUEST_LOW = range(7, 11)
-_FIELDS = struct.Struct("=11q")
+_COMMITTER_PID, _COMMITTER_START_TICKS, _REQUEST, _, _CLAIM, _ = range(7, 13)
+_FIELDS = struct.Struct("=13q")
+_NAME = struct.Struct("=2q")
 _FLAG_LONG_ROPE = 1
 _FLAG_SEED = 2
 
@@ -188,12 +189,27 @@ class Segment:
     @property
     def request(self) -> bytes | None:
         """16 bytes that name the request whose turn is under way, or was and ended without a word."""
-        value = struct.pack("=2q", *self._fields[_REQUEST_HIGH : _REQUEST_LOW + 1])
-        return value if any(value) else None
+        return self._name(_REQUEST)
 
     @request.setter
     def request(self, value: bytes | None) -> None:
-        self._fields[_REQUEST_HIGH], self._fields[_REQUEST_LOW] = struct.unpack("=2q", value or bytes(16))
+        self._set_name(_REQUEST, value)
+
+    @property
+    def claim(self) -> bytes | None:
+        """16 bytes that name the attempt with which that turn began."""
+        return self._name(_CLAIM)
+
+    @claim.setter
+    def claim(self, value: bytes | None) -> None:
+        self._set_name(_CLAIM, value)
+
+    def _name(self, field: int) -> bytes | None:
+        value = _NAME.pack(self._fields[field], self._fields[field + 1])
+        return value if any(value) else None
+
+    def _set_name(self, field: int, value: bytes | None) -> None:
+        self._fields[field], self._fields[field + 1] = _NAME.unpack(value or bytes(_NAME.size))
 
     def _process(self, pid_field: int, ticks_field: int) -> ProcessId | None:
         pid = self._fields[pid_field]
@@ -257,14 +273,14 @@ class Segment:
         layout = self.layout
         used = page_ceil(num_tokens * ID_NBYTES)
         if used < layout.ids_nbytes:
-            memfd.punch(self._fd, layout.ids_offset + used, layout.ids_nbytes - used)
+            self._punch(layout.ids_offset + used, layout.ids_nbytes - used)
         for offset, length in layout.kv.tail_ranges(num_tokens):
-            memfd.punch(self._fd, layout.kv_offset + offset, length)
+            self._punch(layout.kv_offset + offset, length)
 
     def drop_kv(self) -> None:
         """Give all keys and values back and keep the ids: the next turn computes them again."""
         self._fields[_NUM_COMPUTED_TOKENS] = 0
-        memfd.punch(self._fd, self.layout.kv_offset, self.layout.kv.nbytes)
+        self._punch(self.layout.kv_offset, self.layout.kv.nbytes)
 
     def clear(self) -> None:
         """Forget everything but the nonce: as new, one page, all zeros behind the header."""
@@ -286,6 +302,9 @@ class Segment:
     def __del__(self) -> None:
         # A holder that was dropped after an error must not keep a conversation's memory.
         self.close()
+
+    def _punch(self, offset: int, length: int) -> None:
+        memfd.punch(self._fd, offset, length)
 
     def _slice(self, start: int, stop: int | None) -> memoryview:
         # Never beyond num_tokens: reading a hole through a shared mapping would allocate its page.

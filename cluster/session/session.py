@@ -29,8 +29,9 @@ from phi_cluster.cluster.messages import (
     SessionKey,
     TurnGrant,
 )
-from phi_cluster.cluster.session.conversation import Conversation, request_digest
+from phi_cluster.cluster.session.conversation import Conversation, name_digest
 from phi_cluster.cluster.session.gate import Entry, Gate, GateTimeout
+from phi_cluster.cluster.session.held_memory import HeldMemory
 from phi_cluster.cluster.session.journal import Journal, JournalInfo
 from phi_cluster.cluster.session.segment import Segment, SegmentLayout
 from phi_cluster.cluster.session.transcript import Match
@@ -39,7 +40,8 @@ from phi_cluster.cluster.session.transcript import Match
 @dataclass(frozen=True)
 class SessionSettings:
     """What all sessions of a host share. `clock` is wall time in seconds; `poll_seconds` is how often those
-    who wait for a turn look whether its writers still live."""
+    who wait for a turn look whether its writers still live, `segments` what makes and opens memory, `hold` what keeps
+    another process's."""
 
     layout: SegmentLayout
     fingerprint: str
@@ -47,6 +49,8 @@ class SessionSettings:
     is_alive: Callable[[ProcessId], bool]
     poll_seconds: float = 0.05
     max_waiting: int = 64
+    segments: type[Segment] = Segment
+    hold: Callable[[SegmentRef], HeldMemory] = HeldMemory
 
 
 @dataclass(frozen=True)
@@ -77,7 +81,7 @@ class SessionStats:
 @dataclass(frozen=True)
 class _Turn:
     # As the segment names it.
-    request: bytes
+    claim: bytes
     epoch: int
     writers: tuple[ProcessId, ...]
 
@@ -117,7 +121,7 @@ class Session:
         A turn that was under way may still be committed. Raises the journal's errors.
         """
         info = journal.activate(recycled=False) if activate else journal.info()
-        segment = Segment.create(settings.layout, settings.fingerprint)
+        segment = settings.segments.create(settings.layout, settings.fingerprint)
         return cls._built(segment, journal, settings, info)
 
     @classmethod
@@ -138,7 +142,7 @@ class Session:
         predecessor, or whoever else holds the memory, must hold on until this has returned. Raises SegmentGone or
         SegmentMismatch if the memory is not to be had (then `restore`), and the journal's errors.
         """
-        segment = Segment.open(ref, settings.layout, settings.fingerprint)
+        segment = settings.segments.open(ref, settings.layout, settings.fingerprint)
         try:
             info = journal.activate(recycled=recycled)
         except BaseException:
@@ -175,10 +179,12 @@ class Session:
         A request that reads on (`resume`) is told what is left of its reply; raises ReplyGone if that cannot be had.
 
         Whoever asks must take the answer even if its own client has gone, and then `abandon`; one that cannot
-        know whether there was an answer calls `withdraw`.
+        know whether there was an answer calls `withdraw`, or asks again: one claim has one turn, the last one.
         """
-        self._end_lost(request)
-        if not await self._enter(request.request_id, request.wait_seconds):
+        claim = request.claim or request.request_id
+        # Also of one whose answer was lost with who gave it.
+        self.withdraw(claim)
+        if not await self._enter(claim, request.wait_seconds):
             return Moved(self.key)
         resumed = request.request_id if request.resume else None
         try:
@@ -190,10 +196,10 @@ class Session:
         except BaseException:
             self._gate.release()
             raise
-        self._turn = _Turn(request_digest(request.request_id), grant.epoch, request.writers)
+        self._turn = _Turn(name_digest(claim), grant.epoch, request.writers)
         # Also for whoever may have to take the session over.
         segment = self._conversation.segment
-        segment.request = self._turn.request
+        segment.request, segment.claim = name_digest(request.request_id), self._turn.claim
         segment.committer = request.writers[0] if request.writers else None
         self._last_used = self._settings.clock()
         return grant
@@ -221,12 +227,12 @@ class Session:
         self._end_turn()
         return True
 
-    def withdraw(self, request_id: str) -> bool:
-        """The request waits no more; if its turn had begun already, it is abandoned. False if there was
+    def withdraw(self, claim: str) -> bool:
+        """The attempt waits no more; if its turn had begun already, it is abandoned. False if there was
         neither."""
-        if self._gate.withdraw(request_id):
+        if self._gate.withdraw(claim):
             return True
-        if self._turn is not None and self._turn.request == request_digest(request_id):
+        if self._turn is not None and self._turn.claim == name_digest(claim):
             return self.abandon(self._turn.epoch)
         return False
 
@@ -262,7 +268,7 @@ class Session:
         if self._state != "active":
             raise ValueError("the session is being handed over, or was")
         settings = self._settings
-        self._conversation.replace_segment(Segment.create(settings.layout, settings.fingerprint))
+        self._conversation.replace_segment(settings.segments.create(settings.layout, settings.fingerprint))
         if self._turn is not None:
             self._end_turn()
 
@@ -393,21 +399,13 @@ class Session:
         writer = self._conversation.segment.writer
         return writer is not None and self._settings.is_alive(writer)
 
-    def _end_lost(self, request: BeginTurn) -> None:
-        """A request that asks again, because the answer was lost with who gave it, does not wait for itself."""
-        turn = self._turn
-        if turn is None or not turn.writers or request.resume or turn.request != request_digest(request.request_id):
-            return
-        if turn.writers[:1] == request.writers[:1] and not self._is_borrowed():
-            self.abandon(turn.epoch)
-
     def _take_turn_over(self) -> None:
         segment = self._conversation.segment
         if segment.request is None:
             self._conversation.lay_tokens()
         elif segment.committer is not None:
             # Its writers write: the memory stays as it is until they are through, or dead.
-            self._turn = _Turn(segment.request, segment.epoch, (segment.committer,))
+            self._turn = _Turn(segment.claim or b"", segment.epoch, (segment.committer,))
             self._gate.hold()
 
     def _end_turn(self) -> None:

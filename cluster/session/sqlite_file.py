@@ -1,16 +1,20 @@
 """A journal's SQLite file: making it privately, opening it, its versions, and what its errors mean.
 
-Owns: file modes, durability settings, the schema and its migrations. Knows nothing of what is stored when.
+Owns: file modes, durability settings, the schema and its migrations, and the checksum that the schema stores (SQLite
+has none for its pages: a bit that flips on the disk would be another token). Knows nothing of what is stored when.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import sqlite3
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
+
+import msgpack
 
 from phi_cluster.cluster.session.journal import (
     JournalCorrupt,
@@ -41,30 +45,46 @@ MIGRATIONS: tuple[str, ...] = (
         finish_reason TEXT NOT NULL, sampling BLOB NOT NULL, committed_at REAL NOT NULL
     );
     """,
+    # `turns_checksum` is the sum of all turns' checksums, so that a turn that is missing shows as well.
+    """
+    ALTER TABLE session ADD COLUMN turns_checksum INTEGER NOT NULL DEFAULT 0;
+    ALTER TABLE session ADD COLUMN checksum INTEGER NOT NULL DEFAULT 0;
+    UPDATE session SET turns_checksum = (SELECT coalesce(sum(checksum(
+        epoch, request_id, num_kept_tokens, num_kept_chars, token_ids, text, boundaries, num_prompt_tokens,
+        num_cached_tokens, num_completion_tokens, finish_reason, sampling, committed_at
+    )), 0) FROM turns);
+    UPDATE session SET checksum = checksum(
+        tenant, session_id, ephemeral, fingerprint, created_at, epoch, turns, activation, recycles, turns_checksum
+    );
+    """,
 )
+
+
+def checksum(*values: int | float | str | bytes | None) -> int:
+    """40 bits of a row, so that millions of them can be summed; also a function in the journals' SQL."""
+    return int.from_bytes(hashlib.blake2b(msgpack.packb(values), digest_size=5).digest(), "little")
 
 
 def create_file(path: Path) -> None:
     """An empty file of ours, before SQLite would make one with the umask's mode."""
     try:
-        _make_private_dir(path.parent.parent)
-        _make_private_dir(path.parent)
+        # A folder's own entry must survive power loss, or synced files in it would not. Also of one that was there:
+        # whoever made it may have died, or failed, before it was synced.
+        if not path.exists():
+            for folder in (path.parent.parent, path.parent):
+                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+                _sync_dir(folder.parent)
         os.close(os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
     except OSError as error:
         raise JournalUnavailable(f"cannot open the journal {path}: {error.strerror}") from None
 
 
-def _make_private_dir(path: Path) -> None:
+def _sync_dir(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        path.mkdir(mode=0o700, parents=True)
-    except FileExistsError:
-        return
-    # The new folder's own entry must survive power loss, or synced files in it would not.
-    parent = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(parent)
+        os.fsync(fd)
     finally:
-        os.close(parent)
+        os.close(fd)
 
 
 def connect(path: Path, busy_seconds: float) -> sqlite3.Connection:
@@ -77,6 +97,7 @@ def connect(path: Path, busy_seconds: float) -> sqlite3.Connection:
             application_id = connection.execute("PRAGMA application_id").fetchone()[0]
             if application_id != APPLICATION_ID and (application_id != 0 or version(connection) != 0):
                 raise corrupt(path, "it is another program's database")
+            connection.create_function("checksum", -1, checksum, deterministic=True)
             connection.execute("PRAGMA journal_mode = WAL").fetchall()
             connection.execute("PRAGMA synchronous = FULL")
             connection.execute("PRAGMA secure_delete = ON").fetchall()
@@ -150,6 +171,9 @@ def translated(path: Path) -> Iterator[None]:
         yield
     except sqlite3.Error as error:
         _raise_typed(path, error)
+    except UnicodeDecodeError as error:
+        # Text that was damaged, or SQLite's message about it.
+        raise corrupt(path, str(error)) from None
 
 
 def _raise_typed(path: Path, error: sqlite3.Error) -> NoReturn:

@@ -6,7 +6,7 @@ in them when. Knows nothing of segments, actors or transcripts; the files' makin
 
 WAL and `synchronous=FULL`: once `commit` or `take_epoch` returns, it is on the disk. `secure_delete`: dropped
 turns are overwritten in the database, and `clear` empties the write-ahead log too. Closed while idle; the
-next use reopens.
+next use reopens. What the disk damaged is noticed by checksums: nothing is read that was not written.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import contextlib
 import os
 import sqlite3
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,15 @@ import msgpack
 from phi_cluster.cluster.errors import PhiError
 from phi_cluster.cluster.messages import CommitTurn, SessionKey
 from phi_cluster.cluster.session import sqlite_file
-from phi_cluster.cluster.session.journal import JournalInfo, JournalUnavailable, stale_epoch
-from phi_cluster.cluster.session.sqlite_file import MIGRATIONS, corrupt, translated
+from phi_cluster.cluster.session.journal import JournalInfo, JournalUnavailable, first_epoch, stale_epoch
+from phi_cluster.cluster.session.sqlite_file import MIGRATIONS, checksum, corrupt, translated
 
 _TURN_COLUMNS = (
     "epoch, request_id, num_kept_tokens, num_kept_chars, token_ids, text, boundaries, num_prompt_tokens,"
     " num_cached_tokens, num_completion_tokens, finish_reason, sampling, committed_at"
+)
+_SESSION_COLUMNS = (
+    "tenant, session_id, ephemeral, fingerprint, created_at, epoch, turns, activation, recycles, turns_checksum"
 )
 _SUFFIXES = ("", "-wal", "-shm")
 
@@ -91,42 +95,45 @@ class SQLiteJournal:
 
     def info(self) -> JournalInfo:
         with self._transaction(write=False) as connection:
-            return self._read_info(connection)
+            return self._read(connection)[0]
 
     def activate(self, *, recycled: bool) -> JournalInfo:
         with self._transaction() as connection:
-            connection.execute(
-                "UPDATE session SET activation = activation + 1, recycles = recycles + ?", (int(recycled),)
-            )
-            return self._read_info(connection)
+            info, turns_checksum = self._read(connection)
+            info = replace(info, activation=info.activation + 1, recycles=info.recycles + recycled)
+            return self._write(connection, info, turns_checksum)
 
     def take_epoch(self) -> JournalInfo:
         with self._transaction() as connection:
-            connection.execute("UPDATE session SET epoch = epoch + 1")
-            return self._read_info(connection)
+            info, turns_checksum = self._read(connection)
+            return self._write(connection, replace(info, epoch=info.epoch + 1), turns_checksum)
 
     def commit(self, turn: CommitTurn) -> bool:
         with self._transaction() as connection:
             row = connection.execute("SELECT request_id FROM turns WHERE epoch = ?", (turn.epoch,)).fetchone()
             if row is not None and row[0] == turn.request_id:
                 return False
-            epoch = self._read_info(connection).epoch
-            if row is not None or turn.epoch != epoch:
-                raise stale_epoch(turn, epoch)
+            info, turns_checksum = self._read(connection)
+            if row is not None or turn.epoch != info.epoch:
+                raise stale_epoch(turn, info.epoch)
             # As `supersedes` in journal.py.
-            connection.execute(
-                "DELETE FROM turns WHERE num_kept_chars >= ? AND num_kept_tokens >= ?",
-                (turn.num_kept_chars, turn.num_kept_tokens),
-            )
+            superseded = "FROM turns WHERE num_kept_chars >= ? AND num_kept_tokens >= ?"
+            kept = (turn.num_kept_chars, turn.num_kept_tokens)
+            dropped = connection.execute(f"SELECT {_TURN_COLUMNS} {superseded}", kept).fetchall()
+            connection.execute(f"DELETE {superseded}", kept)
             values = _turn_to_row(turn)
             marks = ", ".join("?" * len(values))
             connection.execute(f"INSERT INTO turns ({_TURN_COLUMNS}) VALUES ({marks})", values)
-            connection.execute("UPDATE session SET turns = turns + 1, fingerprint = ?", (self._fingerprint,))
+            turns_checksum += checksum(*values) - sum(checksum(*old) for old in dropped)
+            self._write(connection, replace(info, turns=info.turns + 1, fingerprint=self._fingerprint), turns_checksum)
             return True
 
     def load(self) -> list[CommitTurn]:
         with self._transaction(write=False) as connection:
+            _, turns_checksum = self._read(connection)
             rows = connection.execute(f"SELECT {_TURN_COLUMNS} FROM turns ORDER BY epoch").fetchall()
+        if sum(checksum(*row) for row in rows) != turns_checksum:
+            raise corrupt(self.path, "the turns' checksum is wrong")
         try:
             return [_row_to_turn(self.key, row) for row in rows]
         except (ValueError, TypeError, msgpack.UnpackException) as error:
@@ -135,7 +142,7 @@ class SQLiteJournal:
     def clear(self) -> None:
         with self._transaction() as connection:
             connection.execute("DELETE FROM turns")
-            connection.execute("UPDATE session SET turns = 0")
+            self._write(connection, replace(self._read(connection)[0], turns=0), 0)
         with translated(self.path):
             # The log still holds the text: write it back (as zeros) and empty it.
             self._open().execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
@@ -171,7 +178,7 @@ class SQLiteJournal:
             sqlite_file.create_file(self.path)
             connection = sqlite_file.connect(self.path, self._busy_seconds)
             try:
-                sqlite_file.migrate(connection, self.path, self._migrations, self._write_names)
+                sqlite_file.migrate(connection, self.path, self._migrations, self._write_new)
                 names = connection.execute("SELECT tenant, session_id, ephemeral FROM session").fetchone()
                 if names != self._names:
                     raise corrupt(self.path, "it belongs to another session")
@@ -185,15 +192,27 @@ class SQLiteJournal:
     def _names(self) -> tuple[str, str, int]:
         return self.key.tenant, self.key.session_id, int(self.key.ephemeral)
 
-    def _write_names(self, connection: sqlite3.Connection) -> None:
-        connection.execute(
-            "INSERT INTO session VALUES (1, ?, ?, ?, ?, ?, 0, 0, 0, 0)",
-            (*self._names, self._fingerprint, self._clock()),
-        )
+    def _read(self, connection: sqlite3.Connection) -> tuple[JournalInfo, int]:
+        """What the journal knows, and the sum of its turns' checksums. Raises JournalCorrupt."""
+        row = connection.execute(f"SELECT {_SESSION_COLUMNS}, checksum FROM session").fetchone()
+        if row is None or checksum(*row[:-1]) != row[-1]:
+            raise corrupt(self.path, "the session's checksum is wrong")
+        fingerprint, created_at, epoch, turns, activation, recycles, turns_checksum = row[3:-1]
+        return JournalInfo(epoch, turns, activation, recycles, fingerprint, created_at), turns_checksum
 
-    def _read_info(self, connection: sqlite3.Connection) -> JournalInfo:
-        columns = "epoch, turns, activation, recycles, fingerprint, created_at"
-        return JournalInfo(*connection.execute(f"SELECT {columns} FROM session").fetchone())
+    def _write(self, connection: sqlite3.Connection, info: JournalInfo, turns_checksum: int) -> JournalInfo:
+        counts = (info.epoch, info.turns, info.activation, info.recycles, turns_checksum)
+        values = (*self._names, info.fingerprint, info.created_at, *counts)
+        marks = ", ".join("?" * (len(values) + 2))
+        connection.execute(
+            f"REPLACE INTO session (one, {_SESSION_COLUMNS}, checksum) VALUES ({marks})",
+            (1, *values, checksum(*values)),
+        )
+        return info
+
+    def _write_new(self, connection: sqlite3.Connection) -> None:
+        now = float(self._clock())
+        self._write(connection, JournalInfo(first_epoch(now), 0, 0, 0, self._fingerprint, now), 0)
 
 
 def _turn_to_row(turn: CommitTurn) -> tuple[Any, ...]:
@@ -211,7 +230,8 @@ def _turn_to_row(turn: CommitTurn) -> tuple[Any, ...]:
         turn.num_completion_tokens,
         turn.finish_reason,
         msgpack.packb(turn.sampling),
-        turn.committed_at,
+        # As SQLite gives it back: an integer would have another checksum.
+        float(turn.committed_at),
     )
 
 

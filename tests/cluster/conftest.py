@@ -113,7 +113,7 @@ class Stream:
         headers = conversation._headers | (headers or {})
         self._open = conversation._http.stream("POST", "/v1/chat/completions", json=body, headers=headers)
         # The last event's id.
-        self.position = 0
+        self.position = "0"
         self.pieces: list[str] = []
         self.times: list[float] = []
         self.comments = 0
@@ -158,7 +158,7 @@ class Stream:
             if line.startswith(":"):
                 self.comments += 1
             if line.startswith("id: "):
-                position = int(line.removeprefix("id: "))
+                position = line.removeprefix("id: ")
             if not line.startswith("data: "):
                 continue
             data = line.removeprefix("data: ")
@@ -169,7 +169,7 @@ class Stream:
                 raise Refused(None, event, self.response.headers)
             pieces = [c["delta"]["content"] for c in event["choices"] if c["delta"].get("content")]
             if pieces:
-                assert position > self.position
+                assert int(position.split("-")[0]) > int(self.position.split("-")[0])
                 self.position = position
             self.pieces += pieces
             self.times += [time.monotonic()] * (len(self.pieces) - len(self.times))

@@ -149,7 +149,7 @@ def test_a_reply_is_read_on_after_the_death_of_its_replica(client, server, until
     text = "".join(torn.pieces) + reply.text
     assert (reply.completion, reply.finish_reason) == (60, "length")
     # The whole of it, once more: it is there. A seed was chosen for it, so nothing else would come out the same.
-    torn.position = 0
+    torn.position = "0"
     talk.edit(len(talk.messages) - 2)
     with talk.read_on(torn) as again:
         whole = again.finish()

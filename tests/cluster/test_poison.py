@@ -4,7 +4,7 @@ import dataclasses
 import stat
 
 from phi_cluster.cluster.poison import PoisonList
-from phi_cluster.cluster.turn_api import TurnRequest
+from phi_cluster.cluster.turn_api import Position, TurnRequest
 
 REQUEST = TurnRequest(
     tenant="tenant",
@@ -25,7 +25,7 @@ def test_the_same_request_by_any_way(tmp_path):
         REQUEST,
         session_id=None,
         request_id="second",
-        resume_from=4,
+        resume_from=Position(4, 5),
         sampling={"seed": None, "stop_token_ids": (1, 2), "logit_bias": {3: -1.0, 7: 1.0}, "temperature": 0.5},
     )
     # Also by another process, or one that comes later.

@@ -2,12 +2,16 @@
 
 import json
 import random
+import zlib
+from array import array
 
 import pytest
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 
+from phi_cluster.cluster.errors import ReplyGone
 from phi_cluster.cluster.reply import Reply
+from phi_cluster.cluster.turn_api import BEGINNING
 from phi_cluster.model.tokenizer import Tokenizer
 
 
@@ -21,7 +25,7 @@ def tokenizer():
     return Tokenizer(json.loads(backend.to_str()), {}, None)
 
 
-def play(tokenizer, token_ids, groups, stops=(), given=0, before=0):
+def play(tokenizer, token_ids, groups, stops=(), given=BEGINNING, before=0):
     """The pieces that come, with their positions; `before` tokens are there already."""
     reply = Reply("prompt", tokenizer.detokenizer(), stops, given=given)
     pieces = [(reply.push(token_ids[:before]), reply.position)] if before else []
@@ -49,7 +53,7 @@ def test_reading_on_gives_exactly_the_rest(tokenizer, stops, seed):
     grouped, others = play(tokenizer, token_ids, groups, stops)
     assert (grouped.text, grouped.token_ids, grouped.finish_reason) == (whole, alone.token_ids, alone.finish_reason)
     for read in range(len(others) + 1):
-        position = others[read - 1][1] if read else 0
+        position = others[read - 1][1] if read else BEGINNING
         seen = "".join(text for text, _ in others[:read])
         for before in (0, rng.randrange(len(token_ids)), len(token_ids)):
             again, rest = play(tokenizer, token_ids, [rng.randrange(1, 5) for _ in range(40)], stops, position, before)
@@ -60,4 +64,38 @@ def test_reading_on_gives_exactly_the_rest(tokenizer, stops, seed):
 
 def test_positions_only_grow_and_name_all_text(tokenizer):
     _, pieces = play(tokenizer, tokenizer.encode("a€b"), [1] * 9)
-    assert pieces == [("a", 1), ("€", 4), ("b", 5)]
+    assert [(text, position.count) for text, position in pieces] == [("a", 1), ("€", 4), ("b", 5)]
+    assert len({position.checksum for _, position in pieces}) == 3
+
+
+def test_another_reply_is_noticed_where_the_client_is(tokenizer):
+    token_ids, other = tokenizer.encode("abcdef"), tokenizer.encode("abXdef")
+    _, pieces = play(tokenizer, token_ids, [1] * 9)
+    for _, position in pieces:
+        if position.count < 3:
+            play(tokenizer, other, [1] * 9, given=position)
+        else:
+            with pytest.raises(ReplyGone):
+                play(tokenizer, other, [1] * 9, given=position)
+        if position.count > 2:
+            # It is over too soon.
+            with pytest.raises(ReplyGone):
+                play(tokenizer, token_ids[:2], [1] * 9, given=position)
+    # Where it is known to be the client's, it is not asked.
+    reply = Reply("prompt", tokenizer.detokenizer(), given=pieces[3][1], is_known=True)
+    assert reply.push(other) == "ef"
+
+
+def test_the_prompt_counts_as_well_however_much_of_it_was_kept(tokenizer):
+    prompt = tokenizer.encode("hello")
+    found = set()
+    for kept in range(6):
+        reply = Reply("hello", tokenizer.detokenizer())
+        reply.answer(zlib.crc32(array("i", prompt[:kept]).tobytes()), prompt[kept:])
+        reply.push(tokenizer.encode("x"))
+        found.add(reply.position)
+    assert len(found) == 1
+    reply = Reply("hullo", tokenizer.detokenizer())
+    reply.answer(0, tokenizer.encode("hullo"))
+    reply.push(tokenizer.encode("x"))
+    assert reply.position not in found

@@ -16,7 +16,7 @@ from fastapi import FastAPI
 from phi_cluster.cluster.errors import NotFound
 from phi_cluster.cluster.http.edge import EdgeSettings
 from phi_cluster.cluster.http.server import build_app
-from phi_cluster.cluster.turn_api import TextDelta, TurnEvent, TurnFinished, TurnRequest, TurnStarted
+from phi_cluster.cluster.turn_api import Position, TextDelta, TurnEvent, TurnFinished, TurnRequest, TurnStarted
 
 BASE_URL = "http://edge.test"
 # Far longer than anything here takes: only a hang ends in it.
@@ -29,9 +29,9 @@ class FakeTurns:
     def __init__(self) -> None:
         self.script: list[TurnEvent | Exception | asyncio.Event] = [
             TurnStarted(num_prompt_tokens=7, num_cached_tokens=3),
-            TextDelta("Hello", 1, 1),
-            TextDelta("", 1, 2),
-            TextDelta(", wörld", 2, 4),
+            TextDelta("Hello", 1, Position(1, 0xABC)),
+            TextDelta("", 1, Position(2, 2)),
+            TextDelta(", wörld", 2, Position(4, 0xFFFFFFFF)),
             TurnFinished("stop", num_prompt_tokens=7, num_cached_tokens=3, num_completion_tokens=5),
         ]
         self.requests: list[TurnRequest] = []
@@ -327,7 +327,7 @@ def _events(body: str | bytes) -> list[Any]:
     text = body.decode() if isinstance(body, bytes) else body
     blocks = [block for block in text.split("\n\n") if block and not block.startswith(":")]
     # What carries text has an id line before it.
-    blocks = [re.sub(r"\Aid: \d+\n", "", block) for block in blocks]
+    blocks = [re.sub(r"\Aid: \S+\n", "", block) for block in blocks]
     assert all(block.startswith("data: ") for block in blocks)
     assert blocks[-1] == "data: [DONE]"
     return [json.loads(block.removeprefix("data: ")) for block in blocks[:-1]]

@@ -6,7 +6,7 @@ import openai
 import pytest
 
 from phi_cluster.cluster.errors import ContextOverflow, Overloaded, SessionBusy
-from phi_cluster.cluster.turn_api import TextDelta, TurnFinished, TurnStarted
+from phi_cluster.cluster.turn_api import Position, TextDelta, TurnFinished, TurnStarted
 
 HELLO = [{"role": "user", "content": "Hi"}]
 
@@ -250,14 +250,14 @@ async def test_what_nobody_expected_is_logged_and_not_told(client, turns, caplog
 
 
 async def test_a_turn_that_just_stops_is_an_error_too(client, turns, events):
-    turns.script = [TurnStarted(1, 0), TextDelta("Hel", 1, 1)]
+    turns.script = [TurnStarted(1, 0), TextDelta("Hel", 1, Position(1, 1))]
     response = await client.post("/v1/chat/completions", json={"messages": HELLO, "stream": True})
     assert events(response.text)[-1]["error"]["type"] == "server_error"
     assert (await client.post("/v1/chat/completions", json={"messages": HELLO})).status_code == 500
 
 
 async def test_text_that_no_utf8_can_carry_does_not_break_the_stream(client, turns, events):
-    turns.script[1] = TextDelta("a\ud800b", 1, 1)
+    turns.script[1] = TextDelta("a\ud800b", 1, Position(1, 1))
     response = await client.post("/v1/chat/completions", json={"messages": HELLO, "stream": True})
     assert events(response.content)[1]["choices"][0]["delta"]["content"] == "a?b"
 
@@ -281,8 +281,8 @@ async def test_the_runners_repr_shows_no_text(client, turns):
 async def test_events_with_text_have_their_position_as_id(client):
     response = await client.post("/v1/chat/completions", json={"messages": HELLO, "stream": True})
     blocks = [block.split("\n") for block in response.text.split("\n\n") if block]
-    ids = [int(lines[0].removeprefix("id: ")) for lines in blocks if lines[0].startswith("id: ")]
-    assert ids == [1, 4]
+    ids = [lines[0].removeprefix("id: ") for lines in blocks if lines[0].startswith("id: ")]
+    assert ids == ["1-00000abc", "4-ffffffff"]
     assert all(json.loads(lines[1].removeprefix("data: "))["choices"][0]["delta"]["content"] for lines in blocks[1:3])
 
 
@@ -290,11 +290,11 @@ async def test_events_with_text_have_their_position_as_id(client):
 async def test_a_request_that_reads_on_keeps_its_id(client, turns, stream):
     first = await client.post("/v1/chat/completions", json={"messages": HELLO, "stream": stream})
     request_id = first.headers["x-request-id"]
-    headers = {"x-request-id": request_id, "x-resume-from": "3", "x-session-id": "demo"}
+    headers = {"x-request-id": request_id, "x-resume-from": "3-00000abc", "x-session-id": "demo"}
     again = await client.post("/v1/chat/completions", json={"messages": HELLO, "stream": stream}, headers=headers)
     assert again.headers["x-request-id"] == request_id
     assert f"chatcmpl-{request_id}" in again.text
-    assert (turns.requests[-1].request_id, turns.requests[-1].resume_from) == (request_id, 3)
+    assert (turns.requests[-1].request_id, turns.requests[-1].resume_from) == (request_id, Position(3, 0xABC))
     assert turns.requests[0].resume_from is None
 
 
@@ -307,13 +307,14 @@ async def test_a_clients_own_id_is_nobodys_unless_it_reads_on(client, turns):
 @pytest.mark.parametrize(
     ("headers", "param"),
     [
-        ({"x-resume-from": "1"}, "x-request-id"),
-        ({"x-resume-from": "1", "x-request-id": "A" * 32}, "x-request-id"),
-        ({"x-resume-from": "1", "x-request-id": "../" + "a" * 29}, "x-request-id"),
+        ({"x-resume-from": "0"}, "x-request-id"),
+        ({"x-resume-from": "1-00000000", "x-request-id": "A" * 32}, "x-request-id"),
+        ({"x-resume-from": "1-00000000", "x-request-id": "../" + "a" * 29}, "x-request-id"),
+        ({"x-resume-from": "1", "x-request-id": "a" * 32}, "x-resume-from"),
         ({"x-resume-from": "-1", "x-request-id": "a" * 32}, "x-resume-from"),
         ({"x-resume-from": "9" * 30, "x-request-id": "a" * 32}, "x-resume-from"),
         ({"x-resume-from": "", "x-request-id": "a" * 32}, "x-resume-from"),
-        ([("x-resume-from", "1"), ("x-resume-from", "2"), ("x-request-id", "a" * 32)], "x-resume-from"),
+        ([("x-resume-from", "0"), ("x-resume-from", "0"), ("x-request-id", "a" * 32)], "x-resume-from"),
     ],
 )
 async def test_headers_that_do_not_say_what_to_read_on(client, turns, headers, param):

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from phi_cluster.cluster.errors import Overloaded
-from phi_cluster.cluster.turn_api import TextDelta, TurnStarted
+from phi_cluster.cluster.turn_api import Position, TextDelta, TurnStarted
 
 HELLO = [{"role": "user", "content": "Hi"}]
 STREAM = {"messages": HELLO, "stream": True}
@@ -61,7 +61,7 @@ async def test_an_error_after_comments_is_an_event(connect, impatient, turns, ev
 
 async def test_text_held_back_is_silence(connect, impatient, turns):
     """Events without text send nothing, so they must not put the comment off."""
-    turns.script[1:] = [step for _ in range(3) for step in (TextDelta("", 1, 1), asyncio.Event())]
+    turns.script[1:] = [step for _ in range(3) for step in (TextDelta("", 1, Position(1, 1)), asyncio.Event())]
     connection = connect(PATH, STREAM, over=impatient)
     await connection.until(b"assistant")
     assert await connection.until(COMMENT) == COMMENT
@@ -226,7 +226,7 @@ async def test_observer_counts_a_turn(connect, turns, observer):
 
 
 async def test_observer_counts_a_failed_turn_as_far_as_it_went(connect, turns, observer):
-    turns.script = [TurnStarted(7, 3), TextDelta("a", 2, 2), Overloaded("gone")]
+    turns.script = [TurnStarted(7, 3), TextDelta("a", 2, Position(2, 2)), Overloaded("gone")]
     connection = connect(PATH, WHOLE)
     await connection.finished()
     assert observer.calls[-1] == ("finish", "chat", "error", 2.0, 7, 3, 2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import itertools
 import os
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from phi_cluster.cluster.session.sqlite_journal import SQLiteJournal
 from phi_cluster.model.kv_layout import KVCacheLayout
 
 FINGERPRINT = "model-1"
+_numbers = itertools.count(1)
 
 
 class Clock:
@@ -162,10 +164,14 @@ class Turns:
     """An engine and a replica in one: begins turns, writes into the segment as they would, commits."""
 
     settings: SessionSettings
+    # By session and epoch.
+    request_ids: dict[tuple[str, int], str] = field(default_factory=dict)
 
-    async def begin(self, session: Session, text: str, request_id: str = "r", **options: object) -> TurnGrant:
+    async def begin(self, session: Session, text: str, request_id: str | None = None, **options: object) -> TurnGrant:
+        request_id = request_id or f"r{next(_numbers)}"
         grant = await session.begin_turn(BeginTurn(session.key, request_id, text, **options))  # type: ignore[arg-type]
         assert isinstance(grant, TurnGrant)
+        self.request_ids[grant.key.digest, grant.epoch] = request_id
         return grant
 
     def write(self, grant: TurnGrant, token_ids: Sequence[int], value: int = 1) -> int:
@@ -185,15 +191,16 @@ class Turns:
         session.commit(self.message(grant, text, token_ids))
         return grant
 
-    @staticmethod
-    def message(grant: TurnGrant, text: str, token_ids: Sequence[int], request_id: str = "r") -> CommitTurn:
+    def message(
+        self, grant: TurnGrant, text: str, token_ids: Sequence[int], request_id: str | None = None
+    ) -> CommitTurn:
         return commit_turn(
             grant.key,
             grant.epoch,
             text[grant.num_kept_chars :],
             token_ids,
             kept=(grant.num_kept_chars, grant.num_kept_tokens),
-            request_id=request_id,
+            request_id=request_id or self.request_ids[grant.key.digest, grant.epoch],
         )
 
 

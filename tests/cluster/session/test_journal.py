@@ -99,6 +99,17 @@ def test_a_deleted_journal_begins_anew(journal, key, kit):
     journal.delete()
 
 
+def test_epochs_of_a_deleted_journal_never_come_again(journal, key, kit, clock):
+    clock.now = 1_800_000_000.0
+    journal.delete()
+    before = [journal.take_epoch().epoch for _ in range(9)]
+    clock.now += 0.1
+    journal.delete()
+    assert journal.take_epoch().epoch > before[-1]
+    with pytest.raises(StaleEpoch):
+        journal.commit(kit.turn(key, before[0], "deleted", [1]))
+
+
 def test_superseded_turns_go_and_what_is_left_replays_to_the_same(journal, key, kit):
     transcript = Transcript()
 

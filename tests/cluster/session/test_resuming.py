@@ -35,7 +35,7 @@ async def test_what_nobody_recorded_is_left_in_the_memory(session, turns, proces
     first = await turns.begin(session, "xy", "torn", writers=(REPLICA, ENGINE))
     turns.write(first, [3, 4, 5, 6])
     processes.dead |= {REPLICA, ENGINE}
-    again = await turns.begin(session, "xy", "torn", writers=(OTHER,), resume=True)
+    again = await turns.begin(session, "xy", "torn", writers=(OTHER,), resume=True, claim="again")
     assert (again.epoch, again.num_kept_tokens, resumed(again)) == (first.epoch + 1, 2, [3, 4, 5, 6])
     # With its keys and values.
     assert stored(again, settings) == ([1, 2, 3, 4, 5, 6], 6)
@@ -51,7 +51,7 @@ async def test_what_was_recorded_of_a_reply_is_told_too(session, turns, kit):
         kit.turn(session.key, first.epoch, "yza", [3, 4, 5], kept=(1, 2), boundaries=((2, 3),), request_id="left")
     )
     for _ in range(2):
-        again = await turns.begin(session, "xy", "left", writers=(REPLICA,), resume=True)
+        again = await turns.begin(session, "xy", "left", writers=(REPLICA,), resume=True, claim="again")
         assert (again.num_kept_tokens, again.num_kept_chars, resumed(again)) == (3, 2, [4, 5])
         session.abandon(again.epoch)
 
@@ -60,11 +60,11 @@ async def test_only_the_request_itself_is_told(session, turns, processes):
     first = await turns.begin(session, "x", "torn", writers=(REPLICA,))
     turns.write(first, [1, 2, 3])
     processes.dead.add(REPLICA)
-    other = await turns.begin(session, "x", "other", writers=(OTHER,), resume=True)
+    other = await turns.begin(session, "x", "other", writers=(OTHER,), resume=True, claim="again")
     assert (resumed(other), other.num_tokens) == (None, 0)
     session.abandon(other.epoch)
     # The other one's turn has dropped it.
-    again = await turns.begin(session, "x", "torn", writers=(OTHER,), resume=True)
+    again = await turns.begin(session, "x", "torn", writers=(OTHER,), resume=True, claim="again")
     assert resumed(again) is None
 
 
@@ -72,7 +72,7 @@ async def test_what_was_given_up_is_not_there_any_more(session, turns):
     first = await turns.begin(session, "x", "torn", writers=(REPLICA,))
     turns.write(first, [1, 2, 3])
     session.abandon(first.epoch)
-    again = await turns.begin(session, "x", "torn", writers=(OTHER,), resume=True)
+    again = await turns.begin(session, "x", "torn", writers=(OTHER,), resume=True, claim="again")
     assert (resumed(again), again.num_tokens) == (None, 0)
 
 
@@ -84,7 +84,7 @@ async def test_nothing_is_read_on_once_the_conversation_has_gone_on(session, tur
     restored = Session.restore(make_journal(key), settings)
     for one in (session, restored):
         with pytest.raises(ReplyGone, match="gone on"):
-            await turns.begin(one, "x", "r1", resume=True)
+            await turns.begin(one, "x", "r1", resume=True, claim="again")
         # Nobody waits for it.
         one.abandon((await turns.begin(one, "xyz", "new", wait_seconds=0.0)).epoch)
 
@@ -115,9 +115,9 @@ async def test_a_successor_ends_a_turn_whose_writers_are_dead(session, turns, ma
     successor = Session.take_over(held.ref, make_journal(key), settings, recycled=False)
     processes.dead.add(REPLICA)
     with pytest.raises(SessionBusy):
-        await turns.begin(successor, "x", "torn", writers=(OTHER,), resume=True, wait_seconds=0.003)
+        await turns.begin(successor, "x", "torn", writers=(OTHER,), resume=True, claim="again", wait_seconds=0.003)
     processes.dead.add(ENGINE)
-    again = await turns.begin(successor, "x", "torn", writers=(OTHER,), resume=True)
+    again = await turns.begin(successor, "x", "torn", writers=(OTHER,), resume=True, claim="again")
     assert resumed(again) == [1, 2, 3]
     segment.close()
     held.close()
@@ -134,12 +134,13 @@ async def test_a_request_whose_answer_was_lost_does_not_wait_for_itself(session,
 
 async def test_a_request_that_reads_on_waits_for_its_own_first_connection(session, turns):
     first = await turns.begin(session, "x", "same", writers=(REPLICA,))
-    waiting = asyncio.create_task(turns.begin(session, "x", "same", writers=(REPLICA,), resume=True))
+    again = {"writers": (REPLICA,), "resume": True, "claim": "second"}
+    waiting = asyncio.create_task(turns.begin(session, "x", "same", **again))
     for _ in range(5):
         await asyncio.sleep(0)
     assert not waiting.done()
     # If it leaves, only itself.
-    assert session.withdraw("same")
+    assert session.withdraw("second")
     with pytest.raises(SessionBusy, match="withdrawn"):
         await waiting
     assert session.in_turn

@@ -225,6 +225,21 @@ async def test_a_caller_that_gave_up_can_withdraw(session, turns):
     assert not session.withdraw("first")
 
 
+async def test_a_caller_that_had_no_answer_asks_again_and_has_one_turn(session, turns):
+    lost = await turns.begin(session, "x", "first")
+    again = await turns.begin(session, "x", "first", wait_seconds=0.0)
+    assert again.epoch == lost.epoch + 1
+    waiting = asyncio.create_task(turns.begin(session, "x", "second"))
+    await settle()
+    asked_again = asyncio.create_task(turns.begin(session, "x", "second"))
+    await settle()
+    with pytest.raises(SessionBusy, match="withdrawn"):
+        await waiting
+    session.abandon(again.epoch)
+    await asked_again
+    assert session.describe().num_waiting == 0
+
+
 async def test_a_cancelled_caller_holds_nobody_up(session, turns):
     first = await turns.begin(session, "x")
     waiting = asyncio.create_task(turns.begin(session, "x"))

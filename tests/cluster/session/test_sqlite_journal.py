@@ -73,7 +73,7 @@ def test_a_commit_that_was_acknowledged_survives_kill_9(make_journal, key, kit, 
         process.wait()
     journal = make_journal(key)
     assert [turn.text for turn in journal.load()] == ["acknowledged"]
-    assert journal.info().epoch in (1, 2)
+    assert journal.info().epoch - journal.load()[0].epoch in (0, 1)
 
 
 def test_writes_are_synced(make_journal, key):
@@ -187,7 +187,7 @@ def test_a_newer_version_is_refused_and_an_older_one_is_brought_up(make_journal,
     assert len(upgraded.load()) == 1
     assert upgraded._open().execute("SELECT note FROM turns").fetchall() == [("none",)]
     upgraded.close()
-    with pytest.raises(JournalTooNew, match="version 2 and this program knows 1"):
+    with pytest.raises(JournalTooNew, match="version 3 and this program knows 2"):
         make_journal(key).load()
     assert len(make_journal(key, migrations=newer).load()) == 1
 
