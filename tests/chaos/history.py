@@ -23,6 +23,8 @@ class Event:
     at: float
     text: str
     position: int | None = None
+    # All of the id line, by which a client reads on.
+    event_id: str | None = None
 
 
 @dataclass

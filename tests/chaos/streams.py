@@ -195,20 +195,20 @@ class Stream:
 
     def _take(self, event: str) -> None:
         attempt, now = self.attempt, time.monotonic()
-        position: int | None = None
+        event_id: str | None = None
         for line in event.split("\n"):
             name, _, value = line.partition(": ")
             if name == "id":
-                position = int(value)
+                event_id = value
             elif name == "data":
                 if attempt.dones:
                     attempt.strays += 1
                 elif value == "[DONE]":
                     attempt.dones += 1
                 else:
-                    self._take_data(json.loads(value), position, now)
+                    self._take_data(json.loads(value), event_id, now)
 
-    def _take_data(self, data: dict[str, Any], position: int | None, now: float) -> None:
+    def _take_data(self, data: dict[str, Any], event_id: str | None, now: float) -> None:
         attempt = self.attempt
         if "error" in data:
             attempt.errors.append(data["error"])
@@ -217,7 +217,9 @@ class Stream:
             attempt.prompt_tokens, attempt.completion_tokens = usage["prompt_tokens"], usage["completion_tokens"]
         for choice in data["choices"]:
             if text := choice["delta"].get("content"):
-                attempt.events.append(Event(now, text, position))
+                # So many tokens, and a checksum.
+                position = None if event_id is None else int(event_id.partition("-")[0])
+                attempt.events.append(Event(now, text, position, event_id))
                 if self._on_text is not None:
                     self._on_text(self)
             if choice["finish_reason"] is not None:

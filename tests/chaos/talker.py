@@ -161,13 +161,14 @@ class Seen:
     def __init__(self) -> None:
         self.text = ""
         self.position: int | None = None
+        self.event_id: str | None = None
         self.request_id: str | None = None
 
     @property
     def headers(self) -> dict[str, str]:
         if self.request_id is None:
             return {}
-        return {"x-request-id": self.request_id, "x-resume-from": str(self.position)}
+        return {"x-request-id": self.request_id, "x-resume-from": str(self.event_id)}
 
     def begin(self, attempt: Attempt) -> None:
         if attempt.resumed is None:
@@ -175,11 +176,11 @@ class Seen:
 
     def add(self, attempt: Attempt) -> None:
         self.text += attempt.text
-        positions = [event.position for event in attempt.events if event.position is not None]
-        if positions:
+        told = [event for event in attempt.events if event.position is not None]
+        if told:
             # Read on under the first response's id.
             self.request_id = self.request_id or attempt.request_id
-            self.position = positions[-1]
+            self.position, self.event_id = told[-1].position, told[-1].event_id
 
 
 def cut_text(turn: Turn, expected: Expected) -> str | None:
