@@ -37,7 +37,8 @@ from phi_cluster.cluster.session.directory import SessionDirectory
 from phi_cluster.cluster.session.recycler import RecycleReason
 from phi_cluster.cluster.session.reports import private_or_zero
 from phi_cluster.cluster.standby import StandbyEngines
-from phi_cluster.cluster.turn import TurnLimits, Turns
+from phi_cluster.cluster.turn import Turns
+from phi_cluster.cluster.turn_attempt import TurnLimits
 from phi_cluster.model.tokenizer import Tokenizer
 from phi_cluster.monitoring.metrics import RequestMetrics
 

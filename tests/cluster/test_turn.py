@@ -40,7 +40,7 @@ from phi_cluster.cluster.messages import (
     TurnGrant,
 )
 from phi_cluster.cluster.session.transcript import Transcript
-from phi_cluster.cluster.turn import TurnLimits, Turns
+from phi_cluster.cluster.turn import Turns
 from phi_cluster.cluster.turn_api import (
     BEGINNING,
     Position,
@@ -50,6 +50,7 @@ from phi_cluster.cluster.turn_api import (
     TurnRequest,
     TurnStarted,
 )
+from phi_cluster.cluster.turn_attempt import TurnLimits
 from phi_cluster.model.sampling_params import SamplingParams
 from phi_cluster.model.tokenizer import Tokenizer
 

@@ -1,0 +1,241 @@
+"""One attempt at a turn, in the memory that its session has now: from the grant to the last token.
+
+Owns: what is taken over of a reply that exists already, the sequence in the engine, and the way from its outputs to
+text. Knows nothing of admission, of what follows a lost memory, of HTTP, Ray or torch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from array import array
+from collections.abc import AsyncGenerator
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import NoReturn, Protocol
+
+from phi_cluster.cluster.engine_client import EngineClient, EngineFailed, SequenceStream
+from phi_cluster.cluster.errors import PoisonousRequest, ReadElsewhere
+from phi_cluster.cluster.messages import AddSequence, BeginTurn, ProcessId, SessionKey, TurnGrant
+from phi_cluster.cluster.prompt import PromptReader
+from phi_cluster.cluster.reply import Reply
+from phi_cluster.cluster.turn_api import Position, TextDelta, TurnRequest, TurnStarted
+from phi_cluster.cluster.turn_lease import Lessor, TurnLease
+from phi_cluster.cluster.turn_record import Recorder, TurnRecord
+from phi_cluster.model.sampling_params import SamplingParams
+from phi_cluster.model.tokenizer import Tokenizer
+
+
+class Sessions(Recorder, Lessor, Protocol):
+    """Where sessions are; implemented by `session.directory`."""
+
+    async def begin_turn(self, request: BeginTurn) -> TurnGrant: ...
+
+
+class Poison(Protocol):
+    """The requests on which engines have died."""
+
+    def holds(self, request: TurnRequest) -> bool: ...
+
+    def add(self, request: TurnRequest) -> None: ...
+
+
+@dataclass(frozen=True)
+class TurnLimits:
+    """`lease_tokens`: KV memory is leased for so many tokens ahead of the reply."""
+
+    max_model_len: int
+    max_turns: int
+    turn_wait: float
+    lease_tokens: int = 512
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What all turns of a replica use. `process` is the replica's."""
+
+    tokenizer: Tokenizer
+    prompts: PromptReader
+    sessions: Sessions
+    engines: EngineClient
+    limits: TurnLimits
+    process: ProcessId
+    poison: Poison
+
+
+class MemoryLost(Exception):
+    """Whoever held the session's memory is gone, and no engine has it mapped: the turn has to begin again."""
+
+
+@dataclass
+class Carried:
+    """What of a turn outlives the memory in which it began. `token_ids` are the reply's, None before there are any to
+    speak of; the client has all text up to `given`, and `started` if it was told so."""
+
+    key: SessionKey
+    given: Position
+    token_ids: list[int] | None = None
+    started: TurnStarted | None = None
+
+
+class TurnAttempt:
+    """`enter`, `start`, then `events`; whatever happens after `enter`, the turn is to be ended with `record`.
+
+    `stream` is the engine's sequence, once there is one; None also if the reply is there as a whole.
+    """
+
+    record: TurnRecord
+    reply: Reply
+    grant: TurnGrant
+
+    def __init__(self, around: Surroundings, request: TurnRequest, text: str, carried: Carried):
+        """`text` is the rendered prompt."""
+        self._around = around
+        self._request = request
+        self._text = text
+        self._carried = carried
+        self._fresh = ""
+        self.stream: SequenceStream | None = None
+
+    async def enter(self) -> None:
+        """Waits for the session's turn. Raises what `Sessions.begin_turn` raises."""
+        around, request, carried = self._around, self._request, self._carried
+        engine = around.engines.engine
+        begin = BeginTurn(
+            key=carried.key,
+            request_id=request.request_id,
+            text=self._text,
+            wait_seconds=around.limits.turn_wait,
+            writers=(around.process,) if engine is None else (around.process, engine.process),
+            resume=request.resume_from is not None and carried.token_ids is None,
+            claim=uuid.uuid4().hex,
+        )
+        self.grant = await around.sessions.begin_turn(begin)
+        self.reply = Reply(
+            self._text,
+            around.tokenizer.detokenizer(),
+            request.stop,
+            given=carried.given,
+            is_known=carried.token_ids is not None,
+        )
+        self.record = TurnRecord(around.sessions, around.tokenizer, self.grant, request, self.reply)
+
+    async def start(self) -> None:
+        """Takes over what there is of the reply and has an engine go on with it, if it is not over. Raises PhiError."""
+        around, request, grant, reply = self._around, self._request, self.grant, self.reply
+        # Off the event loop: a long text takes a while.
+        num_kept, kept_chars, new_ids = await asyncio.to_thread(around.prompts.encode, request, grant, self._text)
+        num_prompt = num_kept + len(new_ids)
+        sampling = around.prompts.sampling(request, around.prompts.max_tokens(request, num_prompt))
+        so_far = self._carried.token_ids
+        if so_far is None:
+            so_far = _left_of_reply(grant, num_kept, new_ids)
+        reply.answer(grant.kept_checksum if num_kept else 0, new_ids)
+        self._fresh = reply.push(so_far)
+        over = None
+        if so_far and not reply.is_cut:
+            over = SamplingParams.from_dict(sampling).finish_reason(len(so_far), so_far[-1])
+        if over is not None:
+            self._fresh += reply.end(over)
+        elif not reply.is_cut:
+            ahead = min(sampling["max_tokens"] - len(so_far), around.limits.lease_tokens)
+            add = AddSequence(
+                sequence_id=around.engines.next_sequence_id(),
+                segment=grant.segment,
+                epoch=grant.epoch,
+                num_kept_tokens=num_kept,
+                token_ids=new_ids + so_far,
+                sampling=sampling,
+                max_num_tokens=num_prompt + len(so_far) + ahead,
+                num_prompt_tokens=num_prompt,
+            )
+            await around.sessions.reserve(grant.key, add.max_num_tokens)
+            self.stream = await around.engines.add(add)
+        # Only now is there anything to record: a turn that was refused room leaves the session as it was.
+        record = self.record
+        record.num_kept_tokens, record.num_kept_chars, record.prompt_ids = num_kept, kept_chars, new_ids
+        record.sampling = sampling
+        reply.num_prompt_tokens = num_prompt
+
+    async def events(self) -> AsyncGenerator[TurnStarted | TextDelta, None]:
+        """Text until the reply is over and the sequence released. Raises MemoryLost, with all of the reply carried, and
+        PhiError."""
+        if self.stream is None:
+            for event in self._begin(self.grant.num_computed_tokens):
+                yield event
+            return
+        around, request, reply, stream = self._around, self._request, self.reply, self.stream
+        limits = around.limits
+        limit = min(reply.num_prompt_tokens + stream.add.sampling["max_tokens"], limits.max_model_len)
+        lease = TurnLease(around.sessions, around.engines, self.grant.key, stream, limit, limits.lease_tokens)
+        num_there = reply.num_prompt_tokens + len(reply.token_ids)
+        has_begun = False
+        async for output in stream:
+            if output.finish_reason == "gone":
+                await self.record.drop()
+                self._carried.key, self._carried.token_ids = self.grant.key, reply.token_ids
+                raise MemoryLost
+            if output.finish_reason == "error":
+                self._give_up(stream, output.error)
+            if output.finish_reason == "abort" and not reply.is_cut:
+                raise lease.refusal or ReadElsewhere("this reply is being read on by a later connection")
+            lease.follow(num_there + len(stream.received))
+            if not has_begun:
+                has_begun = True
+                num_cached = output.num_cached_tokens or 0
+                if stream.was_moved or request.resume_from is not None:
+                    # What an engine computed before it died was no cache when the turn began.
+                    num_cached = min(num_cached, self.grant.num_computed_tokens)
+                for event in self._begin(num_cached):
+                    yield event
+            if reply.is_cut:
+                # What the step in flight brought after a stop string is nobody's.
+                continue
+            before = len(reply.token_ids)
+            text = reply.push(output.token_ids)
+            taken = len(reply.token_ids) - before
+            if text or taken:
+                yield TextDelta(text, taken, reply.position)
+            if reply.is_cut:
+                around.engines.abort(stream)
+            elif output.finish_reason is not None:
+                text = reply.end(output.finish_reason)
+                if text:
+                    yield TextDelta(text, 0, reply.position)
+
+    def _begin(self, num_cached: int) -> list[TurnStarted | TextDelta]:
+        """What is told first: once that the turn has started, and the text that was there already."""
+        carried, reply = self._carried, self.reply
+        told: list[TurnStarted | TextDelta] = []
+        if carried.started is None:
+            carried.started = TurnStarted(reply.num_prompt_tokens, min(num_cached, reply.num_prompt_tokens))
+            told.append(carried.started)
+        reply.num_cached_tokens = carried.started.num_cached_tokens
+        if self._fresh:
+            told.append(TextDelta(self._fresh, 0, reply.position))
+        return told
+
+    def _give_up(self, stream: SequenceStream, error: str | None) -> NoReturn:
+        """Raises what the client is told of a sequence that no engine carries on."""
+        if not stream.is_poisonous:
+            raise EngineFailed(f"the engine gave the request up: {error}")
+        with suppress(OSError):
+            self._around.poison.add(self._request)
+        raise poisonous()
+
+
+def poisonous() -> PoisonousRequest:
+    """What whoever sends such a request is told."""
+    return PoisonousRequest(
+        "engines died when they computed this request, so it is not tried again; please report it with the server's log"
+    )
+
+
+def _left_of_reply(grant: TurnGrant, num_kept: int, new_ids: list[int]) -> list[int]:
+    """The ids of an interrupted reply that its session still has."""
+    if grant.resumed_ids is not None:
+        left = array("i", grant.resumed_ids).tolist()
+        prompt = new_ids[grant.num_kept_tokens - num_kept :]
+        if left[: len(prompt)] == prompt:
+            return left[len(prompt) :]
+    return []
