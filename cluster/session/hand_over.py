@@ -283,8 +283,21 @@ class HandOvers:
     def _num_actors(self) -> int:
         return sum(entry.actor is not None for entry in self._roster) + self._pool.num_warm
 
+    def _waiting(self) -> list[Entry]:
+        """Sessions that want an actor and are between two turns, those that were used last first: in a long queue they
+        are the ones that may be used again. Who has idled so long that its actor would go at once does not want one."""
+        found: list[tuple[float, int, Entry]] = []
+        for number, entry in enumerate(self._roster):
+            if entry.wants_actor and entry.session is not None and not entry.session.in_turn:
+                idle = entry.session.describe().idle_seconds
+                if self._config.idle_timeout is not None and idle > self._config.idle_timeout:
+                    entry.wants_actor = False
+                else:
+                    found.append((idle, number, entry))
+        return [entry for *_, entry in sorted(found, key=lambda one: one[:2])]
+
     async def _tend_once(self) -> None:
-        waiting = [e for e in self._roster if e.wants_actor and e.session is not None and not e.session.in_turn]
+        waiting = self._waiting()
         wanted = min(len(waiting), 1) + self._config.warm_actors
         if self._pool.num_warm < wanted and self._num_actors() < self._config.max_actors:
             self._pool.add(await self._pool.spawn())

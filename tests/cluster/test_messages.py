@@ -137,7 +137,7 @@ def test_no_representation_shows_prompts_replies_or_ids() -> None:
 
 
 def test_messages_cannot_be_changed() -> None:
-    grant = TurnGrant(SessionKey("t", "s"), 1, SegmentRef(1, 2, b"n"), 0, 0, None, 0, 0, 0, 1)
+    grant = TurnGrant(SessionKey("t", "s"), 1, SegmentRef(1, 2, b"n"), 0, 0, None, 0, 0, 0, 0, 1)
     for message, name in ((grant, "epoch"), (ProcessId(1, 2), "pid"), (grant.key, "tenant")):
         with pytest.raises(dataclasses.FrozenInstanceError):
             setattr(message, name, 0)
