@@ -193,12 +193,11 @@ class EngineClient:
             if self._link is not link or link.is_lost:
                 # It died meanwhile, and another one serves: as new as this one.
                 await successor.end()
-                self._recycling = None
                 return False
-        except BaseException:
-            self._recycling = None
-            raise
-        self._successor = successor
+            self._successor = successor
+        finally:
+            if self._successor is None:
+                self._recycling = None
         link.send(StepDown())
         return True
 

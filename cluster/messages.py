@@ -61,6 +61,11 @@ class BeginTurn:
     # Names this attempt at a turn, where a request may make several: whoever asks again with it has had no answer.
     claim: str = ""
 
+    @property
+    def attempt(self) -> str:
+        """What this attempt waits, begins and is withdrawn under."""
+        return self.claim or self.request_id
+
 
 @dataclass(frozen=True)
 class TurnGrant:

@@ -11,9 +11,10 @@ import secrets
 from pathlib import Path
 
 from phi_cluster.cluster.config import Config
-from phi_cluster.cluster.http.ingress import CALLBACK_PATH
 from phi_cluster.cluster.runtime_dir import RUNTIME_DIR_VARIABLE
 
+# By name: importing it here would cost every start a web framework.
+INGRESS_PATH = "phi_cluster.cluster.http.ingress.middlewares"
 # A stream may last so long while its replica or HAProxy is being replaced.
 _LONGEST_STREAM_SECONDS = 3600
 
@@ -51,7 +52,7 @@ def set_environment(config: Config, runtime_dir: Path) -> None:
             # another server's, which would answer: with its own replica, and into its own journals.
             "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(first_port + 899),
             "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(first_port + 900),
-            "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": CALLBACK_PATH,
+            "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": INGRESS_PATH,
             "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
             "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "1",
             # Workers at the priority of everybody else: engines must not wait for idle processes. Session actors

@@ -73,13 +73,12 @@ class RequestMetrics:
         self._engine_recycles = Counter(
             "phi_engine_recycles", "Engines renewed by policy or on request.", ["reason"], registry=self.registry
         )
-        self._recycled: dict[str, int] = {}
         self._standbys = Gauge(
             "phi_standby_engines", "Engines that are up and wait to take over.", registry=self.registry
         )
         self._open = 0
         self._engine_running = 0
-        self._recovered: dict[tuple[str, str], int] = {}
+        self._totals: dict[tuple[str, str], int] = {}
 
     def on_start(self, endpoint: str) -> None:
         self._open += 1
@@ -119,12 +118,15 @@ class RequestMetrics:
         self._standbys.set(num_standbys)
         for component, counts in recoveries.items():
             for reason, count in counts.items():
-                before = self._recovered.get((component, reason), 0)
-                self._recoveries.labels(component, reason).inc(max(count - before, 0))
-                self._recovered[component, reason] = max(count, before)
+                self._raise_to(self._recoveries.labels(component, reason), (component, reason), count)
         for reason, count in recycles.items():
-            self._engine_recycles.labels(reason).inc(max(count - self._recycled.get(reason, 0), 0))
-            self._recycled[reason] = max(count, self._recycled.get(reason, 0))
+            self._raise_to(self._engine_recycles.labels(reason), ("recycled", reason), count)
+
+    def _raise_to(self, counter: Counter, name: tuple[str, str], total: int) -> None:
+        """A counter whose total is counted elsewhere."""
+        before = self._totals.get(name, 0)
+        counter.inc(max(total - before, 0))
+        self._totals[name] = max(total, before)
 
     def snapshot(self) -> list[FamilySnapshot]:
         """All families with their samples, picklable."""

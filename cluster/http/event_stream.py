@@ -38,11 +38,11 @@ class EventStream:
     async def write(self, event: Mapping[str, Any], position: object = None) -> None:
         """Sends an event, with `position` as its id; the first call sends the status 200 and the headers."""
         id_line = b"" if position is None else f"id: {position}\n".encode()
-        await self._write(id_line + b"data: " + to_json(event) + b"\n\n")
+        await self._write(id_line + _data(event))
 
     async def end(self, *events: Mapping[str, Any]) -> None:
         """The last `events`, then `[DONE]`."""
-        await self._write(b"".join(b"data: " + to_json(event) + b"\n\n" for event in events) + DONE, last=True)
+        await self._write(b"".join(map(_data, events)) + DONE, last=True)
 
     async def fail(self, error: PhiError) -> None:
         """`error` with its own status if nothing was sent yet, else as an event, followed by `[DONE]`.
@@ -94,3 +94,7 @@ class EventStream:
             **self._headers,
         }
         return [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
+
+
+def _data(event: Mapping[str, Any]) -> bytes:
+    return b"data: " + to_json(event) + b"\n\n"

@@ -15,8 +15,6 @@ from phi_cluster.cluster.errors import PhiError, Unavailable
 from phi_cluster.cluster.http.caller import REQUEST_ID_HEADER
 from phi_cluster.cluster.http.errors import error_response, internal_error
 
-CALLBACK_PATH = f"{__name__}.middlewares"
-
 # With these a client would switch Serve's handling of disconnects and time limits off.
 _SWITCHES = (b"x-request-disconnect-disabled", b"x-request-timeout-seconds")
 

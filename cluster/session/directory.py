@@ -138,7 +138,7 @@ class SessionDirectory:
         if not begin.done():
             # Whatever comes of it: if the turn begins all the same, it is ended.
             with contextlib.suppress(PhiError, RayError):
-                await self._call(request.key, "withdraw", request.key, request.claim or request.request_id)
+                await self._call(request.key, "withdraw", request.key, request.attempt)
         try:
             grant = await begin
         except (PhiError, RayError):

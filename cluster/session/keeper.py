@@ -118,7 +118,7 @@ class NodeSessions:
             # It may be here already: then its answer was lost, and nobody would ever end that turn.
             for begun in self._roster:
                 if begun.key.ephemeral and begun.session is not None:
-                    begun.session.withdraw(request.claim or request.request_id)
+                    begun.session.withdraw(request.attempt)
         while True:
             if request.key.ephemeral and not request.key.session_id:
                 left = self._roster.left_by(request.key.tenant, request.request_id) if request.resume else None

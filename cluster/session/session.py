@@ -181,10 +181,9 @@ class Session:
         Whoever asks must take the answer even if its own client has gone, and then `abandon`; one that cannot
         know whether there was an answer calls `withdraw`, or asks again: one claim has one turn, the last one.
         """
-        claim = request.claim or request.request_id
         # Also of one whose answer was lost with who gave it.
-        self.withdraw(claim)
-        if not await self._enter(claim, request.wait_seconds):
+        self.withdraw(request.attempt)
+        if not await self._enter(request.attempt, request.wait_seconds):
             return Moved(self.key)
         resumed = request.request_id if request.resume else None
         try:
@@ -196,7 +195,7 @@ class Session:
         except BaseException:
             self._gate.release()
             raise
-        self._turn = _Turn(name_digest(claim), grant.epoch, request.writers)
+        self._turn = _Turn(name_digest(request.attempt), grant.epoch, request.writers)
         # Also for whoever may have to take the session over.
         segment = self._conversation.segment
         segment.request, segment.claim = name_digest(request.request_id), self._turn.claim

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from phi_cluster.cluster.http.ingress import CALLBACK_PATH, Ingress, middlewares
+from phi_cluster.cluster.http.ingress import Ingress, middlewares
+from phi_cluster.cluster.ray_environment import INGRESS_PATH
 
 
 def wrapped(app):
@@ -47,7 +48,7 @@ async def test_what_is_not_http_passes():
 
 
 def test_serve_finds_it():
-    module, _, name = CALLBACK_PATH.rpartition(".")
+    module, _, name = INGRESS_PATH.rpartition(".")
     assert module == Ingress.__module__
     assert getattr(__import__(module, fromlist=[name]), name) is middlewares
 
