@@ -39,6 +39,8 @@ MAY_IMPORT_RAY = {
     "cluster.session.keeper",
     "cluster.session.directory",
     "cluster.session.hand_over",
+    "cluster.session.custody",
+    "cluster.session.administration",
     "cluster.weight_store",
     "cluster.actors",
     "cluster.controller",

@@ -43,7 +43,9 @@ class _EarlyLettingGo(HandOvers):
 class _HastyKeeper(NodeSessions):
     def __init__(self, *arguments: Any):
         super().__init__(*arguments)
-        self._hands = _EarlyLettingGo(self._roster, self._hands._pool, self._settings, self._journal, self._config)
+        custody = self._custody
+        pool = custody.hands._pool
+        custody.hands = _EarlyLettingGo(custody.roster, pool, custody.settings, custody.journal, custody.config)
 
 
 class _NoWithdrawal(SessionDirectory):
@@ -91,7 +93,7 @@ class _Hoarding(KVLeases):
 class _HoardingKeeper(NodeSessions):
     def __init__(self, *arguments: Any):
         super().__init__(*arguments)
-        self._leases = _Hoarding(self._ledger, self._make_room, 2.0)
+        self._custody.leases = _Hoarding(self._custody.ledger, self._custody.make_room, 2.0)
 
 
 PLANTED = {
