@@ -26,11 +26,14 @@ from phi_cluster.cluster.config import EngineConfig, RecyclerConfig, SessionsCon
 from phi_cluster.cluster.engine_recycler import EnginePolicy, EngineRecycles, EngineReport
 from phi_cluster.cluster.errors import PhiError
 from phi_cluster.cluster.processes import kill_for_sure, private_bytes
+from phi_cluster.cluster.session.accounts import UsageTotals
 from phi_cluster.cluster.session.recycler import RecyclePolicy, RecycleReason, SessionSnapshot, decide
 from phi_cluster.cluster.session.reports import KeeperReport, private_or_zero
 from phi_cluster.monitoring.metrics import (
     FamilySnapshot,
+    KeyView,
     NodeView,
+    key_metrics,
     merge_snapshots,
     node_metrics,
     snapshot_of,
@@ -87,6 +90,8 @@ class Controller:
         self._past_replicas: list[FamilySnapshot] = []
         # How often in a row each node's keeper has not answered.
         self._silent_keepers: Counter[str] = Counter()
+        # What each tenant has used, on each node.
+        self._usage: dict[tuple[str, str], UsageTotals] = {}
         self._running: asyncio.Task[None] | None = None
 
     async def start(self) -> int:
@@ -135,6 +140,7 @@ class Controller:
         recycles = self._past_recycles + sum((Counter(r.recycles) for r in reports), Counter())
         activations = self._past_activations + sum(r.activations for r in reports)
         yield from node_metrics([self._view(r) for r in reports], activations, dict(recycles), self._weights_nbytes)
+        yield from key_metrics([_key_view(totals) for totals in list(self._usage.values())])
         yield from merge_snapshots([self._past_replicas, *self._snapshots()])
 
     def _snapshots(self) -> list[list[FamilySnapshot]]:
@@ -215,6 +221,11 @@ class Controller:
         if before is not None and before.process != report.process:
             self._remember_counters(before)
         self._reports[report.node_id] = report
+        for totals in report.usage:
+            # A keeper that was killed has forgotten its last seconds: a counter that went back would count all anew.
+            place = report.node_id, totals.tenant
+            if totals.requests >= (self._usage[place].requests if place in self._usage else 0):
+                self._usage[place] = totals
 
     def _forget_node(self, node_id: str) -> None:
         report = self._reports.pop(node_id, None)
@@ -261,3 +272,16 @@ class Controller:
             reserved_bytes=report.reserved_nbytes,
             private_bytes_by_kind=private,
         )
+
+
+def _key_view(totals: UsageTotals) -> KeyView:
+    return KeyView(
+        key=totals.tenant,
+        requests=totals.requests,
+        refused=totals.refused,
+        tokens_by_kind={
+            "prompt": totals.prompt_tokens,
+            "cached": totals.cached_tokens,
+            "generation": totals.completion_tokens,
+        },
+    )

@@ -47,6 +47,22 @@ class InvalidRequest(PhiError):
     type = "invalid_request_error"
 
 
+class Unauthorized(PhiError):
+    """No API key, or none that is valid here."""
+
+    status = 401
+    type = "invalid_request_error"
+    code = "invalid_api_key"
+
+
+class Forbidden(PhiError):
+    """The caller is known, or does not matter, and may not do this."""
+
+    status = 403
+    type = "invalid_request_error"
+    code = "missing_scope"
+
+
 class ContextOverflow(InvalidRequest):
     """Prompt and requested completion do not fit into the model's context."""
 
@@ -69,6 +85,14 @@ class SessionBusy(PhiError):
     code = "session_busy"
 
 
+class RequestTimeout(PhiError):
+    """The request's body did not come within the time allowed."""
+
+    status = 408
+    type = "invalid_request_error"
+    code = "request_timeout"
+
+
 class BodyTooLarge(PhiError):
     """The request body is larger than the configured limit."""
 
@@ -83,6 +107,42 @@ class Overloaded(PhiError):
     status = 429
     type = "overloaded_error"
     code = "overloaded"
+
+
+class LimitReached(PhiError):
+    """The key's own limit, not the server's: try again after `retry_after` seconds (None: waiting alone does not help).
+
+    `rates` is what is left of the key's rates: see turn_api.Rates.
+    """
+
+    status = 429
+    type = "rate_limit_error"
+    code = "rate_limit_exceeded"
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after: float | None = None,
+        rates: dict[str, tuple[int, int, float]] | None = None,
+    ):
+        super().__init__(message, param=param, code=code, retry_after=retry_after)
+        self.rates = rates or {}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild_limit, (self.message, self.param, self.code, self.retry_after, self.rates)
+
+
+def _rebuild_limit(
+    message: str,
+    param: str | None,
+    code: str | None,
+    retry_after: float | None,
+    rates: dict[str, tuple[int, int, float]],
+) -> LimitReached:
+    return LimitReached(message, param=param, code=code, retry_after=retry_after, rates=rates)
 
 
 class Unavailable(PhiError):

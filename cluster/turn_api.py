@@ -15,6 +15,9 @@ FinishReason: TypeAlias = Literal["stop", "length"]
 # How a request ended, for counting: as its turn did, or the client left, or it failed.
 Outcome: TypeAlias = Literal["stop", "length", "abort", "error"]
 Endpoint: TypeAlias = Literal["chat", "completions"]
+# What a key may still use, by what is counted ("requests", "tokens"): the limit a minute, what is left of it, and the
+# seconds until all of it is there again.
+Rates: TypeAlias = dict[str, tuple[int, int, float]]
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,9 @@ class TurnRequest:
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     resume_from: Position | None = None
+    # Of an unnamed session: of two conversations that the request continues equally, the one that had this hint before
+    # is meant.
+    cache_hint: str | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)
@@ -70,6 +76,8 @@ class TurnStarted:
 
     num_prompt_tokens: int
     num_cached_tokens: int
+    # Where keys have limits.
+    rates: Rates | None = None
 
 
 @dataclass(frozen=True)
@@ -133,6 +141,34 @@ class SessionAdmin(Protocol):
 
     async def recycle(self, tenant: str, session_id: str) -> dict[str, Any]:
         """Give the session a new actor that takes over the same memory; returns its new description."""
+        ...
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Who is asking. `scopes` say what is allowed beyond the tenant's own conversations: "admin" all of it, "engines"
+    looking after the engines."""
+
+    tenant: str
+    scopes: frozenset[str] = frozenset()
+
+    def has(self, scope: str) -> bool:
+        return scope in self.scopes or "admin" in self.scopes
+
+
+class Keys(Protocol):
+    """Knows the API keys."""
+
+    def identify(self, key: str) -> Identity:
+        """Takes as long for a wrong key as for a right one. Raises `Unauthorized`."""
+        ...
+
+
+class UsageBook(Protocol):
+    """What the holders of keys have used. Raises `Unavailable`."""
+
+    async def usage(self, tenant: str | None) -> Sequence[dict[str, Any]]:
+        """One JSON-able dict a tenant, in order of their names; None: of all."""
         ...
 
 

@@ -24,6 +24,7 @@ ORDER = [
     ["cluster.app"],
     ["cluster.replica"],
     ["cluster.http."],
+    ["cluster.admission"],
     ["cluster.turn"],
     ["cluster.engine_client"],
     ["cluster.standby"],
@@ -52,6 +53,8 @@ MAY_IMPORT_RAY = {
 }
 # What runs in processes that must stay small, or that must not crash with the model.
 NO_TORCH = [
+    "cluster.admission",
+    "cluster.keys",
     "cluster.turn",
     "cluster.engine_client",
     "cluster.engine_link",

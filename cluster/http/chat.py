@@ -38,7 +38,7 @@ def chat_router(edge: Edge) -> APIRouter:
     async def create_chat_completion(request: Request) -> Response:
         """The assistant's next message."""
         caller = caller_of(request)
-        chat = validated(ChatRequest, await read_object(request, settings.max_body_bytes))
+        chat = validated(ChatRequest, await read_object(request, settings))
         check_model(chat.model, settings)
         turn = TurnRequest(
             tenant=caller.tenant,
@@ -50,6 +50,7 @@ def chat_router(edge: Edge) -> APIRouter:
             stop=tuple(chat.stop),
             add_generation_prompt=chat.add_generation_prompt and not chat.continue_final_message,
             continue_final_message=chat.continue_final_message,
+            cache_hint=chat.prompt_cache_key,
         )
         reply = ChatReply.begin(caller, edge)
         return TurnResponse(edge, caller, turn, reply, stream=chat.stream, include_usage=chat.include_usage)

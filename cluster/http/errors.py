@@ -20,8 +20,9 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from phi_cluster.cluster.errors import BodyTooLarge, PhiError
+from phi_cluster.cluster.errors import BodyTooLarge, LimitReached, PhiError, RequestTimeout, Unauthorized
 from phi_cluster.cluster.http.caller import REQUEST_ID_HEADER
+from phi_cluster.cluster.http.rates import rate_headers
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +45,11 @@ def error_response(error: PhiError, headers: Mapping[str, str] | None = None) ->
     response = Response(to_json(error.body()), error.status, headers, media_type="application/json")
     if error.retry_after is not None:
         response.headers["retry-after"] = str(max(1, math.ceil(error.retry_after)))
-    if isinstance(error, BodyTooLarge):
+    if isinstance(error, LimitReached):
+        response.headers.update(rate_headers(error.rates))
+    if isinstance(error, Unauthorized):
+        response.headers["www-authenticate"] = "Bearer"
+    if isinstance(error, BodyTooLarge | RequestTimeout):
         # The rest of the body is not read, so the connection cannot be used again.
         response.headers["connection"] = "close"
     return response

@@ -10,22 +10,37 @@ import time
 from typing import Any
 
 from fastapi import APIRouter, FastAPI
+from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
 from phi_cluster.cluster.errors import Unavailable
+from phi_cluster.cluster.http.caller import DETAILS_HEADER, REQUEST_ID_HEADER, RESUME_HEADER, SESSION_HEADER
 from phi_cluster.cluster.http.chat import chat_router
 from phi_cluster.cluster.http.chat_schemas import ChatCompletionChunk, ChatRequest
 from phi_cluster.cluster.http.completion_schemas import CompletionRequest
 from phi_cluster.cluster.http.completions import completions_router
+from phi_cluster.cluster.http.door import Door
 from phi_cluster.cluster.http.edge import Edge, EdgeSettings
 from phi_cluster.cluster.http.engines import engines_router
 from phi_cluster.cluster.http.errors import install_error_handling, to_json
 from phi_cluster.cluster.http.models import models_router
 from phi_cluster.cluster.http.openapi import error_docs, install_openapi
+from phi_cluster.cluster.http.rates import RATE_HEADERS
 from phi_cluster.cluster.http.sessions import sessions_router
-from phi_cluster.cluster.turn_api import Clock, EngineAdmin, Health, RequestObserver, SessionAdmin, TurnRunner
+from phi_cluster.cluster.http.usage import usage_router
+from phi_cluster.cluster.turn_api import (
+    Clock,
+    EngineAdmin,
+    Health,
+    Keys,
+    RequestObserver,
+    SessionAdmin,
+    TurnRunner,
+    UsageBook,
+)
 
 API_VERSION = "1"
+_OWN_HEADERS = (DETAILS_HEADER, RESUME_HEADER, REQUEST_ID_HEADER)
 
 
 def build_app(
@@ -36,9 +51,11 @@ def build_app(
     health: Health,
     observer: RequestObserver,
     clock: Clock = time,
+    keys: Keys | None = None,
+    usage: UsageBook | None = None,
 ) -> FastAPI:
-    """A new app over these objects; several may live in one process."""
-    edge = Edge(settings, turns, sessions, engines, health, observer, clock)
+    """A new app over these objects; several may live in one process. Without `keys` everybody may come in."""
+    edge = Edge(settings, turns, sessions, engines, health, observer, clock, usage)
     app = FastAPI(
         title="phi-cluster",
         version=API_VERSION,
@@ -54,12 +71,28 @@ def build_app(
         models_router(edge),
         sessions_router(edge),
         engines_router(edge),
+        usage_router(edge),
         _health_router(edge),
     ):
         app.include_router(router)
+    # The first is the innermost.
+    app.add_middleware(Door, keys, settings)
+    if settings.cors_origins:
+        _allow_origins(app, settings)
     install_error_handling(app)
     install_openapi(app, [ChatRequest, CompletionRequest], [ChatCompletionChunk])
     return app
+
+
+def _allow_origins(app: FastAPI, settings: EdgeSettings) -> None:
+    """Outside of the door: a browser asks whether it may ask without the key."""
+    app.add_middleware(
+        CORSMiddleware,
+        allow_origins=settings.cors_origins,
+        allow_methods=("GET", "POST", "DELETE"),
+        allow_headers=("authorization", "content-type", *_OWN_HEADERS, *settings.session_headers),
+        expose_headers=(REQUEST_ID_HEADER, SESSION_HEADER, "retry-after", *RATE_HEADERS),
+    )
 
 
 def _health_router(edge: Edge) -> APIRouter:

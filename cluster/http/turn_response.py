@@ -23,6 +23,7 @@ from phi_cluster.cluster.http.edge import Edge
 from phi_cluster.cluster.http.errors import error_response, internal_error, to_json
 from phi_cluster.cluster.http.event_stream import EventStream
 from phi_cluster.cluster.http.observation import Observation
+from phi_cluster.cluster.http.rates import rate_headers
 from phi_cluster.cluster.turn_api import (
     Endpoint,
     FinishReason,
@@ -88,6 +89,8 @@ class TurnResponse(Response):
                     receive,
                     self._send_stream(stream, observation),
                     stream.keep_alive(self._edge.settings.keep_alive_seconds),
+                    # Who does not read is as good as gone: neither the turn nor what it brought waits for him.
+                    until=stream.stuck(self._edge.settings.write_seconds),
                 )
             else:
                 await _until_disconnect(receive, self._send_whole(scope, receive, send, observation))
@@ -104,6 +107,7 @@ class TurnResponse(Response):
                         if event.text:
                             await stream.write(self._format.delta(event.text), event.position)
                     elif isinstance(event, TurnStarted):
+                        stream.add_headers(self._extra_headers)
                         opening = self._format.opening()
                         if opening is not None:
                             await stream.write(opening)
@@ -138,7 +142,10 @@ class TurnResponse(Response):
             observation.finish(finished.finish_reason)
         except Exception as error:
             response = error_response(self._told(error, observation), self._extra_headers)
-        await response(scope, receive, send)
+        try:
+            await asyncio.wait_for(response(scope, receive, send), self._edge.settings.write_seconds)
+        except asyncio.TimeoutError:
+            raise ClientDisconnect from None
 
     async def _events(self, observation: Observation) -> AsyncGenerator[TurnEvent, None]:
         """The runner's events, observed, and checked: the last one is `TurnFinished`."""
@@ -148,6 +155,7 @@ class TurnResponse(Response):
                 if isinstance(event, TextDelta):
                     observation.tokens(event.num_tokens)
                 elif isinstance(event, TurnStarted):
+                    self._extra_headers.update(rate_headers(event.rates))
                     observation.started(event)
                 else:
                     observation.totals(event)
@@ -184,17 +192,23 @@ def usage_of(finished: TurnFinished) -> dict[str, Any]:
 
 
 async def _until_disconnect(
-    receive: Receive, work: Coroutine[Any, Any, None], *beside: Coroutine[Any, Any, None]
+    receive: Receive,
+    work: Coroutine[Any, Any, None],
+    *beside: Coroutine[Any, Any, None],
+    until: Coroutine[Any, Any, None] | None = None,
 ) -> None:
-    """Runs `work` with `beside` until it is done or the client has left; nothing of it runs on after that."""
+    """Runs `work` with `beside` until it is done, the client has left, or `until` is done; nothing of it runs on after
+    that."""
     main = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(_disconnected(receive))
+    ends = [asyncio.ensure_future(_disconnected(receive))]
+    if until is not None:
+        ends.append(asyncio.ensure_future(until))
     helpers = [asyncio.ensure_future(one) for one in beside]
     try:
-        await asyncio.wait({main, gone}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({main, *ends}, return_when=asyncio.FIRST_COMPLETED)
     finally:
         # Also when this task itself is cancelled, because the server stops.
-        tasks = [main, gone, *helpers]
+        tasks = [main, *ends, *helpers]
         for task in tasks:
             task.cancel()
         # Not gather: a second cancellation from outside must not disturb how the turn puts itself away.

@@ -11,6 +11,7 @@ over between two turns.
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -20,11 +21,13 @@ from typing import Any
 import ray
 
 from phi_cluster.cluster.config import KVConfig, SessionsConfig
-from phi_cluster.cluster.messages import BeginTurn, CommitTurn, Moved, SessionKey, TurnGrant
+from phi_cluster.cluster.messages import AdmitTurn, BeginTurn, CommitTurn, Moved, SessionKey, TurnGrant, TurnUsage
 from phi_cluster.cluster.processes import private_bytes, process_id
+from phi_cluster.cluster.session.accounts import Accounts, ForgetfulStore, UsageStore
 from phi_cluster.cluster.session.actor import session_settings
 from phi_cluster.cluster.session.actor_pool import RayActors
 from phi_cluster.cluster.session.administration import Administration
+from phi_cluster.cluster.session.conversation import name_digest
 from phi_cluster.cluster.session.custody import Custody, Journals
 from phi_cluster.cluster.session.journal import Journal
 from phi_cluster.cluster.session.recycler import RecycleReason
@@ -32,11 +35,17 @@ from phi_cluster.cluster.session.reports import (
     KeeperReport,
     SessionReport,
     private_or_zero,
+    public_usage,
 )
 from phi_cluster.cluster.session.roster import Entry
 from phi_cluster.cluster.session.segment_layout import SegmentLayout
 from phi_cluster.cluster.session.session import SessionSettings, SessionStats
 from phi_cluster.cluster.session.sqlite_journal import SQLiteJournal, list_sessions
+from phi_cluster.cluster.session.tenant_memory import TenantMemory
+from phi_cluster.cluster.session.usage_file import UsageFile
+from phi_cluster.cluster.turn_api import Rates
+
+logger = logging.getLogger(__name__)
 
 # A session that the keeper holds closes its journal's file after so long without a turn.
 _REST_SECONDS = 30.0
@@ -61,13 +70,19 @@ class NodeSessions:
         sessions: SessionsConfig,
         kv: KVConfig,
         budget_nbytes: int,
+        usage: UsageStore | None = None,
     ):
+        """Without `usage` the tenants' totals end with this object. Raises OSError if they cannot be read."""
         self._layout = settings.layout
         self._node_id = node_id
         self._process = process_id()
         self._custody = Custody(settings, journals, actors, sessions, kv, budget_nbytes)
         self._roster = self._custody.roster
         self._administration = Administration(self._custody, node_id)
+        self._accounts = Accounts(usage or ForgetfulStore(), settings.clock, settings.is_alive)
+        self._memory = TenantMemory(
+            self._custody, lambda tenant: self._accounts.limits_of(tenant).kv_bytes, kv.reserve_wait
+        )
         self._starting: asyncio.Task[None] | None = None
 
     async def start(self) -> int:
@@ -89,7 +104,7 @@ class NodeSessions:
         while True:
             if request.key.ephemeral and not request.key.session_id:
                 left = self._roster.left_by(request.key.tenant, request.request_id) if request.resume else None
-                entry = left or self._roster.continue_or_open(request.key.tenant, request.text)
+                entry = left or self._continue_or_open(request)
             else:
                 entry = self._roster.open(request.key)
             if entry.session is None:
@@ -140,9 +155,9 @@ class NodeSessions:
         return entry.session.withdraw(claim) if entry.session else HeldBy(entry.actor.handle)
 
     async def reserve(self, key: SessionKey, num_tokens: int) -> None:
-        """Leases memory for the session to hold `num_tokens`. Raises Overloaded."""
+        """Leases memory for the session to hold `num_tokens`. Raises Overloaded and LimitReached."""
         await self.start()
-        await self._custody.leases.reserve(key.digest, self._layout.nbytes_used(num_tokens))
+        await self._memory.reserve(key, self._layout.nbytes_used(num_tokens))
         if self._roster.find(key) is None:
             # Its client left while it waited, and the session went: nobody would ever give this back.
             self._custody.leases.release(key.digest)
@@ -157,6 +172,31 @@ class NodeSessions:
         """A replica could not reach the session's actor: if it is dead, the session goes on here, in its memory."""
         await self.start()
         await self._custody.actor_died(key)
+
+    # What tenants may use.
+
+    async def admit(self, ask: AdmitTurn) -> Rates:
+        """Before each turn of a tenant with a key. Raises LimitReached."""
+        await self.start()
+        return self._accounts.admit(ask, self._roster.named(ask.key.tenant))
+
+    async def charge(self, usage: TurnUsage) -> None:
+        """After it, however it ended."""
+        self._accounts.charge(usage)
+
+    async def usage(self, tenant: str | None) -> list[dict[str, Any]]:
+        """Under the names of the HTTP API; None: of all tenants that have used anything."""
+        await self.start()
+        return [
+            public_usage(
+                totals,
+                self._accounts.limits_of(totals.tenant),
+                num_turns=self._accounts.num_turns(totals.tenant),
+                num_sessions=len(self._roster.named(totals.tenant)),
+                kv_cache_nbytes=self._memory.usage(totals.tenant),
+            )
+            for totals in self._accounts.totals(tenant)
+        ]
 
     # Administration.
 
@@ -196,6 +236,7 @@ class NodeSessions:
                 self._custody.settle(entry, s)
             if entry.session is not None and not entry.session.in_turn and s.idle_seconds > _REST_SECONDS:
                 entry.session.rest()
+        await self._save_usage()
         in_memory = {entry.key.digest for entry in entries}
         return KeeperReport(
             node_id=self._node_id,
@@ -208,13 +249,27 @@ class NodeSessions:
             activations=self._custody.hands.activations,
             recycles=dict(self._custody.hands.recycles),
             private_nbytes=private_bytes(),
+            usage=self._accounts.totals(),
         )
 
     async def close(self) -> int:
         """Ends all actors; conversations stay in their journals. Returns how many named sessions there are."""
         await self.start()
+        await self._save_usage()
         self._custody.hands.close()
         return sum(1 for _ in self._roster.stored_keys())
+
+    def _continue_or_open(self, request: BeginTurn) -> Entry:
+        # Strangers' strings are no keys here.
+        hint = None if request.cache_hint is None else name_digest(request.cache_hint).hex()
+        return self._roster.continue_or_open(request.key.tenant, request.text, hint)
+
+    async def _save_usage(self) -> None:
+        try:
+            await self._accounts.save()
+        except OSError as error:
+            # No turn fails for it; the next round tries again.
+            logger.warning("what tenants have used was not stored: %s", error)
 
     def _reported(self, entry: Entry, stats: SessionStats) -> SessionReport:
         pid = None if entry.actor is None else entry.actor.process.pid
@@ -251,4 +306,5 @@ class Keeper(NodeSessions):
         settings = session_settings(layout, fingerprint)
         node_id = ray.get_runtime_context().get_node_id()
         actors = RayActors(layout, fingerprint, state_path, node_id)
-        super().__init__(settings, _SQLiteJournals(state_path, settings), actors, node_id, sessions, kv, budget_nbytes)
+        journals, usage = _SQLiteJournals(state_path, settings), UsageFile(state_path / "usage.sqlite")
+        super().__init__(settings, journals, actors, node_id, sessions, kv, budget_nbytes, usage)

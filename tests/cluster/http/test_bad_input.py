@@ -1,6 +1,7 @@
 """What is wrong gets an OpenAI-style error that names the field, and the server lives."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -331,3 +332,48 @@ async def test_routes_that_are_not(client, method, path, status):
     assert error["message"]
     assert response.headers["x-request-id"]
     assert ("allow" in response.headers) == (status == 405)
+
+
+@pytest.fixture
+def app(make_app, settings):
+    return make_app(replace(settings, session_headers=("x-session-id", "x-correlation-id")))
+
+
+@pytest.mark.parametrize(
+    ("headers", "status", "session"),
+    [
+        ({"x-correlation-id": "c"}, 200, "c"),
+        ({"x-session-id": "s"}, 200, "s"),
+        ({"X-Correlation-Id": "s", "x-session-id": "s"}, 200, "s"),
+        ({"session-id": "other"}, 200, None),
+        ({"x-correlation-id": "c", "x-session-id": "s"}, 400, "x-session-id"),
+        ({"x-correlation-id": "a b"}, 400, "x-correlation-id"),
+        ({"x-correlation-id": ""}, 400, "x-correlation-id"),
+    ],
+)
+async def test_other_headers_may_name_a_session(client, turns, headers, status, session):
+    response = await client.post(CHAT, json={"messages": HELLO}, headers=headers)
+    assert response.status_code == status
+    if status == 200:
+        assert [turn.session_id for turn in turns.requests] == [session]
+        assert response.headers.get("x-session-id") == session
+    else:
+        assert response.json()["error"]["param"] == session
+
+
+async def test_of_a_name_that_comes_twice_the_last_one_counts(client, turns):
+    body = b'{"max_tokens": 5, "messages": [{"role": "user", "content": "a", "content": "b"}], "max_tokens": 7}'
+    assert (await client.post(CHAT, content=body)).status_code == 200
+    [turn] = turns.requests
+    assert (turn.sampling["max_tokens"], turn.messages) == (7, [{"role": "user", "content": "b"}])
+    doubled = b'{"messages": [{"role": "user", "content": "a"}], "temperature": "x", "temperature": 1}'
+    assert (await client.post(CHAT, content=doubled)).status_code == 200
+
+
+async def test_a_hint_is_passed_on(client, turns):
+    for key in ("mine", None):
+        await client.post(CHAT, json={"messages": HELLO, "prompt_cache_key": key})
+    assert [turn.cache_hint for turn in turns.requests] == ["mine", None]
+    assert "mine" not in repr(turns.requests)
+    long = await client.post(CHAT, json={"messages": HELLO, "prompt_cache_key": "x" * 513})
+    assert (long.status_code, long.json()["error"]["param"]) == (400, "prompt_cache_key")
