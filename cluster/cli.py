@@ -20,6 +20,7 @@ from phi_cluster.cluster.client import ChatAnswer, Client
 from phi_cluster.cluster.config import Config, describe_config, load_config
 from phi_cluster.cluster.errors import PhiError, StartError
 from phi_cluster.cluster.keys import KeyFile, append_entry, entry_text, new_key
+from phi_cluster.cluster.processes import forbid_core_dumps
 from phi_cluster.cluster.ray_environment import set_environment
 from phi_cluster.cluster.runtime_dir import create_runtime_dir, remove_runtime_dir
 
@@ -116,6 +117,7 @@ def _run_server(config: Config, runtime_dir: Path, out: TextIO) -> int:
     # Until it serves, a signal ends the start at once.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     set_environment(config, runtime_dir)
+    forbid_core_dumps()
     # Only now: Ray reads its environment when it is imported (and the client commands need not wait for it).
     from phi_cluster.cluster.app import Server, prepare
     from phi_cluster.cluster.terminal import TerminalReport

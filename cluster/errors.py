@@ -10,11 +10,16 @@ from typing import Any
 
 
 class PhiError(Exception):
-    """An error with a message for its reader. `status` is the HTTP status it becomes at the edge."""
+    """An error with a message for its reader. `status` is the HTTP status it becomes at the edge.
+
+    `told` is what a client reads instead of the message, where that is for whoever runs the server: it may name files,
+    processes, or what another program said.
+    """
 
     status = 500
     type = "server_error"
     code: str | None = None
+    told: str | None = None
 
     def __init__(
         self, message: str, *, param: str | None = None, code: str | None = None, retry_after: float | None = None
@@ -31,7 +36,8 @@ class PhiError(Exception):
 
     def body(self) -> dict[str, Any]:
         """The OpenAI error object, `{"error": {message, type, param, code}}`."""
-        return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
+        message = self.message if self.told is None else self.told
+        return {"error": {"message": message, "type": self.type, "param": self.param, "code": self.code}}
 
 
 def _rebuild(

@@ -21,6 +21,10 @@ DETAILS_HEADER = "x-phi-details"
 RESUME_HEADER = "x-resume-from"
 
 SESSION_ID_RULE = "1 to 128 of the characters A-Z a-z 0-9 . _ : -, and neither . nor .. alone"
+# As JSON schemas have them.
+SESSION_ID_PATTERN = r"^(?!\.{1,2}$)[A-Za-z0-9._:-]{1,128}$"
+REQUEST_ID_PATTERN = "^[0-9a-f]{32}$"
+POSITION_PATTERN = "^(0|[0-9]{1,9}-[0-9a-f]{8})$"
 _REQUEST_ID = re.compile(r"[0-9a-f]{32}", re.ASCII)
 _POSITION = re.compile(r"([0-9]{1,9})-([0-9a-f]{8})", re.ASCII)
 _SESSION_ID = re.compile(r"(?!\.{1,2}\Z)[A-Za-z0-9._:-]{1,128}", re.ASCII)

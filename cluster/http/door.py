@@ -20,7 +20,7 @@ from phi_cluster.cluster.http.errors import error_response
 from phi_cluster.cluster.turn_api import Keys
 
 # Whoever watches over the server has no key, and may come under any name.
-_OPEN_PATHS = frozenset({"/health", "/ready"})
+OPEN_PATHS = frozenset({"/health", "/ready"})
 
 
 class Door:
@@ -34,7 +34,7 @@ class Door:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
             scope["state"]["session_headers"] = self._settings.session_headers
-            if scope["path"] not in _OPEN_PATHS:
+            if scope["path"] not in OPEN_PATHS:
                 headers = Headers(scope=scope)
                 try:
                     if self._keys is None:

@@ -19,7 +19,7 @@ from phi_cluster.cluster.http.chat import chat_router
 from phi_cluster.cluster.http.chat_schemas import ChatCompletionChunk, ChatRequest
 from phi_cluster.cluster.http.completion_schemas import CompletionRequest
 from phi_cluster.cluster.http.completions import completions_router
-from phi_cluster.cluster.http.door import Door
+from phi_cluster.cluster.http.door import OPEN_PATHS, Door
 from phi_cluster.cluster.http.edge import Edge, EdgeSettings
 from phi_cluster.cluster.http.engines import engines_router
 from phi_cluster.cluster.http.errors import install_error_handling, to_json
@@ -80,7 +80,7 @@ def build_app(
     if settings.cors_origins:
         _allow_origins(app, settings)
     install_error_handling(app)
-    install_openapi(app, [ChatRequest, CompletionRequest], [ChatCompletionChunk])
+    install_openapi(app, [ChatRequest, CompletionRequest], [ChatCompletionChunk], OPEN_PATHS)
     return app
 
 

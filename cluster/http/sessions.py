@@ -17,7 +17,7 @@ from starlette.responses import Response
 from phi_cluster.cluster.errors import InvalidRequest
 from phi_cluster.cluster.http.auth import ADMIN_SCOPE, require, tenant_of
 from phi_cluster.cluster.http.body import read_object
-from phi_cluster.cluster.http.caller import SESSION_ID_RULE, check_session_id
+from phi_cluster.cluster.http.caller import SESSION_ID_PATTERN, SESSION_ID_RULE, check_session_id
 from phi_cluster.cluster.http.edge import Edge
 from phi_cluster.cluster.http.errors import to_json
 from phi_cluster.cluster.http.openapi import error_docs
@@ -25,7 +25,7 @@ from phi_cluster.cluster.http.openapi import error_docs
 DEFAULT_LIMIT = 100
 MAX_LIMIT = 1000
 
-SessionId = Annotated[str, Path(description=SESSION_ID_RULE)]
+SessionId = Annotated[str, Path(description=SESSION_ID_RULE, json_schema_extra={"pattern": SESSION_ID_PATTERN})]
 
 
 class SessionStats(BaseModel):
@@ -145,8 +145,18 @@ _PAGE_PARAMETERS: dict[str, Any] = {
             "required": False,
             "schema": {"type": "integer", "minimum": 1, "maximum": MAX_LIMIT, "default": DEFAULT_LIMIT},
         },
-        {"name": "after", "in": "query", "required": False, "schema": {"type": "string"}},
-        {"name": "tenant", "in": "query", "required": False, "schema": {"type": "string", "minLength": 1}},
+        {
+            "name": "after",
+            "in": "query",
+            "required": False,
+            "schema": {"type": "string", "pattern": SESSION_ID_PATTERN},
+        },
+        {
+            "name": "tenant",
+            "in": "query",
+            "required": False,
+            "schema": {"type": "string", "minLength": 1, "maxLength": 64},
+        },
     ]
 }
 

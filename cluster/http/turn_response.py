@@ -20,7 +20,7 @@ from starlette.types import Receive, Scope, Send
 from phi_cluster.cluster.errors import PhiError
 from phi_cluster.cluster.http.caller import SESSION_HEADER, Caller
 from phi_cluster.cluster.http.edge import Edge
-from phi_cluster.cluster.http.errors import error_response, internal_error, to_json
+from phi_cluster.cluster.http.errors import error_response, internal_error, log_for_operator, to_json
 from phi_cluster.cluster.http.event_stream import EventStream
 from phi_cluster.cluster.http.observation import Observation
 from phi_cluster.cluster.http.rates import rate_headers
@@ -168,6 +168,7 @@ class TurnResponse(Response):
         """What the client is told about `error`; what nobody expected goes to the log instead."""
         observation.finish("error")
         if isinstance(error, PhiError):
+            log_for_operator(error, self._request.request_id)
             return error
         logger.error("request %s failed unexpectedly", self._request.request_id, exc_info=error)
         return internal_error()

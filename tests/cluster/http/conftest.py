@@ -13,10 +13,18 @@ import openai
 import pytest
 from fastapi import FastAPI
 
-from phi_cluster.cluster.errors import NotFound
+from phi_cluster.cluster.errors import NotFound, Unauthorized
 from phi_cluster.cluster.http.edge import EdgeSettings
 from phi_cluster.cluster.http.server import build_app
-from phi_cluster.cluster.turn_api import Position, TextDelta, TurnEvent, TurnFinished, TurnRequest, TurnStarted
+from phi_cluster.cluster.turn_api import (
+    Identity,
+    Position,
+    TextDelta,
+    TurnEvent,
+    TurnFinished,
+    TurnRequest,
+    TurnStarted,
+)
 
 BASE_URL = "http://edge.test"
 # Far longer than anything here takes: only a hang ends in it.
@@ -124,6 +132,29 @@ class FakeEngines:
         if isinstance(self.answer, Exception):
             raise self.answer
         return self.answer
+
+
+class FakeKeys:
+    """Two tenants with one key each; alice is an admin."""
+
+    def identify(self, key: str) -> Identity:
+        known = {"phi-alice": Identity("alice", frozenset({"admin"})), "phi-bob": Identity("bob")}
+        if key not in known:
+            raise Unauthorized("This API key is not valid here")
+        return known[key]
+
+
+class FakeUsage:
+    def __init__(self) -> None:
+        self.asked: list[str | None] = []
+
+    async def usage(self, tenant: str | None) -> Sequence[dict[str, Any]]:
+        self.asked.append(tenant)
+        numbers = ("requests", "refused", "prompt_tokens", "cached_tokens", "completion_tokens")
+        numbers += ("turns_running", "sessions", "kv_cache_bytes")
+        limits = ("requests_per_minute", "tokens_per_minute", "concurrent_turns", "sessions", "kv_bytes")
+        one = {"name": tenant or "alice", "since": 1.5, "limits": dict.fromkeys(limits)}
+        return [one | dict.fromkeys(numbers, 1)]
 
 
 class FakeHealth:
@@ -253,6 +284,16 @@ def health() -> FakeHealth:
 @pytest.fixture
 def engines() -> FakeEngines:
     return FakeEngines()
+
+
+@pytest.fixture
+def keys() -> FakeKeys:
+    return FakeKeys()
+
+
+@pytest.fixture
+def usage() -> FakeUsage:
+    return FakeUsage()
 
 
 @pytest.fixture

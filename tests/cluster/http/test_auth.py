@@ -4,46 +4,20 @@ import httpx
 import pytest
 from starlette.datastructures import Headers
 
-from phi_cluster.cluster.errors import LimitReached, Unauthorized
+from phi_cluster.cluster.errors import LimitReached
 from phi_cluster.cluster.http.auth import anonymous_tenant
 from phi_cluster.cluster.http.edge import EdgeSettings
 from phi_cluster.cluster.http.server import build_app
-from phi_cluster.cluster.turn_api import Identity, TurnStarted
+from phi_cluster.cluster.turn_api import TurnStarted
 
 CHAT = "/v1/chat/completions"
 HELLO = {"messages": [{"role": "user", "content": "Hi"}]}
 ALICE, BOB = {"authorization": "Bearer phi-alice"}, {"authorization": "Bearer phi-bob"}
 
 
-class FakeKeys:
-    def identify(self, key):
-        known = {"phi-alice": Identity("alice", frozenset({"admin"})), "phi-bob": Identity("bob")}
-        if key not in known:
-            raise Unauthorized("This API key is not valid here")
-        return known[key]
-
-
-class FakeUsage:
-    def __init__(self):
-        self.asked = []
-
-    async def usage(self, tenant):
-        self.asked.append(tenant)
-        numbers = ("requests", "refused", "prompt_tokens", "cached_tokens", "completion_tokens")
-        numbers += ("turns_running", "sessions", "kv_cache_bytes")
-        limits = ("requests_per_minute", "tokens_per_minute", "concurrent_turns", "sessions", "kv_bytes")
-        one = {"name": tenant or "alice", "since": 1.5, "limits": dict.fromkeys(limits)}
-        return [one | dict.fromkeys(numbers, 1)]
-
-
 @pytest.fixture
-def usage():
-    return FakeUsage()
-
-
-@pytest.fixture
-def app(settings, turns, sessions, engines, health, observer, usage):
-    return build_app(settings, turns, sessions, engines, health, observer, keys=FakeKeys(), usage=usage)
+def app(settings, turns, sessions, engines, health, observer, keys, usage):
+    return build_app(settings, turns, sessions, engines, health, observer, keys=keys, usage=usage)
 
 
 @pytest.mark.parametrize(

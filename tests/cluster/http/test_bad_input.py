@@ -377,3 +377,37 @@ async def test_a_hint_is_passed_on(client, turns):
     assert "mine" not in repr(turns.requests)
     long = await client.post(CHAT, json={"messages": HELLO, "prompt_cache_key": "x" * 513})
     assert (long.status_code, long.json()["error"]["param"]) == (400, "prompt_cache_key")
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("POST", "/v1/embeddings"),
+        ("POST", "/v1/audio/speech"),
+        ("POST", "/v1/images/generations"),
+        ("GET", "/v1/files"),
+        ("POST", "/v1/fine_tuning/jobs"),
+        ("GET", "/v1/assistants"),
+        ("POST", "/v1/threads/runs"),
+        ("POST", "/v1/batches"),
+        ("POST", "/v1/moderations"),
+        ("GET", "/v1/vector_stores/x/files"),
+        ("POST", "/v1/uploads"),
+        ("GET", "/v1/engines"),
+    ],
+)
+async def test_what_openai_has_and_we_have_not_is_said(client, method, path):
+    response = await client.request(method, path, content=b"x")
+    assert response.status_code == 404
+    error = response.json()["error"]
+    assert error["code"] == "unsupported_endpoint"
+    assert f"{method} {path} is not served here: " in error["message"]
+    assert "/v1/chat/completions, /v1/completions" in error["message"]
+    assert len(error["message"]) < 400
+
+
+@pytest.mark.parametrize("host", ["[", "[::1", "a b", "evil.test/v1/models?", "\u00e9", "a@b:c:d", "x" * 5000, ""])
+async def test_hosts_that_are_none_change_nothing(connect, host):
+    for path, status in ((CHAT, 200), ("/v1/none", 404), ("/v1/embeddings", 404)):
+        connection = connect(path, {"messages": HELLO}, headers={"host": host})
+        assert (await connection.next())["status"] == status

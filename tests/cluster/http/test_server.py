@@ -6,6 +6,7 @@ import sys
 import httpx
 import pytest
 
+from phi_cluster.cluster.errors import PhiError
 from phi_cluster.cluster.http.auth import DEFAULT_TENANT
 from phi_cluster.cluster.http.edge import EdgeSettings
 
@@ -66,6 +67,19 @@ async def test_a_failing_room_below_becomes_a_bare_500(client, health, caplog):
     assert response.json()["error"]["type"] == "server_error"
     assert response.headers["x-request-id"] in caplog.text
     assert "/secret/socket" in caplog.text
+
+
+async def test_what_is_for_the_operator_is_logged_and_not_told(client, turns, caplog):
+    class Secretive(PhiError):
+        told = "something is wrong"
+
+    turns.script = [Secretive("/secret/journal is broken")]
+    for stream in (False, True):
+        response = await client.post(CHAT, json={**HELLO, "stream": stream})
+        assert "something is wrong" in response.text
+        assert "secret" not in response.text
+        assert response.headers["x-request-id"] in caplog.text
+    assert caplog.text.count("/secret/journal") == 2
 
 
 async def test_keys_reach_the_runner_as_tenants_only(client, turns):
