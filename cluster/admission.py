@@ -11,12 +11,12 @@ import logging
 import uuid
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
-from dataclasses import replace
-from typing import Protocol
+from dataclasses import asdict, replace
+from typing import Any, Protocol
 
 from phi_cluster.cluster.errors import LimitReached, PhiError
 from phi_cluster.cluster.messages import AdmitTurn, ProcessId, SessionKey, TenantLimits, TurnUsage
-from phi_cluster.cluster.turn_api import Rates, TextDelta, TurnEvent, TurnRequest, TurnRunner, TurnStarted
+from phi_cluster.cluster.turn_api import Rates, TextDelta, TurnEvent, TurnRequest, TurnRunner, TurnStarted, UsageBook
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +32,18 @@ class Accountant(Protocol):
         ...
 
     async def charge(self, usage: TurnUsage) -> None: ...
+
+
+class UsageOfKeys:
+    """What tenants have used, with what they may use now (implements turn_api.UsageBook)."""
+
+    def __init__(self, book: UsageBook, limits_of: Callable[[str], TenantLimits]):
+        self._book = book
+        self._limits_of = limits_of
+
+    async def usage(self, tenant: str | None) -> list[dict[str, Any]]:
+        """See turn_api.UsageBook."""
+        return [{**one, "limits": asdict(self._limits_of(one["name"]))} for one in await self._book.usage(tenant)]
 
 
 class AdmittedTurns:

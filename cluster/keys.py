@@ -27,7 +27,7 @@ import time
 from collections.abc import Callable
 from datetime import date, datetime, timezone
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
@@ -219,11 +219,12 @@ def entry_text(name: str, key: str, scopes: tuple[str, ...] = ()) -> str:
     """The key's entry, to be put under `keys:` of a YAML file. Raises StartError on a name that cannot be."""
     if not _NAME.fullmatch(name):
         raise StartError(f"{name[:80]!r} cannot be the name of a key: {NAME_RULE}")
-    entry: dict[str, Any] = {"name": name, "hash": hash_of(key)}
+    # A name may look like a number, or like `no`.
+    quoted = yaml.safe_dump(name).splitlines()[0]
+    lines = [f"  - name: {quoted}", f"    hash: {hash_of(key)}"]
     if scopes:
-        entry["scopes"] = list(scopes)
-    lines = yaml.safe_dump([entry], sort_keys=False, default_flow_style=None).splitlines()
-    return "\n".join(f"  {line}" for line in lines) + "\n"
+        lines.append(f"    scopes: [{', '.join(scopes)}]")
+    return "\n".join(lines) + "\n"
 
 
 def append_entry(path: Path, text: str) -> None:

@@ -22,7 +22,7 @@ from ray import serve
 from ray.exceptions import RayError
 
 from phi_cluster.cluster.actors import CONTROLLER, NAMESPACE, keeper_name
-from phi_cluster.cluster.admission import AdmittedTurns
+from phi_cluster.cluster.admission import AdmittedTurns, UsageOfKeys
 from phi_cluster.cluster.config import Config
 from phi_cluster.cluster.engine_client import EngineClient
 from phi_cluster.cluster.engine_link import start_engine
@@ -119,8 +119,9 @@ class Replica:
         sessions = _Sessions(self._sessions, self._engines)
         if self._keys is None:
             return build_app(settings, self._turns, sessions, self, self, self._metrics)
+        usage = UsageOfKeys(self._sessions, self._keys.limits_of)
         turns = AdmittedTurns(self._turns, self._sessions, self._keys.limits_of, process_id())
-        return build_app(settings, turns, sessions, self, self, self._metrics, keys=self._keys, usage=self._sessions)
+        return build_app(settings, turns, sessions, self, self, self._metrics, keys=self._keys, usage=usage)
 
     async def __del__(self) -> None:
         """Serve calls this at the end, when all answers are given: turns whose client had left may still commit."""

@@ -190,7 +190,6 @@ class NodeSessions:
         return [
             public_usage(
                 totals,
-                self._accounts.limits_of(totals.tenant),
                 num_turns=self._accounts.num_turns(totals.tenant),
                 num_sessions=len(self._roster.named(totals.tenant)),
                 kv_cache_nbytes=self._memory.usage(totals.tenant),

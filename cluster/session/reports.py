@@ -5,10 +5,10 @@ Owns: these shapes. Knows nothing of Ray, or of how the numbers are found.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
-from phi_cluster.cluster.messages import ProcessId, TenantLimits
+from phi_cluster.cluster.messages import ProcessId
 from phi_cluster.cluster.processes import private_bytes
 from phi_cluster.cluster.session.accounts import UsageTotals
 from phi_cluster.cluster.session.journal import JournalInfo
@@ -43,9 +43,7 @@ class KeeperReport:
     usage: list[UsageTotals] = field(default_factory=list)
 
 
-def public_usage(
-    totals: UsageTotals, limits: TenantLimits, *, num_turns: int, num_sessions: int, kv_cache_nbytes: int
-) -> dict[str, Any]:
+def public_usage(totals: UsageTotals, *, num_turns: int, num_sessions: int, kv_cache_nbytes: int) -> dict[str, Any]:
     """What a tenant has used and uses now, under the names of the HTTP API."""
     return {
         "name": totals.tenant,
@@ -58,7 +56,6 @@ def public_usage(
         "turns_running": num_turns,
         "sessions": num_sessions,
         "kv_cache_bytes": kv_cache_nbytes,
-        "limits": asdict(limits),
     }
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from phi_cluster.cluster.admission import AdmittedTurns
+from phi_cluster.cluster.admission import AdmittedTurns, UsageOfKeys
 from phi_cluster.cluster.errors import InvalidRequest, LimitReached, PhiError, Unavailable
 from phi_cluster.cluster.messages import AdmitTurn, ProcessId, SessionKey, TenantLimits, TurnUsage
 from phi_cluster.cluster.turn_api import BEGINNING, TextDelta, TurnEvent, TurnFinished, TurnRequest, TurnStarted
@@ -148,3 +148,13 @@ async def test_a_turn_does_not_fail_for_an_accountant_that_is_gone(
     assert len(await run(turns, request())) == 3
     await turns.charged()
     assert "not counted" in caplog.text
+
+
+async def test_usage_comes_with_the_limits_of_now() -> None:
+    class Book:
+        async def usage(self, tenant: str | None) -> list[dict[str, Any]]:
+            return [{"name": name, "requests": 1} for name in ("alice", "bob") if tenant in (None, name)]
+
+    book = UsageOfKeys(Book(), lambda tenant: LIMITS if tenant == "alice" else TenantLimits())
+    assert [one["limits"]["requests_per_minute"] for one in await book.usage(None)] == [9, None]
+    assert [one["name"] for one in await book.usage("bob")] == ["bob"]

@@ -210,6 +210,15 @@ def test_an_entry_holds_no_key(tmp_path: Path) -> None:
         entry_text("../alice", key)
 
 
+@pytest.mark.parametrize("name", ["no", "1.5", "null", "2027-01-31", "-", "a.b_c-D"])
+def test_names_that_yaml_would_take_for_something_else(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "keys.yaml"
+    append_entry(path, entry_text(name, ALICE))
+    append_entry(path, entry_text("other", BOB) + "    limits: {sessions: 5}\n")
+    assert KeyFile(path).identify(ALICE).tenant == name
+    assert KeyFile(path).limits_of("other").sessions == 5
+
+
 def test_entries_are_added_behind_what_is_there(path: Path) -> None:
     path.chmod(0o640)
     append_entry(path, entry_text("carol", "phi-carol"))
