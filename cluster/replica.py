@@ -160,6 +160,7 @@ class Replica:
             engines, standby_pids = self._engines, self._standbys.pids
             recoveries = {"engine": engines.recoveries, "standby_engine": self._standbys.losses}
             self._metrics.on_engine(engines.last_step.num_running, recoveries, len(standby_pids), engines.recycles)
+            self._metrics.on_totals(engines.totals._asdict())
             with contextlib.suppress(ValueError, RayError):
                 controller = ray.get_actor(CONTROLLER, namespace=NAMESPACE)
                 reason = await controller.report_replica.remote(
