@@ -61,8 +61,11 @@ def _parser() -> argparse.ArgumentParser:
     chat.set_defaults(run=_chat)
 
     sessions = _with_url(commands.add_parser("sessions", help="list sessions, or act on one"))
-    sessions.add_argument("action", nargs="?", default="list", choices=["list", "show", "clear", "recycle", "delete"])
+    actions = ["list", "show", "fork", "clear", "recycle", "delete"]
+    sessions.add_argument("action", nargs="?", default="list", choices=actions)
     sessions.add_argument("id", nargs="?", help="the session, for all actions but list")
+    sessions.add_argument("--to", metavar="ID", help="fork: the new session's id (default: one is made)")
+    sessions.add_argument("--turn", type=int, help="fork: the new session ends after so many turns (default: all)")
     sessions.set_defaults(run=_sessions)
     return parser
 
@@ -200,7 +203,9 @@ def _sessions(parsed: argparse.Namespace) -> int:
             for name, value in client.ask("GET", f"/v1/sessions/{parsed.id}").items():
                 print(f"{name:<16} {value}")
         else:
-            _print_table([_row(client.ask("POST", f"/v1/sessions/{parsed.id}/{parsed.action}"))])
+            fields = {"id": parsed.to, "turn": parsed.turn} if parsed.action == "fork" else {}
+            body = {name: value for name, value in fields.items() if value is not None}
+            _print_table([_row(client.ask("POST", f"/v1/sessions/{parsed.id}/{parsed.action}", body))])
     return 0
 
 

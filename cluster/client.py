@@ -66,10 +66,10 @@ class Client:
     def __exit__(self, *_: object) -> None:
         self._http.close()
 
-    def ask(self, method: str, path: str) -> Any:
-        """One request; returns the JSON answer (None if it is empty)."""
+    def ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
+        """One request, with a JSON body if there is anything in it; returns the JSON answer (None if it is empty)."""
         try:
-            answer = self._http.request(method, path)
+            answer = self._http.request(method, path, json=body or None)
         except httpx.TransportError:
             raise Unavailable(f"no server answers at {self._url}; start one with: phi-cluster serve") from None
         if answer.is_error:

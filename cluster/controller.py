@@ -81,6 +81,7 @@ class Controller:
         # Counters of keepers that were restarted since.
         self._past_recycles: Counter[str] = Counter()
         self._past_activations = 0
+        self._past_counts: Counter[str] = Counter()
         # When each reported, what, and its processes by kind.
         self._replicas: dict[str, tuple[float, list[FamilySnapshot], dict[str, list[int]]]] = {}
         # The sums of all replicas that are gone.
@@ -134,7 +135,9 @@ class Controller:
         reports = list(self._reports.values())
         recycles = self._past_recycles + sum((Counter(r.recycles) for r in reports), Counter())
         activations = self._past_activations + sum(r.activations for r in reports)
-        yield from node_metrics([self._view(r) for r in reports], activations, dict(recycles), self._weights_nbytes)
+        counts = self._past_counts + sum((Counter(r.counts) for r in reports), Counter())
+        views = [self._view(r) for r in reports]
+        yield from node_metrics(views, activations, dict(recycles), self._weights_nbytes, dict(counts))
         yield from merge_snapshots([self._past_replicas, *self._snapshots()])
 
     def _snapshots(self) -> list[list[FamilySnapshot]]:
@@ -224,6 +227,7 @@ class Controller:
     def _remember_counters(self, report: KeeperReport) -> None:
         self._past_recycles.update(report.recycles)
         self._past_activations += report.activations
+        self._past_counts.update(report.counts)
 
     def _forget_silent_replicas(self) -> None:
         deadline = time.monotonic() - _REPLICA_GONE_SECONDS

@@ -182,10 +182,20 @@ class NodeView:
     private_bytes_by_kind: dict[str, int] = field(default_factory=dict)
 
 
+# What keepers count, by the name in their reports: family and help.
+KEEPER_COUNTERS = {
+    "forks": ("phi_session_forks", "Sessions made of others."),
+}
+
+
 def node_metrics(
-    nodes: list[NodeView], activations: int, recycles: dict[str, int], weights_nbytes: int
+    nodes: list[NodeView],
+    activations: int,
+    recycles: dict[str, int],
+    weights_nbytes: int,
+    counts: Mapping[str, int] | None = None,
 ) -> Iterator[Metric]:
-    """The controller's own families."""
+    """The controller's own families. `counts`: of KEEPER_COUNTERS, over all keepers."""
     kv_bytes = GaugeMetricFamily(
         "phi_kv_cache_bytes", "Memory of all KV segments, in bytes (exact).", labels=["node", "state"]
     )
@@ -214,6 +224,8 @@ def node_metrics(
         recycled.add_metric([reason], count)
     yield from (kv_bytes, usage, budget, sessions, private, recycled)
     yield _bytes_histogram([nbytes for node in nodes for nbytes in node.session_bytes])
+    for name, (family, documentation) in KEEPER_COUNTERS.items():
+        yield CounterMetricFamily(family, documentation, value=(counts or {}).get(name, 0))
     yield CounterMetricFamily("phi_session_activations", "Session actors that took a session over.", value=activations)
     yield GaugeMetricFamily("phi_weights_bytes", "Weights in the object store, in bytes a node.", value=weights_nbytes)
 

@@ -104,6 +104,18 @@ def sessions_router(edge: Edge) -> APIRouter:
         await _check_action(request, session_id, edge)
         return _json(_described(await sessions.clear(tenant_of(request.headers), session_id)))
 
+    @router.post(
+        "/{session_id}/fork",
+        response_model=None,
+        openapi_extra=_FORK_BODY,
+        responses=_docs(SessionStats, 400, 404, 409),
+    )
+    async def fork_session(request: Request, session_id: SessionId) -> Response:
+        """A new session with the same conversation, and a copy of its KV cache."""
+        check_session_id(session_id, "session_id")
+        new_id, turn = _fork_of(await read_object(request, edge.settings.max_body_bytes, may_be_empty=True))
+        return _json(_described(await sessions.fork(tenant_of(request.headers), session_id, new_id, turn)))
+
     @router.post("/{session_id}/recycle", response_model=None, responses=_docs(SessionStats, 400, 404, 409))
     async def recycle_session(request: Request, session_id: SessionId) -> Response:
         """Renew the session's actor; memory and conversation stay."""
@@ -132,6 +144,47 @@ async def _check_action(request: Request, session_id: str, edge: Edge) -> None:
     if given:
         param = next(iter(given))[:64]
         raise InvalidRequest(f"{param} is not a field here: send no body, or {{}}", param=param)
+
+
+_FORK_BODY: dict[str, Any] = {
+    "requestBody": {
+        "required": False,
+        "content": {
+            "application/json": {
+                "schema": {
+                    "type": "object",
+                    "additionalProperties": False,
+                    "properties": {
+                        "id": {
+                            "type": "string",
+                            "description": f"the new session's; unset: one is made. {SESSION_ID_RULE}",
+                        },
+                        "turn": {
+                            "type": "integer",
+                            "minimum": 1,
+                            "description": "the new session ends after so many of the turns that there are; unset: all",
+                        },
+                    },
+                }
+            }
+        },
+    }
+}
+
+
+def _fork_of(given: Mapping[str, Any]) -> tuple[str | None, int | None]:
+    """`id` and `turn`. Raises `InvalidRequest` naming the field that is wrong or unknown."""
+    for name in given:
+        if name not in ("id", "turn"):
+            raise InvalidRequest(f"{name[:64]} is not a field here: there are id and turn", param=name[:64])
+    new_id, turn = given.get("id"), given.get("turn")
+    if new_id is not None:
+        if not isinstance(new_id, str):
+            raise InvalidRequest(f"id must be a string: {SESSION_ID_RULE}", param="id")
+        check_session_id(new_id, "id")
+    if turn is not None and (type(turn) is not int or not 1 <= turn <= 2**31):
+        raise InvalidRequest("turn must be an integer of at least 1", param="turn")
+    return new_id, turn
 
 
 _PAGE_PARAMETERS: dict[str, Any] = {

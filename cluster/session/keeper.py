@@ -26,6 +26,7 @@ from phi_cluster.cluster.session.actor import session_settings
 from phi_cluster.cluster.session.actor_pool import RayActors
 from phi_cluster.cluster.session.administration import Administration
 from phi_cluster.cluster.session.custody import Custody, Journals
+from phi_cluster.cluster.session.forks import Forks
 from phi_cluster.cluster.session.journal import Journal
 from phi_cluster.cluster.session.recycler import RecycleReason
 from phi_cluster.cluster.session.reports import (
@@ -68,6 +69,7 @@ class NodeSessions:
         self._custody = Custody(settings, journals, actors, sessions, kv, budget_nbytes)
         self._roster = self._custody.roster
         self._administration = Administration(self._custody, node_id)
+        self._forks = Forks(self._custody)
         self._starting: asyncio.Task[None] | None = None
 
     async def start(self) -> int:
@@ -185,6 +187,12 @@ class NodeSessions:
         await self.start()
         return await self._administration.recycle(key, reason)
 
+    async def fork(self, key: SessionKey, new: SessionKey, turn: int | None) -> dict[str, Any]:
+        """See `Forks.fork`; returns the new session's description."""
+        await self.start()
+        await self._forks.fork(key, new, turn)
+        return await self._administration.describe(new)
+
     async def report(self) -> KeeperReport:
         await self.start()
         entries = list(self._roster)
@@ -208,6 +216,7 @@ class NodeSessions:
             activations=self._custody.hands.activations,
             recycles=dict(self._custody.hands.recycles),
             private_nbytes=private_bytes(),
+            counts={"forks": self._forks.made},
         )
 
     async def close(self) -> int:

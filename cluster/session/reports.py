@@ -27,7 +27,8 @@ class SessionReport:
 
 @dataclass(frozen=True)
 class KeeperReport:
-    """What the controller collects. Bytes; counters since this keeper started."""
+    """What the controller collects. Bytes; counters since this keeper started; `counts` are those that the metrics
+    declare (see monitoring/metrics.py)."""
 
     node_id: str
     process: ProcessId
@@ -39,6 +40,7 @@ class KeeperReport:
     activations: int
     recycles: dict[str, int]
     private_nbytes: int
+    counts: dict[str, int]
 
 
 def public_description(stats: SessionStats, actor_pid: int | None, node_id: str) -> dict[str, Any]:

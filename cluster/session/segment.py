@@ -80,6 +80,7 @@ class Segment:
         self._fields = view[FIELDS_OFFSET : FIELDS_OFFSET + _FIELDS.size].cast("q")
         self._ids = view[layout.ids_offset : layout.ids_offset + layout.max_model_len * ID_NBYTES].cast("i")
         self.kv_buffer = view[layout.kv_offset :]
+        self._view = view
         self._fd = fd
 
     @classmethod
@@ -261,6 +262,22 @@ class Segment:
                 high = middle
         return low
 
+    def copy_from(self, source: Segment, num_tokens: int) -> None:
+        """Hold, as new memory, the first `num_tokens` tokens of another segment of this layout, with as many keys and
+        values as it has of them, and its regime. Nobody may write to either meanwhile. Blocks (other threads run on).
+
+        Raises ValueError if there are fewer tokens or this segment holds some, OSError if there is no memory.
+        """
+        if self.num_tokens or not 0 <= num_tokens <= source.num_tokens:
+            raise ValueError(f"cannot copy {num_tokens} of {source.num_tokens} tokens over {self.num_tokens}")
+        num_computed = min(num_tokens, source.num_computed_tokens)
+        self.long_rope = source.long_rope
+        for offset, length in self.layout.used_ranges(num_tokens, num_computed):
+            # Read, not copied from mapping to mapping: that would hold all other threads up.
+            memfd.read_into(source._fd, self._view[offset : offset + length], offset)
+        self._fields[_NUM_TOKENS] = num_tokens
+        self._fields[_NUM_COMPUTED_TOKENS] = num_computed
+
     # Giving memory back.
 
     def trim(self, num_tokens: int) -> None:
@@ -297,7 +314,7 @@ class Segment:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
-            self._fields = self._ids = self.kv_buffer = memoryview(b"")
+            self._fields = self._ids = self._view = self.kv_buffer = memoryview(b"")
 
     def __del__(self) -> None:
         # A holder that was dropped after an error must not keep a conversation's memory.

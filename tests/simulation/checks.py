@@ -39,6 +39,8 @@ def _check_journals(world: World) -> None:
     for what, digest, life, value in world.disk.history:
         if what == "epoch":
             epochs[digest] = value
+        elif what == "fill":
+            transcripts[digest] = Transcript.replay(value)
         elif what in ("clear", "delete"):
             transcripts.pop(digest, None)
         else:

@@ -21,6 +21,7 @@ _DELICATE = frozenset(
         "actor_died",
         "withdraw",
         "abandon",
+        "fork",
     )
 )
 _FATES = ("lost", "unanswered", "before", "after", "caller")

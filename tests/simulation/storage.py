@@ -6,7 +6,7 @@ Owns: `Disk` and its journals, `Segments` and their memory. Knows nothing of wha
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from phi_cluster.cluster.messages import CommitTurn, SegmentRef, SessionKey
@@ -80,6 +80,17 @@ class DurableJournal:
 
     def load(self) -> list[CommitTurn]:
         return self._do("load", lambda journal: journal.load())
+
+    def fill(self, turns: Sequence[CommitTurn], fingerprint: str) -> None:
+        if self.key.digest in self._disk.files:
+            raise ValueError("there is a journal of this session")
+
+        def fill(journal: MemoryJournal) -> None:
+            journal.fill(turns, fingerprint)
+            self._disk.note("fill", self.key, list(turns))
+            self._disk.note("epoch", self.key, journal.info().epoch)
+
+        self._do("fill", fill)
 
     def clear(self) -> None:
         def clear(journal: MemoryJournal) -> None:
@@ -177,6 +188,14 @@ class SimulatedSegment(Segment):
         if self._fd < 0:
             raise ValueError("the KV segment is closed")
         return self.layout.nbytes_used(len(self.memory.rows))
+
+    def copy_from(self, source: Segment, num_tokens: int) -> None:
+        assert isinstance(source, SimulatedSegment)
+        computed = min(num_tokens, source.num_computed_tokens)
+        self.memory.rows[:] = source.memory.rows[:computed]
+        self._ids[:num_tokens] = source._ids[:num_tokens]
+        self._fields[1] = source._fields[1]
+        self._fields[_NUM_COMPUTED_TOKENS], self._fields[_NUM_TOKENS] = computed, num_tokens
 
     def trim(self, num_tokens: int) -> None:
         if not 0 <= num_tokens <= self.num_tokens:

@@ -155,7 +155,7 @@ class World:
         conversations = self._conversations(rng)
         self.loop.start(None, self._control())
         tasks = [self.loop.start(None, c.run(rng.choice((1, 2, 2, 3)))) for c in conversations]
-        named = [c.key for c in conversations if not c.key.ephemeral]
+        named = [c for c in conversations if not c.key.ephemeral]
         if named and rng.random() < 0.6:
             tasks.append(self.loop.start(None, Administrator(self, rng, named).run(rng.randint(1, 4))))
         await asyncio.gather(*tasks)

@@ -75,9 +75,48 @@ async def test_actions_take_nothing(client, named):
     assert named.known["default", "a"]["num_tokens"] == 59
 
 
+async def test_a_fork_is_another_session(client, named):
+    response = await client.post("/v1/sessions/a/fork", json={"id": "a2", "turn": 1})
+    assert (response.status_code, response.json()["id"], response.json()["turns"]) == (200, "a2", 1)
+    assert (await client.post("/v1/sessions/a/fork")).json()["id"] == "made"
+    taken = await client.post("/v1/sessions/a/fork", json={"id": "b"})
+    assert (taken.status_code, taken.json()["error"]["code"], taken.json()["error"]["param"]) == (
+        409,
+        "session_exists",
+        "id",
+    )
+    assert (await client.post("/v1/sessions/z/fork")).status_code == 404
+    # Another tenant's cannot be forked, and its names are free.
+    other = {"authorization": "Bearer other"}
+    assert (await client.post("/v1/sessions/a/fork", headers=other)).status_code == 404
+    assert (await client.post("/v1/sessions/theirs/fork", json={"id": "a"}, headers=other)).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"id": "../x"}, "id"),
+        ({"id": 7}, "id"),
+        ({"id": ""}, "id"),
+        ({"turn": 0}, "turn"),
+        ({"turn": True}, "turn"),
+        ({"turn": 1.0}, "turn"),
+        ({"turn": "1"}, "turn"),
+        ({"turn": 2**40}, "turn"),
+        ({"turn": 9}, "turn"),
+        ({"name": "x"}, "name"),
+    ],
+)
+async def test_bad_forks(client, named, body, param):
+    before = set(named.known)
+    response = await client.post("/v1/sessions/a/fork", json=body)
+    assert (response.status_code, response.json()["error"]["param"]) == (400, param)
+    assert set(named.known) == before
+
+
 @pytest.mark.parametrize("path", ["a%0d%0ab", "a%20b", "%2E%2E", "x" * 129, "%ff"])
 async def test_bad_ids(client, named, path):
-    for method, action in (("GET", ""), ("DELETE", ""), ("POST", "/clear"), ("POST", "/recycle")):
+    for method, action in (("GET", ""), ("DELETE", ""), ("POST", "/clear"), ("POST", "/recycle"), ("POST", "/fork")):
         response = await client.request(method, f"/v1/sessions/{path}{action}")
         assert response.status_code in (400, 404, 405), (method, action)
         assert response.json()["error"]["type"] == "invalid_request_error"

@@ -1,0 +1,75 @@
+"""The life of a session's memory, over HTTP on a real server: forks."""
+
+from __future__ import annotations
+
+import pytest
+
+pytestmark = [pytest.mark.cluster, pytest.mark.slow]
+
+CONFIG = {"sessions": {"spawn_interval": "100ms"}}
+QUESTIONS = ("My name is Odalys. Name three rivers.", "Which one is the longest?", "What is my name?")
+HOW = [{"temperature": 0.0, "max_tokens": 24}, {"temperature": 1.0, "seed": 11, "max_tokens": 24}]
+
+
+@pytest.fixture(scope="module")
+def server(launch):
+    server = launch(CONFIG)
+    yield server
+    server.stop()
+
+
+def forked(client, talk, session_id, **fields):
+    response = client.http.post(f"/v1/sessions/{talk.session_id}/fork", json={"id": session_id, **fields})
+    assert response.status_code == 200, response.text
+    fork = client.conversation(session_id)
+    num_turns = fields.get("turn", len(talk.replies))
+    fork.messages, fork.replies = talk.messages[: 2 * num_turns], talk.replies[:num_turns]
+    return fork, response.json()
+
+
+@pytest.mark.parametrize("place", ["keeper", "actor"])
+def test_forks_and_their_source_say_what_an_undisturbed_session_says(client, place):
+    talk, twin = client.conversation(f"source-{place}"), client.conversation(f"twin-{place}")
+    for question in QUESTIONS[:2]:
+        assert talk.say(question, **HOW[0]).text == twin.say(question, **HOW[0]).text
+    if place == "actor":
+        client.with_actor(talk.session_id)
+    forks = []
+    for number, how in enumerate(HOW):
+        fork, described = forked(client, talk, f"fork-{place}-{number}")
+        source = client.session(talk.session_id)
+        # What is copied is exactly what is in use: the same bytes.
+        assert described["kv_cache_bytes"] == source["kv_cache_bytes"]
+        assert (described["num_tokens"], described["turns"]) == (source["num_tokens"], 2)
+        forks.append((fork, how))
+    earlier, described = forked(client, talk, f"fork-{place}-earlier", turn=1)
+    assert described["turns"] == 1
+
+    expected = {}
+    for fork, how in forks:
+        reply = fork.say(QUESTIONS[2], **how)
+        assert reply.cached >= fork.replies[1].prompt + fork.replies[1].completion - 1
+        expected[str(how)] = reply.text
+    assert earlier.say(QUESTIONS[1], **HOW[0]).text == talk.replies[1].text
+    assert earlier.last.cached >= talk.replies[0].prompt + talk.replies[0].completion - 1
+    assert talk.say(QUESTIONS[2], **HOW[0]).text == twin.say(QUESTIONS[2], **HOW[0]).text == expected[str(HOW[0])]
+    twin.edit(4)
+    assert twin.say(QUESTIONS[2], **HOW[1]).text == expected[str(HOW[1])]
+
+
+def test_a_forks_refusals(client, refused):
+    talk = client.conversation("refusing")
+    talk.say("Hi", max_tokens=2)
+    for body, status, code in (
+        ({"id": "refusing"}, 409, "session_exists"),
+        ({"turn": 2}, 400, None),
+        ({"id": "a b"}, 400, None),
+    ):
+        response = client.http.post("/v1/sessions/refusing/fork", json=body)
+        assert (response.status_code, response.json()["error"]["code"]) == (status, code)
+    made = client.http.post("/v1/sessions/refusing/fork").json()
+    assert made["id"] in client.sessions()
+    with talk.stream("Tell me something.", max_tokens=400, ignore_eos=True) as stream:
+        stream.read(1)
+    # Its client has left: the fork waits until that turn has ended.
+    assert client.http.post("/v1/sessions/refusing/fork").status_code == 200
