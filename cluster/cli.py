@@ -61,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     chat.set_defaults(run=_chat)
 
     sessions = _with_url(commands.add_parser("sessions", help="list sessions, or act on one"))
-    actions = ["list", "show", "fork", "clear", "recycle", "delete"]
+    actions = ["list", "show", "fork", "hibernate", "clear", "recycle", "delete"]
     sessions.add_argument("action", nargs="?", default="list", choices=actions)
     sessions.add_argument("id", nargs="?", help="the session, for all actions but list")
     sessions.add_argument("--to", metavar="ID", help="fork: the new session's id (default: one is made)")

@@ -26,8 +26,8 @@ from phi_cluster.cluster.config import EngineConfig, RecyclerConfig, SessionsCon
 from phi_cluster.cluster.engine_recycler import EnginePolicy, EngineRecycles, EngineReport
 from phi_cluster.cluster.errors import PhiError
 from phi_cluster.cluster.processes import kill_for_sure, private_bytes
-from phi_cluster.cluster.session.recycler import RecyclePolicy, RecycleReason, SessionSnapshot, decide
-from phi_cluster.cluster.session.reports import KeeperReport, private_or_zero
+from phi_cluster.cluster.session.recycler import RecyclePolicy, RecycleReason, SessionSnapshot, decide, sleepers
+from phi_cluster.cluster.session.reports import KeeperReport, SessionReport, private_or_zero
 from phi_cluster.monitoring.metrics import (
     FamilySnapshot,
     NodeView,
@@ -54,7 +54,8 @@ _KEEPER_SILENCES = 3
 
 @ray.remote(num_cpus=0)
 class Controller:
-    """`weights_nbytes` is what the object store holds of them on each node."""
+    """`weights_nbytes` is what the object store holds of them on each node; `hibernates`: keepers have somewhere to put
+    idle sessions' caches."""
 
     def __init__(
         self,
@@ -64,6 +65,7 @@ class Controller:
         metrics_host: str,
         metrics_port: int,
         weights_nbytes: int,
+        hibernates: bool,
     ):
         self._policy = RecyclePolicy(
             max_age=sessions.max_age,
@@ -71,6 +73,7 @@ class Controller:
             max_private_growth=sessions.max_private_growth,
             idle_timeout=sessions.idle_timeout,
         )
+        self._hibernate_after = sessions.hibernate_after if hibernates else None
         self._rhythm = recycler
         self._engine_recycles = EngineRecycles(
             EnginePolicy(engine.max_age, engine.max_steps, engine.max_private_growth)
@@ -192,19 +195,16 @@ class Controller:
 
     async def _recycle(self, keeper: Any, report: KeeperReport) -> None:
         now = time.time()
-        reports = {s.stats.key.digest: s for s in report.sessions if s.actor_pid is not None}
-        snapshots = [
-            SessionSnapshot(
-                digest=digest,
-                activated_at=now - s.stats.activation_age_seconds,
-                last_used=now - s.stats.idle_seconds,
-                turns=s.stats.activation_turns,
-                in_turn=s.stats.in_turn,
-                private_nbytes=s.private_nbytes,
-                private_baseline=s.private_baseline,
-            )
-            for digest, s in reports.items()
-        ]
+        named = {s.stats.key.digest: s for s in report.sessions if not s.stats.key.ephemeral}
+        snapshots = [_snapshot(s, now) for s in named.values()]
+        for digest in sleepers(snapshots, self._hibernate_after, now, self._rhythm.max_per_round):
+            try:
+                call = keeper.put_to_sleep.remote(named.pop(digest).stats.key)
+                await asyncio.wait_for(call, _RECYCLE_SECONDS)
+            except (PhiError, RayError, asyncio.TimeoutError) as error:
+                logger.info("a session was not put to sleep: %s", error)
+        reports = {digest: s for digest, s in named.items() if s.actor_pid is not None}
+        snapshots = [_snapshot(s, now) for s in reports.values()]
         for order in decide(snapshots, self._policy, now, self._rhythm.max_per_round):
             try:
                 call = keeper.recycle.remote(reports[order.digest].stats.key, order.reason)
@@ -239,7 +239,7 @@ class Controller:
 
     def _view(self, report: KeeperReport) -> NodeView:
         kv_bytes: Counter[str] = Counter()
-        sessions: Counter[str] = Counter(stored=report.num_stored)
+        sessions: Counter[str] = Counter(stored=report.num_stored, hibernated=report.num_hibernated)
         for s in report.sessions:
             state = "ephemeral" if s.stats.key.ephemeral else "active" if s.actor_pid is not None else "held"
             kv_bytes[state] += s.stats.kv_cache_bytes
@@ -263,5 +263,18 @@ class Controller:
             session_bytes=[s.stats.kv_cache_bytes for s in report.sessions],
             budget_bytes=report.budget_nbytes,
             reserved_bytes=report.reserved_nbytes,
+            hibernated_bytes=report.hibernated_nbytes,
             private_bytes_by_kind=private,
         )
+
+
+def _snapshot(s: SessionReport, now: float) -> SessionSnapshot:
+    return SessionSnapshot(
+        digest=s.stats.key.digest,
+        activated_at=now - s.stats.activation_age_seconds,
+        last_used=now - s.stats.idle_seconds,
+        turns=s.stats.activation_turns,
+        in_turn=s.stats.in_turn,
+        private_nbytes=s.private_nbytes,
+        private_baseline=s.private_baseline,
+    )

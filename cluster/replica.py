@@ -227,6 +227,9 @@ class _Sessions:
     async def clear(self, tenant: str, session_id: str) -> dict[str, Any]:
         return self._with_engine(await self._directory.clear(tenant, session_id))
 
+    async def hibernate(self, tenant: str, session_id: str) -> dict[str, Any]:
+        return self._with_engine(await self._directory.hibernate(tenant, session_id))
+
     async def fork(self, tenant: str, session_id: str, new_session_id: str | None, turn: int | None) -> dict[str, Any]:
         return self._with_engine(await self._directory.fork(tenant, session_id, new_session_id, turn))
 

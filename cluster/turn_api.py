@@ -135,6 +135,10 @@ class SessionAdmin(Protocol):
         """Give the session a new actor that takes over the same memory; returns its new description."""
         ...
 
+    async def hibernate(self, tenant: str, session_id: str) -> dict[str, Any]:
+        """The session leaves memory, its cache goes to the disk; returns its new description."""
+        ...
+
     async def fork(self, tenant: str, session_id: str, new_session_id: str | None, turn: int | None) -> dict[str, Any]:
         """A new session (None: under a name that is made for it) with the same conversation, as it was after the
         `turn`-th turn of those that it consists of (None: as it is), and a copy of its KV cache. Returns the new one's

@@ -40,6 +40,7 @@ MAY_IMPORT_RAY = {
     "cluster.session.directory",
     "cluster.session.hand_over",
     "cluster.session.custody",
+    "cluster.session.hibernation",
     "cluster.session.administration",
     "cluster.weight_store",
     "cluster.actors",

@@ -38,10 +38,11 @@ class SessionStats(BaseModel):
     state: str
     num_tokens: int
     kv_cache_bytes: int
+    disk_bytes: int = 0
     process_bytes: int | None = None
     turns: int
     age_seconds: float
-    idle_seconds: float
+    idle_seconds: float | None
     activation: int
     recycles: int
     holder: str | None = None
@@ -115,6 +116,12 @@ def sessions_router(edge: Edge) -> APIRouter:
         check_session_id(session_id, "session_id")
         new_id, turn = _fork_of(await read_object(request, edge.settings.max_body_bytes, may_be_empty=True))
         return _json(_described(await sessions.fork(tenant_of(request.headers), session_id, new_id, turn)))
+
+    @router.post("/{session_id}/hibernate", response_model=None, responses=_docs(SessionStats, 400, 404, 409, 507))
+    async def hibernate_session(request: Request, session_id: SessionId) -> Response:
+        """Give the session's memory back and keep its KV cache on the disk; the next turn wakes it."""
+        await _check_action(request, session_id, edge)
+        return _json(_described(await sessions.hibernate(tenant_of(request.headers), session_id)))
 
     @router.post("/{session_id}/recycle", response_model=None, responses=_docs(SessionStats, 400, 404, 409))
     async def recycle_session(request: Request, session_id: SessionId) -> Response:

@@ -84,6 +84,9 @@ class SessionDirectory:
     async def recycle(self, tenant: str, session_id: str) -> dict[str, Any]:
         return await self._ask_keeper("recycle", SessionKey(tenant, session_id), RecycleReason.REQUESTED)
 
+    async def hibernate(self, tenant: str, session_id: str) -> dict[str, Any]:
+        return await self._ask_keeper("hibernate", SessionKey(tenant, session_id))
+
     async def fork(self, tenant: str, session_id: str, new_session_id: str | None, turn: int | None) -> dict[str, Any]:
         new = SessionKey(tenant, new_session_id or uuid.uuid4().hex)
         try:

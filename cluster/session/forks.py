@@ -9,17 +9,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
-from array import array
 from dataclasses import dataclass
 
-from phi_cluster.cluster.errors import InvalidRequest, PhiError, SessionExists
-from phi_cluster.cluster.messages import CommitTurn, Moved, SegmentRef, SessionKey
-from phi_cluster.cluster.session.custody import Custody, no_session
-from phi_cluster.cluster.session.journal import JournalInfo
+from phi_cluster.cluster.errors import PhiError, SessionExists
+from phi_cluster.cluster.messages import Moved, SegmentRef, SessionKey
+from phi_cluster.cluster.session.custody import Custody, Recorded, no_session
 from phi_cluster.cluster.session.roster import Entry
 from phi_cluster.cluster.session.segment import Segment, SegmentGone, SegmentMismatch
 from phi_cluster.cluster.session.session import Session
-from phi_cluster.cluster.session.transcript import Transcript
 
 logger = logging.getLogger(__name__)
 
@@ -28,8 +25,7 @@ logger = logging.getLogger(__name__)
 class _Origin:
     """What a fork is made of. `num_tokens`: so many have keys and values; `copy`: of as many as there was room for."""
 
-    turns: list[CommitTurn]
-    info: JournalInfo
+    recorded: Recorded
     num_tokens: int = 0
     copy: Segment | None = None
 
@@ -61,7 +57,7 @@ class Forks:
                     if not self._roster.is_known(key):
                         raise no_session(key)
                     # Only the disk has it, and nothing can come between: this does not wait.
-                    self._make(new, self._read(key, turn))
+                    self._make(new, _Origin(self._custody.recorded(key, turn)))
                     return
                 async with entry.moving:
                     origin = await self._visit(entry, turn, room) if self._roster.find(key) is entry else None
@@ -82,16 +78,6 @@ class Forks:
         if self._roster.is_known(new):
             raise _session_exists(new)
 
-    def _read(self, key: SessionKey, turn: int | None) -> _Origin:
-        journal = self._custody.journal(key)
-        try:
-            info, turns = journal.info(), journal.load()
-        finally:
-            journal.close()
-        if turn is not None and not 1 <= turn <= len(turns):
-            raise InvalidRequest(f"turn is {turn}: the conversation has {len(turns)} turns", param="turn")
-        return _Origin(turns[:turn], info)
-
     async def _visit(self, entry: Entry, turn: int | None, room: int | None) -> _Origin | None:
         """The conversation between two of its turns, with a copy of its memory if there is `room`. None: it moved.
         With `entry.moving` held."""
@@ -99,7 +85,7 @@ class Forks:
         async with custody.hands.lent(entry, custody.config.turn_wait) as ref:
             if isinstance(ref, Moved):
                 return None
-            origin = self._read(entry.key, turn)
+            origin = _Origin(custody.recorded(entry.key, turn))
             try:
                 await self._copy(ref, origin, room or 0)
             except (SegmentGone, SegmentMismatch, OSError) as error:
@@ -111,7 +97,7 @@ class Forks:
         settings = self._custody.settings
         source = settings.segments.open(ref, settings.layout, settings.fingerprint)
         try:
-            origin.num_tokens = min(source.count_matching(self._ids(origin)), source.num_computed_tokens)
+            origin.num_tokens = min(source.count_matching(origin.recorded.token_ids), source.num_computed_tokens)
             num_tokens = min(origin.num_tokens, room)
             if num_tokens:
                 copy = settings.segments.create(settings.layout, settings.fingerprint)
@@ -124,16 +110,10 @@ class Forks:
         finally:
             source.close()
 
-    def _ids(self, origin: _Origin) -> array[int]:
-        """What a segment holds of the conversation: nothing, if another model said it."""
-        if origin.info.fingerprint != self._custody.settings.fingerprint:
-            return array("i")
-        return Transcript.replay(origin.turns).token_ids
-
     def _nbytes(self, origin: _Origin) -> int:
         """Memory of the copy, with all ids."""
         layout = self._custody.settings.layout
-        num_ids = min(len(self._ids(origin)), layout.max_model_len)
+        num_ids = min(len(origin.recorded.token_ids), layout.max_model_len)
         return layout.nbytes_used(num_ids, origin.num_tokens)
 
     def _make(self, new: SessionKey, origin: _Origin) -> None:
@@ -143,7 +123,7 @@ class Forks:
             self._check_free(new)
             journal = self._custody.journal(new)
             try:
-                journal.fill(origin.turns, origin.info.fingerprint)
+                journal.fill(origin.recorded.turns, origin.recorded.info.fingerprint)
             except ValueError:
                 raise _session_exists(new) from None
             finally:

@@ -85,7 +85,7 @@ class HandOvers:
                 # Deleted or dropped while this waited.
                 return
             if reason.deactivates:
-                await self._to_keeper(entry, reason)
+                await self.to_keeper(entry, reason)
             else:
                 if entry.actor is None and self._num_actors() >= self._config.max_actors:
                     # Nothing to renew: it is given an actor when there is room for one.
@@ -232,13 +232,14 @@ class HandOvers:
             self.recycles[reason.value] += 1
             await self._let_go(key, predecessor)
 
-    async def _to_keeper(self, entry: Entry, reason: RecycleReason) -> None:
-        """The keeper takes the session's memory, still warm; its actor ends. With `entry.moving` held."""
+    async def to_keeper(self, entry: Entry, reason: RecycleReason, wait_seconds: float = _WAIT_SECONDS) -> None:
+        """The keeper takes the session's memory, still warm; its actor ends. With `entry.moving` held. Raises
+        SessionBusy if a turn does not end in time, and what a hand-over raises."""
         actor = entry.actor
         if actor is None:
             return
         stats = await asyncio.wait_for(actor.handle.describe.remote(entry.key), ANSWER_SECONDS)
-        ref = await self._begin(entry.key, actor)
+        ref = await self._begin(entry.key, actor, wait_seconds)
         if isinstance(ref, Moved) or isinstance(stats, Moved):
             return
         last_used = self._settings.clock() - stats.idle_seconds

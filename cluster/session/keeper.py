@@ -11,6 +11,7 @@ over between two turns.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from typing import Any
 import ray
 
 from phi_cluster.cluster.config import KVConfig, SessionsConfig
+from phi_cluster.cluster.errors import Overloaded
 from phi_cluster.cluster.messages import BeginTurn, CommitTurn, Moved, SessionKey, TurnGrant
 from phi_cluster.cluster.processes import private_bytes, process_id
 from phi_cluster.cluster.session.actor import session_settings
@@ -27,6 +29,8 @@ from phi_cluster.cluster.session.actor_pool import RayActors
 from phi_cluster.cluster.session.administration import Administration
 from phi_cluster.cluster.session.custody import Custody, Journals
 from phi_cluster.cluster.session.forks import Forks
+from phi_cluster.cluster.session.hibernation import Hibernation
+from phi_cluster.cluster.session.hibernation_store import FileHibernationStore, HibernationStore, read_key
 from phi_cluster.cluster.session.journal import Journal
 from phi_cluster.cluster.session.recycler import RecycleReason
 from phi_cluster.cluster.session.reports import (
@@ -62,22 +66,29 @@ class NodeSessions:
         sessions: SessionsConfig,
         kv: KVConfig,
         budget_nbytes: int,
+        store: HibernationStore | None,
     ):
+        """`store` None: no session hibernates."""
         self._layout = settings.layout
         self._node_id = node_id
         self._process = process_id()
         self._custody = Custody(settings, journals, actors, sessions, kv, budget_nbytes)
         self._roster = self._custody.roster
-        self._administration = Administration(self._custody, node_id)
+        self._hibernation = Hibernation(self._custody, store)
+        self._administration = Administration(self._custody, self._hibernation, node_id)
         self._forks = Forks(self._custody)
         self._starting: asyncio.Task[None] | None = None
 
     async def start(self) -> int:
         """Finds what is stored and what actors hold; then tends to the sessions. Idempotent; returns the pid."""
         if self._starting is None or (self._starting.done() and self._starting.exception() is not None):
-            self._starting = asyncio.create_task(self._custody.start())
+            self._starting = asyncio.create_task(self._start())
         await asyncio.shield(self._starting)
         return os.getpid()
+
+    async def _start(self) -> None:
+        await self._custody.start()
+        await self._hibernation.start()
 
     # A turn.
 
@@ -93,12 +104,14 @@ class NodeSessions:
                 left = self._roster.left_by(request.key.tenant, request.request_id) if request.resume else None
                 entry = left or self._roster.continue_or_open(request.key.tenant, request.text)
             else:
+                await self._hibernation.wake(request.key)
                 entry = self._roster.open(request.key)
             if entry.session is None:
                 return HeldBy(entry.actor.handle)
             self._custody.hands.want_actor(entry)
             grant = await entry.session.begin_turn(request)
             if isinstance(grant, TurnGrant):
+                entry.turn_began = asyncio.get_running_loop().time()
                 return grant
             # It changed hands while this one waited.
             await asyncio.sleep(0)
@@ -117,6 +130,9 @@ class NodeSessions:
             return HeldBy(entry.actor.handle)
         stats = entry.session.commit(commit)
         if isinstance(stats, SessionStats):
+            seconds = asyncio.get_running_loop().time() - entry.turn_began
+            num_computed = commit.num_prompt_tokens - commit.num_cached_tokens
+            self._hibernation.policy.computed(num_computed, commit.num_completion_tokens, seconds)
             self._custody.settle(entry, stats)
             self._custody.drop_surplus()
         return stats
@@ -187,9 +203,22 @@ class NodeSessions:
         await self.start()
         return await self._administration.recycle(key, reason)
 
+    async def hibernate(self, key: SessionKey) -> dict[str, Any]:
+        """By a user's wish. Raises NotFound, SessionBusy and StorageFull."""
+        await self.start()
+        return await self._administration.hibernate(key)
+
+    async def put_to_sleep(self, key: SessionKey) -> None:
+        """By policy: nobody has used the session for long. Raises as `hibernate`."""
+        await self.start()
+        await self._hibernation.hibernate(key, is_asked=False)
+
     async def fork(self, key: SessionKey, new: SessionKey, turn: int | None) -> dict[str, Any]:
         """See `Forks.fork`; returns the new session's description."""
         await self.start()
+        with contextlib.suppress(Overloaded):
+            # Its cache is worth copying.
+            await self._hibernation.wake(key)
         await self._forks.fork(key, new, turn)
         return await self._administration.describe(new)
 
@@ -205,18 +234,22 @@ class NodeSessions:
             if entry.session is not None and not entry.session.in_turn and s.idle_seconds > _REST_SECONDS:
                 entry.session.rest()
         in_memory = {entry.key.digest for entry in entries}
+        on_disk = [key for key in self._roster.stored_keys() if key.digest not in in_memory]
+        asleep = [nbytes for key in on_disk if (nbytes := self._hibernation.nbytes(key)) is not None]
         return KeeperReport(
             node_id=self._node_id,
             process=self._process,
             budget_nbytes=self._custody.ledger.capacity,
             reserved_nbytes=self._custody.ledger.usage,
             sessions=[self._reported(entry, s) for entry, s in zip(entries, stats, strict=True)],
-            num_stored=sum(key.digest not in in_memory for key in self._roster.stored_keys()),
+            num_stored=len(on_disk) - len(asleep),
+            num_hibernated=len(asleep),
+            hibernated_nbytes=sum(asleep),
             num_warm=self._custody.hands.num_warm,
             activations=self._custody.hands.activations,
             recycles=dict(self._custody.hands.recycles),
             private_nbytes=private_bytes(),
-            counts={"forks": self._forks.made},
+            counts={"forks": self._forks.made, **self._hibernation.counts},
         )
 
     async def close(self) -> int:
@@ -260,4 +293,9 @@ class Keeper(NodeSessions):
         settings = session_settings(layout, fingerprint)
         node_id = ray.get_runtime_context().get_node_id()
         actors = RayActors(layout, fingerprint, state_path, node_id)
-        super().__init__(settings, _SQLiteJournals(state_path, settings), actors, node_id, sessions, kv, budget_nbytes)
+        journals = _SQLiteJournals(state_path, settings)
+        store = None
+        if kv.hibernate_quota:
+            key = read_key(kv.hibernate_key_file) if kv.hibernate_key_file else None
+            store = FileHibernationStore(state_path, kv.hibernate_quota, key)
+        super().__init__(settings, journals, actors, node_id, sessions, kv, budget_nbytes, store)

@@ -36,6 +36,8 @@ class KeeperReport:
     reserved_nbytes: int
     sessions: list[SessionReport]
     num_stored: int
+    num_hibernated: int
+    hibernated_nbytes: int
     num_warm: int
     activations: int
     recycles: dict[str, int]
@@ -50,6 +52,7 @@ def public_description(stats: SessionStats, actor_pid: int | None, node_id: str)
         "state": "active" if actor_pid is not None else "held",
         "num_tokens": stats.num_tokens,
         "kv_cache_bytes": stats.kv_cache_bytes,
+        "disk_bytes": 0,
         "process_bytes": private_or_zero(actor_pid),
         "turns": stats.turns,
         "age_seconds": round(stats.age_seconds, 3),
@@ -62,13 +65,17 @@ def public_description(stats: SessionStats, actor_pid: int | None, node_id: str)
     }
 
 
-def stored_description(session_id: str, info: JournalInfo, num_tokens: int, now: float) -> dict[str, Any]:
-    """A session that only the disk holds, under the same names. `now` is wall clock, seconds."""
+def stored_description(
+    session_id: str, info: JournalInfo, num_tokens: int, now: float, disk_nbytes: int | None
+) -> dict[str, Any]:
+    """A session that only the disk holds, under the same names. `now` is wall clock, seconds; `disk_nbytes` its
+    hibernated cache, None if there is only its journal."""
     return {
         "id": session_id,
-        "state": "stored",
+        "state": "stored" if disk_nbytes is None else "hibernated",
         "num_tokens": num_tokens,
         "kv_cache_bytes": 0,
+        "disk_bytes": disk_nbytes or 0,
         "process_bytes": 0,
         "turns": info.turns,
         "age_seconds": round(max(now - info.created_at, 0.0), 3),

@@ -128,6 +128,7 @@ def test_no_sessions_are_a_table_too(server: Server, capsys: pytest.CaptureFixtu
         ("clear", ("POST", "/v1/sessions/a/clear"), "a   active"),
         ("recycle", ("POST", "/v1/sessions/a/recycle"), "a   active"),
         ("fork", ("POST", "/v1/sessions/a/fork"), "a   active"),
+        ("hibernate", ("POST", "/v1/sessions/a/hibernate"), "a   active"),
         ("delete", ("DELETE", "/v1/sessions/a"), "deleted a"),
     ],
 )

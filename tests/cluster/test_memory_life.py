@@ -1,4 +1,4 @@
-"""The life of a session's memory, over HTTP on a real server: forks."""
+"""The life of a session's memory, over HTTP on a real server: forks, hibernation, deletion."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
-CONFIG = {"sessions": {"spawn_interval": "100ms"}}
+CONFIG = {"sessions": {"spawn_interval": "100ms", "hibernate_after": "10s"}, "recycler": {"interval": "250ms"}}
 QUESTIONS = ("My name is Odalys. Name three rivers.", "Which one is the longest?", "What is my name?")
 HOW = [{"temperature": 0.0, "max_tokens": 24}, {"temperature": 1.0, "seed": 11, "max_tokens": 24}]
 
@@ -73,3 +73,59 @@ def test_a_forks_refusals(client, refused):
         stream.read(1)
     # Its client has left: the fork waits until that turn has ended.
     assert client.http.post("/v1/sessions/refusing/fork").status_code == 200
+
+
+@pytest.mark.parametrize("place", ["keeper", "actor"])
+def test_a_session_sleeps_and_goes_on_warm(client, server, place):
+    talk, twin = client.conversation(f"sleeper-{place}"), client.conversation(f"waking-twin-{place}")
+    for question in QUESTIONS[:2]:
+        assert talk.say(question, **HOW[0]).text == twin.say(question, **HOW[0]).text
+    if place == "actor":
+        client.with_actor(talk.session_id)
+    held = client.session(talk.session_id)
+    asleep = client.http.post(f"/v1/sessions/{talk.session_id}/hibernate").json()
+    assert (asleep["state"], asleep["kv_cache_bytes"], asleep["actor_pid"]) == ("hibernated", 0, None)
+    # About what it took in memory, in whole pages there.
+    assert 0.5 * held["kv_cache_bytes"] < asleep["disk_bytes"] < 1.1 * held["kv_cache_bytes"]
+    assert asleep["num_tokens"] == held["num_tokens"]
+    [path] = server.state_dir.rglob("*.kv")
+    assert path.stat().st_mode & 0o777 == 0o600
+    reply = talk.say(QUESTIONS[2], **HOW[1])
+    assert reply.cached >= talk.replies[1].prompt + talk.replies[1].completion - 1
+    assert reply.text == twin.say(QUESTIONS[2], **HOW[1]).text
+    assert not list(server.state_dir.rglob("*.kv"))
+
+
+def test_a_damaged_file_changes_no_reply(client, server, until):
+    talk, twin = client.conversation("damaged"), client.conversation("undamaged")
+    for one in (talk, twin):
+        one.say(QUESTIONS[0], **HOW[0])
+    client.http.post("/v1/sessions/damaged/hibernate")
+    [path] = server.state_dir.rglob("*.kv")
+    stored = bytearray(path.read_bytes())
+    stored[len(stored) // 2] ^= 4
+    path.write_bytes(stored)
+    reply = talk.say(QUESTIONS[1], **HOW[0])
+    assert reply.cached == 0
+    assert reply.text == twin.say(QUESTIONS[1], **HOW[0]).text
+    until(lambda: client.metric("phi_session_hibernation_failures_total") == 1, "the metric to count it")
+
+
+def test_policy_puts_idle_sessions_to_sleep(client, until):
+    talk = client.conversation("idler")
+    talk.say(QUESTIONS[0], max_tokens=300, ignore_eos=True)
+    asleep = until(lambda: one if (one := client.session("idler"))["state"] == "hibernated" else None, "its sleep", 40)
+    assert asleep["disk_bytes"] > 0
+    until(lambda: client.metric("phi_sessions", state="hibernated") >= 1, "the gauge")
+    assert client.metric("phi_hibernated_bytes") >= asleep["disk_bytes"]
+    assert talk.say(QUESTIONS[1], max_tokens=4).cached > 300
+
+
+def test_delete_leaves_no_byte_of_a_sleeper(client, server):
+    secret = "73918264"
+    talk = client.conversation("canary")
+    talk.say(f"Remember {secret}.", max_tokens=8)
+    client.http.post("/v1/sessions/canary/hibernate")
+    assert any(secret.encode() in path.read_bytes() for path in server.state_dir.rglob("*") if path.is_file())
+    assert client.http.delete("/v1/sessions/canary").status_code == 200
+    assert not any(secret.encode() in path.read_bytes() for path in server.state_dir.rglob("*") if path.is_file())

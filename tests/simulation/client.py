@@ -190,7 +190,20 @@ class Administrator:
         rng, world = self._rng, self._world
         conversation = rng.choice(self._conversations)
         key = conversation.key
-        deed = rng.choice(("recycle", "recycle", "get", "list", "fork", "fork", world.bold_deed, world.bold_deed))
+        deed = rng.choice(
+            (
+                "recycle",
+                "recycle",
+                "get",
+                "list",
+                "fork",
+                "fork",
+                "hibernate",
+                "put_to_sleep",
+                world.bold_deed,
+                world.bold_deed,
+            )
+        )
         world.log("admin", deed, key.session_id)
         replica = rng.choice(world.replicas)
         reason = rng.choice((RecycleReason.REQUESTED, RecycleReason.IDLE, RecycleReason.MAX_AGE))
@@ -209,6 +222,8 @@ class Administrator:
                     answer = await replica.directory.list(key.tenant, 10, None)
                 elif deed == "fork":
                     answer = await replica.directory.fork(key.tenant, key.session_id, fork.key.session_id, turn)
+                elif deed == "put_to_sleep":
+                    answer = await replica.directory._ask_keeper("put_to_sleep", key)
                 elif deed == "recycle":
                     answer = await replica.directory._ask_keeper("recycle", key, reason)
                 else:

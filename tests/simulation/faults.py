@@ -22,6 +22,8 @@ _DELICATE = frozenset(
         "withdraw",
         "abandon",
         "fork",
+        "hibernate",
+        "put_to_sleep",
     )
 )
 _FATES = ("lost", "unanswered", "before", "after", "caller")

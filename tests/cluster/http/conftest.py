@@ -110,6 +110,11 @@ class FakeSessions:
         session.update(num_tokens=0, kv_cache_bytes=0)
         return session
 
+    async def hibernate(self, tenant: str, session_id: str) -> dict[str, Any]:
+        session = await self.get(tenant, session_id)
+        session.update(state="hibernated", kv_cache_bytes=0, disk_bytes=8192)
+        return session
+
     async def fork(self, tenant: str, session_id: str, new_session_id: str | None, turn: int | None) -> dict[str, Any]:
         session = await self.get(tenant, session_id)
         new = new_session_id or "made"

@@ -61,6 +61,8 @@ async def test_one_session_and_its_actions(client, named):
         None,
     )
     assert (await client.post("/v1/sessions/a/recycle")).json()["recycles"] == 1
+    asleep = (await client.post("/v1/sessions/a/hibernate")).json()
+    assert (asleep["state"], asleep["kv_cache_bytes"], asleep["disk_bytes"]) == ("hibernated", 0, 8192)
     assert (await client.post("/v1/sessions/a/clear", json={})).json()["num_tokens"] == 0
     response = await client.delete("/v1/sessions/a")
     assert response.json() == {"id": "a", "object": "session.deleted", "deleted": True}
@@ -116,7 +118,14 @@ async def test_bad_forks(client, named, body, param):
 
 @pytest.mark.parametrize("path", ["a%0d%0ab", "a%20b", "%2E%2E", "x" * 129, "%ff"])
 async def test_bad_ids(client, named, path):
-    for method, action in (("GET", ""), ("DELETE", ""), ("POST", "/clear"), ("POST", "/recycle"), ("POST", "/fork")):
+    for method, action in (
+        ("GET", ""),
+        ("DELETE", ""),
+        ("POST", "/clear"),
+        ("POST", "/recycle"),
+        ("POST", "/fork"),
+        ("POST", "/hibernate"),
+    ):
         response = await client.request(method, f"/v1/sessions/{path}{action}")
         assert response.status_code in (400, 404, 405), (method, action)
         assert response.json()["error"]["type"] == "invalid_request_error"

@@ -22,6 +22,7 @@ from ray.exceptions import RayActorError
 from phi_cluster.cluster.config import KVConfig, SessionsConfig
 from phi_cluster.cluster.messages import BeginTurn, CommitTurn, ProcessId, SessionKey, TurnGrant
 from phi_cluster.cluster.session.actor import SessionHost
+from phi_cluster.cluster.session.hibernation_store import FileHibernationStore
 from phi_cluster.cluster.session.journal import Journal
 from phi_cluster.cluster.session.keeper import HeldBy, NodeSessions
 from phi_cluster.cluster.session.segment import Segment, SegmentLayout
@@ -277,9 +278,10 @@ class Node:
         self.journals = Journals()
         self.actors = LocalActors(settings, self.journals.open, processes)
         budget = options.pop("budget", 2**30)
+        store = options.pop("store", None) or FileHibernationStore(state_dir, 2**30, reserve_nbytes=0)
         sessions = SessionsConfig(**{"warm_actors": 0, "turn_wait": 0.2, "spawn_interval": 3600, **options})
         kv = KVConfig(reserve_wait=0.2)
-        self.keeper = NodeSessions(settings, self.journals, cast(Any, self.actors), "node", sessions, kv, budget)
+        self.keeper = NodeSessions(settings, self.journals, cast(Any, self.actors), "node", sessions, kv, budget, store)
 
     async def begin(self, key: SessionKey, text: str) -> tuple[TurnGrant, Any]:
         """The grant, and who gave it: call its `commit`."""
