@@ -246,6 +246,9 @@ def _load_serve() -> tuple[ModuleType, Any]:
 def _lock_state(state_path: Path) -> IO[str]:
     """One server for a state directory: two keepers would hold the same sessions. Raises StartError."""
     state_path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    # Whatever the folder above lets others do: conversations are private.
+    (state_path / "sessions").mkdir(mode=0o700, exist_ok=True)
+    (state_path / "sessions").chmod(0o700)
     lock = open(state_path / "lock", "w")  # noqa: SIM115 -- held for as long as the server runs
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -124,6 +124,9 @@ class SessionsConfig(_Section):
     hibernate_after: Seconds | None = Field(
         3600.0, description="a session idle for so long leaves memory; its cache goes to the disk; unset: never"
     )
+    retention: Seconds | None = Field(
+        None, description="a session unused for so long is deleted, journal and all (for example 30d); unset: never"
+    )
     max_ephemeral: int = Field(256, ge=0, le=100_000, description="unnamed conversations kept for continuation")
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
 import time
 from collections import Counter
@@ -45,6 +46,8 @@ _REPLICA_SILENCE_SECONDS = 5.0
 _REPLICA_GONE_SECONDS = 600.0
 # Longer than a hand-over may wait for a turn; a keeper or an actor that hangs must not stop the rounds.
 _RECYCLE_SECONDS = 30.0
+# Between two looks for sessions that nobody has used for long.
+_SWEEP_SECONDS = 600.0
 
 
 # A keeper that does not answer for so long, so many times in a row, hangs.
@@ -74,6 +77,9 @@ class Controller:
             idle_timeout=sessions.idle_timeout,
         )
         self._hibernate_after = sessions.hibernate_after if hibernates else None
+        self._retains = sessions.retention is None
+        # By node: when its keeper was last told to delete what nobody uses.
+        self._swept: dict[str, float] = {}
         self._rhythm = recycler
         self._engine_recycles = EngineRecycles(
             EnginePolicy(engine.max_age, engine.max_steps, engine.max_private_growth)
@@ -178,6 +184,17 @@ class Controller:
             self._silent_keepers.pop(node["NodeID"], None)
             self._take(report)
             await self._recycle(keeper, report)
+            await self._sweep(keeper, report.node_id)
+
+    async def _sweep(self, keeper: Any, node_id: str) -> None:
+        now = time.monotonic()
+        if self._retains or now - self._swept.get(node_id, -math.inf) < _SWEEP_SECONDS:
+            return
+        self._swept[node_id] = now
+        try:
+            await asyncio.wait_for(keeper.delete_unused.remote(), _RECYCLE_SECONDS)
+        except (PhiError, RayError, asyncio.TimeoutError) as error:
+            logger.info("unused sessions were not deleted: %s", error)
 
     async def _on_silence(self, node_id: str) -> None:
         """The node's keeper did not answer. One that hangs keeps every turn of the node waiting: it is ended, and Ray

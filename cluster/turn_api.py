@@ -139,6 +139,17 @@ class SessionAdmin(Protocol):
         """The session leaves memory, its cache goes to the disk; returns its new description."""
         ...
 
+    async def export(self, tenant: str, session_id: str) -> bytes:
+        """The session's turns as a file."""
+        ...
+
+    async def import_session(
+        self, tenant: str, new_session_id: str | None, data: bytes, vocab_size: int
+    ) -> dict[str, Any]:
+        """A session made of such a file (None: under a name that is made for it); returns its description. Raises
+        `SessionExists`, and `InvalidRequest` for a file that is not one."""
+        ...
+
     async def fork(self, tenant: str, session_id: str, new_session_id: str | None, turn: int | None) -> dict[str, Any]:
         """A new session (None: under a name that is made for it) with the same conversation, as it was after the
         `turn`-th turn of those that it consists of (None: as it is), and a copy of its KV cache. Returns the new one's

@@ -186,6 +186,7 @@ class NodeView:
 # What keepers count, by the name in their reports: family and help.
 KEEPER_COUNTERS = {
     "forks": ("phi_session_forks", "Sessions made of others."),
+    "deletions": ("phi_session_retention_deletions", "Sessions deleted because nobody used them for long."),
     "hibernations": ("phi_session_hibernations", "Caches of idle sessions written to the disk."),
     "hibernated_bytes": ("phi_session_hibernations_bytes", "Bytes written for them."),
     "restores": ("phi_session_restores", "Hibernated caches read back into memory."),

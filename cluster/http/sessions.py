@@ -16,7 +16,7 @@ from starlette.responses import Response
 
 from phi_cluster.cluster.errors import InvalidRequest
 from phi_cluster.cluster.http.auth import tenant_of
-from phi_cluster.cluster.http.body import read_object
+from phi_cluster.cluster.http.body import read_bytes, read_object
 from phi_cluster.cluster.http.caller import SESSION_ID_RULE, check_session_id
 from phi_cluster.cluster.http.edge import Edge
 from phi_cluster.cluster.http.errors import to_json
@@ -86,6 +86,21 @@ def sessions_router(edge: Edge) -> APIRouter:
             }
         )
 
+    @router.post("/import", response_model=None, openapi_extra=_IMPORT, responses=_docs(SessionStats, 400, 409, 413))
+    async def import_session(request: Request) -> Response:
+        """A session of what an export gave, under the id in the query, or one that is made."""
+        new_id = _import_id(request)
+        data = await read_bytes(request, edge.settings.max_body_bytes)
+        tenant, vocab_size = tenant_of(request.headers), edge.settings.vocab_size
+        return _json(_described(await sessions.import_session(tenant, new_id, data, vocab_size)))
+
+    @router.get("/{session_id}/export", response_class=Response, responses=_EXPORT | error_docs(400, 404, 500, 503))
+    async def export_session(request: Request, session_id: SessionId) -> Response:
+        """The session's turns as a file that `import` takes."""
+        check_session_id(session_id, "session_id")
+        data = await sessions.export(tenant_of(request.headers), session_id)
+        return Response(data, media_type="application/octet-stream")
+
     @router.get("/{session_id}", response_model=None, responses=_docs(SessionStats, 400, 404))
     async def get_session(request: Request, session_id: SessionId) -> Response:
         """One session's state."""
@@ -151,6 +166,25 @@ async def _check_action(request: Request, session_id: str, edge: Edge) -> None:
     if given:
         param = next(iter(given))[:64]
         raise InvalidRequest(f"{param} is not a field here: send no body, or {{}}", param=param)
+
+
+_BINARY: dict[str, Any] = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
+_EXPORT: dict[int | str, dict[str, Any]] = {200: {"content": _BINARY}}
+_IMPORT: dict[str, Any] = {
+    "parameters": [{"name": "id", "in": "query", "required": False, "schema": {"type": "string"}}],
+    "requestBody": {"required": True, "content": _BINARY},
+}
+
+
+def _import_id(request: Request) -> str | None:
+    """Raises `InvalidRequest` naming a parameter that is wrong, unknown or repeated."""
+    given = request.query_params.multi_items()
+    for name, _ in given:
+        if name != "id":
+            raise InvalidRequest(f"{name[:64]} is not a parameter here: there is id", param=name[:64])
+    if len(given) > 1:
+        raise InvalidRequest("id: send this parameter once", param="id")
+    return check_session_id(given[0][1], "id") if given else None
 
 
 _FORK_BODY: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""What users do to their sessions by name: look, clear, delete, have renewed or put to sleep.
+"""What users do to their sessions by name: look, clear, delete, export, have renewed or put to sleep.
 
 Owns: these deeds, for sessions wherever they are, and their public descriptions. Knows nothing of turns, of HTTP, or of
 how a session changes hands.
@@ -14,12 +14,13 @@ from ray.exceptions import RayActorError
 
 from phi_cluster.cluster.errors import PhiError
 from phi_cluster.cluster.messages import SessionKey
-from phi_cluster.cluster.session.custody import Custody, no_session
+from phi_cluster.cluster.session.custody import Custody, no_session, session_exists
 from phi_cluster.cluster.session.hibernation import Hibernation
 from phi_cluster.cluster.session.recycler import RecycleReason
 from phi_cluster.cluster.session.reports import public_description, stored_description
 from phi_cluster.cluster.session.roster import Entry
 from phi_cluster.cluster.session.session import SessionStats
+from phi_cluster.cluster.session.session_export import BadExport, pack_session, unpack_session
 from phi_cluster.cluster.session.transcript import Transcript
 
 
@@ -103,6 +104,33 @@ class Administration:
     async def hibernate(self, key: SessionKey) -> dict[str, Any]:
         """See `Hibernation.hibernate`; by a user's wish."""
         await self._hibernation.hibernate(key, is_asked=True)
+        return await self.describe(key)
+
+    def export(self, key: SessionKey) -> bytes:
+        """The session's record as a file (session_export.py), as of its last turn. Raises the journal's errors."""
+        if not self._roster.is_known(key):
+            raise no_session(key)
+        recorded = self._custody.recorded(key)
+        return pack_session(recorded.info.fingerprint, key, recorded.info.created_at, recorded.turns)
+
+    async def import_session(self, key: SessionKey, data: bytes, vocab_size: int) -> dict[str, Any]:
+        """Makes a session of such a file. Raises SessionExists, BadExport, and the journal's errors."""
+        custody = self._custody
+        # Long ones take a while.
+        export = await asyncio.to_thread(unpack_session, data, key, vocab_size)
+        if export.fingerprint != custody.settings.fingerprint:
+            raise BadExport("the session was exported from another model, whose token ids mean nothing to this one")
+        # From here to the end nothing can come between.
+        if self._roster.is_known(key):
+            raise session_exists(key)
+        journal = custody.journal(key)
+        try:
+            journal.fill(export.turns, export.fingerprint)
+        except ValueError:
+            raise session_exists(key) from None
+        finally:
+            journal.close()
+        self._roster.add_stored(key)
         return await self.describe(key)
 
     def public(self, entry: Entry, stats: SessionStats) -> dict[str, Any]:

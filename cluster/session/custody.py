@@ -16,7 +16,7 @@ from typing import Protocol
 from ray.exceptions import RayError
 
 from phi_cluster.cluster.config import KVConfig, SessionsConfig
-from phi_cluster.cluster.errors import InvalidRequest, NotFound, PhiError, SessionBusy
+from phi_cluster.cluster.errors import InvalidRequest, NotFound, PhiError, SessionBusy, SessionExists
 from phi_cluster.cluster.messages import CommitTurn, Moved, SessionKey
 from phi_cluster.cluster.session.actor_pool import ActorPool, RayActors
 from phi_cluster.cluster.session.hand_over import HandOvers
@@ -38,6 +38,11 @@ class Journals(Protocol):
 
     def keys(self) -> Iterable[SessionKey]:
         """Of all that there are. Called in a thread."""
+        ...
+
+    def last_used(self, key: SessionKey) -> float | None:
+        """When a session was made or had its last turn (wall clock, seconds); None: there is no journal that could be
+        read. Makes none."""
         ...
 
 
@@ -217,3 +222,7 @@ class Custody:
 
 def no_session(key: SessionKey) -> NotFound:
     return NotFound(f"no session {key.session_id!r}")
+
+
+def session_exists(key: SessionKey) -> SessionExists:
+    return SessionExists(f"there is a session {key.session_id!r}: choose another id, or delete it first", param="id")

@@ -87,6 +87,21 @@ class SessionDirectory:
     async def hibernate(self, tenant: str, session_id: str) -> dict[str, Any]:
         return await self._ask_keeper("hibernate", SessionKey(tenant, session_id))
 
+    async def export(self, tenant: str, session_id: str) -> bytes:
+        return await self._ask_keeper("export", SessionKey(tenant, session_id))
+
+    async def import_session(
+        self, tenant: str, new_session_id: str | None, data: bytes, vocab_size: int
+    ) -> dict[str, Any]:
+        new = SessionKey(tenant, new_session_id or uuid.uuid4().hex)
+        try:
+            return await self._ask_keeper("import_session", new, data, vocab_size)
+        except SessionExists:
+            if new_session_id is not None:
+                raise
+            # Nobody else knows the name: the first answer was lost.
+            return await self.get(tenant, new.session_id)
+
     async def fork(self, tenant: str, session_id: str, new_session_id: str | None, turn: int | None) -> dict[str, Any]:
         new = SessionKey(tenant, new_session_id or uuid.uuid4().hex)
         try:

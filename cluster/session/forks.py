@@ -11,9 +11,9 @@ import logging
 import uuid
 from dataclasses import dataclass
 
-from phi_cluster.cluster.errors import PhiError, SessionExists
+from phi_cluster.cluster.errors import PhiError
 from phi_cluster.cluster.messages import Moved, SegmentRef, SessionKey
-from phi_cluster.cluster.session.custody import Custody, Recorded, no_session
+from phi_cluster.cluster.session.custody import Custody, Recorded, no_session, session_exists
 from phi_cluster.cluster.session.roster import Entry
 from phi_cluster.cluster.session.segment import Segment, SegmentGone, SegmentMismatch
 from phi_cluster.cluster.session.session import Session
@@ -76,7 +76,7 @@ class Forks:
 
     def _check_free(self, new: SessionKey) -> None:
         if self._roster.is_known(new):
-            raise _session_exists(new)
+            raise session_exists(new)
 
     async def _visit(self, entry: Entry, turn: int | None, room: int | None) -> _Origin | None:
         """The conversation between two of its turns, with a copy of its memory if there is `room`. None: it moved.
@@ -125,7 +125,7 @@ class Forks:
             try:
                 journal.fill(origin.recorded.turns, origin.recorded.info.fingerprint)
             except ValueError:
-                raise _session_exists(new) from None
+                raise session_exists(new) from None
             finally:
                 journal.close()
         except BaseException:
@@ -145,7 +145,3 @@ class Forks:
         entry = Entry(new, session=session)
         self._roster.adopt(entry)
         self._custody.settle(entry, session.describe())
-
-
-def _session_exists(key: SessionKey) -> SessionExists:
-    return SessionExists(f"there is a session {key.session_id!r}: choose another id, or delete it first", param="id")

@@ -38,10 +38,11 @@ from phi_cluster.cluster.session.reports import (
     SessionReport,
     private_or_zero,
 )
+from phi_cluster.cluster.session.retention import Retention
 from phi_cluster.cluster.session.roster import Entry
 from phi_cluster.cluster.session.segment_layout import SegmentLayout
 from phi_cluster.cluster.session.session import SessionSettings, SessionStats
-from phi_cluster.cluster.session.sqlite_journal import SQLiteJournal, list_sessions
+from phi_cluster.cluster.session.sqlite_journal import SQLiteJournal, last_used, list_sessions
 
 # A session that the keeper holds closes its journal's file after so long without a turn.
 _REST_SECONDS = 30.0
@@ -77,6 +78,7 @@ class NodeSessions:
         self._hibernation = Hibernation(self._custody, store)
         self._administration = Administration(self._custody, self._hibernation, node_id)
         self._forks = Forks(self._custody)
+        self._retention = Retention(self._custody, self._administration, self._hibernation, sessions.retention)
         self._starting: asyncio.Task[None] | None = None
 
     async def start(self) -> int:
@@ -213,6 +215,21 @@ class NodeSessions:
         await self.start()
         await self._hibernation.hibernate(key, is_asked=False)
 
+    async def delete_unused(self) -> int:
+        """Deletes sessions that nobody has used for longer than they are kept; returns how many."""
+        await self.start()
+        return await self._retention.sweep()
+
+    async def export(self, key: SessionKey) -> bytes:
+        """The session as a file (session_export.py). Raises NotFound and the journal's errors."""
+        await self.start()
+        return self._administration.export(key)
+
+    async def import_session(self, key: SessionKey, data: bytes, vocab_size: int) -> dict[str, Any]:
+        """Makes a session of such a file. Raises SessionExists and BadExport."""
+        await self.start()
+        return await self._administration.import_session(key, data, vocab_size)
+
     async def fork(self, key: SessionKey, new: SessionKey, turn: int | None) -> dict[str, Any]:
         """See `Forks.fork`; returns the new session's description."""
         await self.start()
@@ -249,7 +266,7 @@ class NodeSessions:
             activations=self._custody.hands.activations,
             recycles=dict(self._custody.hands.recycles),
             private_nbytes=private_bytes(),
-            counts={"forks": self._forks.made, **self._hibernation.counts},
+            counts={"forks": self._forks.made, "deletions": self._retention.deleted, **self._hibernation.counts},
         )
 
     async def close(self) -> int:
@@ -273,6 +290,9 @@ class _SQLiteJournals:
 
     def keys(self) -> Iterable[SessionKey]:
         return list_sessions(self._state_path)
+
+    def last_used(self, key: SessionKey) -> float | None:
+        return last_used(self._state_path, key)
 
 
 # Whoever waits here, for a turn or for memory, must not take the place of the commit that it waits for: Ray's default

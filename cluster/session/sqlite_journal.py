@@ -43,6 +43,18 @@ def journal_path(state_dir: Path, key: SessionKey) -> Path:
     return state_dir / "sessions" / key.digest[:2] / f"{key.digest}.sqlite"
 
 
+def last_used(state_dir: Path, key: SessionKey) -> float | None:
+    """When the session was made or had its last turn, whichever was later (wall clock, seconds); None: there is no
+    journal that could be read. Makes none."""
+    try:
+        location = f"{journal_path(state_dir, key).absolute().as_uri()}?mode=rw"
+        with contextlib.closing(sqlite3.connect(location, uri=True, timeout=1.0)) as connection:
+            query = "SELECT max(created_at, coalesce((SELECT max(committed_at) FROM turns), 0)) FROM session"
+            return connection.execute(query).fetchone()[0]
+    except (sqlite3.Error, TypeError):
+        return None
+
+
 def list_sessions(state_dir: Path, on_error: Callable[[Path, PhiError], None] | None = None) -> Iterator[SessionKey]:
     """The keys of all stored sessions, in no particular order; reads one row of each. Damaged files are told
     to `on_error` and left out."""

@@ -1,8 +1,14 @@
-"""The life of a session's memory, over HTTP on a real server: forks, hibernation, deletion."""
+"""The life of a session's memory, over HTTP on a real server: forks, hibernation, deletion, export."""
 
 from __future__ import annotations
 
+import os
+import secrets
+from array import array
+
 import pytest
+
+from phi_cluster.cluster.messages import SessionKey
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
@@ -88,12 +94,12 @@ def test_a_session_sleeps_and_goes_on_warm(client, server, place):
     # About what it took in memory, in whole pages there.
     assert 0.5 * held["kv_cache_bytes"] < asleep["disk_bytes"] < 1.1 * held["kv_cache_bytes"]
     assert asleep["num_tokens"] == held["num_tokens"]
-    [path] = server.state_dir.rglob("*.kv")
+    path = memory_file(server, talk.session_id)
     assert path.stat().st_mode & 0o777 == 0o600
     reply = talk.say(QUESTIONS[2], **HOW[1])
     assert reply.cached >= talk.replies[1].prompt + talk.replies[1].completion - 1
     assert reply.text == twin.say(QUESTIONS[2], **HOW[1]).text
-    assert not list(server.state_dir.rglob("*.kv"))
+    assert not path.exists()
 
 
 def test_a_damaged_file_changes_no_reply(client, server, until):
@@ -101,7 +107,7 @@ def test_a_damaged_file_changes_no_reply(client, server, until):
     for one in (talk, twin):
         one.say(QUESTIONS[0], **HOW[0])
     client.http.post("/v1/sessions/damaged/hibernate")
-    [path] = server.state_dir.rglob("*.kv")
+    path = memory_file(server, "damaged")
     stored = bytearray(path.read_bytes())
     stored[len(stored) // 2] ^= 4
     path.write_bytes(stored)
@@ -121,11 +127,83 @@ def test_policy_puts_idle_sessions_to_sleep(client, until):
     assert talk.say(QUESTIONS[1], max_tokens=4).cached > 300
 
 
-def test_delete_leaves_no_byte_of_a_sleeper(client, server):
-    secret = "73918264"
-    talk = client.conversation("canary")
+@pytest.mark.parametrize("place", ["hibernated", "woken", "actor"])
+def test_delete_leaves_no_byte(client, server, tokenizer, place):
+    """A secret is looked for wherever bytes could be: in text and as ids, on the disk and in all live segments."""
+    secret = "".join(secrets.choice("123456789") for _ in range(24))
+    ids = array("i", tokenizer.encode(secret)).tobytes()
+
+    def places() -> list[str]:
+        files = [path for path in server.state_dir.rglob("*") if path.is_file()]
+        found = [path.name for path in files if secret.encode() in (stored := path.read_bytes()) or ids in stored]
+        return found + [str(path) for path in client.segments().values() if ids in read_data(path)]
+
+    talk = client.conversation(f"canary-{place}")
     talk.say(f"Remember {secret}.", max_tokens=8)
-    client.http.post("/v1/sessions/canary/hibernate")
-    assert any(secret.encode() in path.read_bytes() for path in server.state_dir.rglob("*") if path.is_file())
-    assert client.http.delete("/v1/sessions/canary").status_code == 200
-    assert not any(secret.encode() in path.read_bytes() for path in server.state_dir.rglob("*") if path.is_file())
+    other = client.conversation(f"neighbour-{place}")
+    other.say("Good day.", max_tokens=8)
+    if place == "actor":
+        client.with_actor(talk.session_id)
+    else:
+        client.http.post(f"/v1/sessions/{talk.session_id}/hibernate")
+        assert f"{digest_of(talk.session_id)}.kv" in places()
+        if place == "woken":
+            talk.say("Go on.", max_tokens=4)
+    assert places()
+    assert client.http.delete(f"/v1/sessions/{talk.session_id}").status_code == 200
+    # An actor's process may take a moment to let go of its pages, which are empty by then.
+    assert places() == []
+    assert other.say("And a good night.", max_tokens=4).cached > 0
+
+
+def test_what_is_exported_goes_on_as_if_it_had_never_left(client):
+    talk = client.conversation("exported")
+    for question in QUESTIONS[:2]:
+        talk.say(question, **HOW[0])
+    data = client.http.get("/v1/sessions/exported/export").content
+    described = client.http.post("/v1/sessions/import?id=imported", content=data).json()
+    assert (described["state"], described["turns"], described["num_tokens"]) == (
+        "stored",
+        2,
+        client.session("exported")["num_tokens"],
+    )
+    copy = client.conversation("imported")
+    copy.messages, copy.replies = list(talk.messages), list(talk.replies)
+    assert copy.say(QUESTIONS[2], **HOW[0]).text == talk.say(QUESTIONS[2], **HOW[0]).text
+    response = client.http.post("/v1/sessions/import?id=imported", content=data)
+    assert (response.status_code, response.json()["error"]["code"]) == (409, "session_exists")
+    response = client.http.post("/v1/sessions/import", content=data[:-1])
+    assert (response.status_code, response.json()["error"]["code"]) == (400, "bad_export")
+
+
+def test_all_that_is_stored_is_private(server):
+    for path in (server.state_dir / "sessions").rglob("*"):
+        assert path.stat().st_mode & 0o777 == (0o700 if path.is_dir() else 0o600), path
+    assert (server.state_dir / "sessions").stat().st_mode & 0o777 == 0o700
+
+
+def digest_of(session_id):
+    return SessionKey("default", session_id).digest
+
+
+def memory_file(server, session_id):
+    digest = digest_of(session_id)
+    return server.state_dir / "sessions" / digest[:2] / f"{digest}.kv"
+
+
+def read_data(path):
+    """What a sparse memory file holds."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        data, end, start = [], os.fstat(fd).st_size, 0
+        while start < end:
+            try:
+                start = os.lseek(fd, start, os.SEEK_DATA)
+            except OSError:
+                break
+            stop = os.lseek(fd, start, os.SEEK_HOLE)
+            data.append(os.pread(fd, stop - start, start))
+            start = stop
+        return b"".join(data)
+    finally:
+        os.close(fd)

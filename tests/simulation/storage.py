@@ -142,6 +142,9 @@ class Journals:
     def open(self, key: SessionKey) -> DurableJournal:
         return self._kind(key, self._disk, self._process)
 
+    def last_used(self, key: SessionKey) -> float | None:
+        return self._disk.clock() if key.digest in self._disk.files else None
+
     def keys(self) -> Iterator[SessionKey]:
         yield from [journal.key for journal in self._disk.files.values()]
 

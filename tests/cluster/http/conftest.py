@@ -115,6 +115,16 @@ class FakeSessions:
         session.update(state="hibernated", kv_cache_bytes=0, disk_bytes=8192)
         return session
 
+    async def export(self, tenant: str, session_id: str) -> bytes:
+        return b"exported " + (await self.get(tenant, session_id))["id"].encode()
+
+    async def import_session(
+        self, tenant: str, new_session_id: str | None, data: bytes, vocab_size: int
+    ) -> dict[str, Any]:
+        if not data.startswith(b"exported "):
+            raise InvalidRequest("this is not an exported session", code="bad_export")
+        return await self.fork(tenant, data.decode().removeprefix("exported "), new_session_id, None)
+
     async def fork(self, tenant: str, session_id: str, new_session_id: str | None, turn: int | None) -> dict[str, Any]:
         session = await self.get(tenant, session_id)
         new = new_session_id or "made"

@@ -116,6 +116,34 @@ async def test_bad_forks(client, named, body, param):
     assert set(named.known) == before
 
 
+async def test_export_and_import(client, named):
+    exported = await client.get("/v1/sessions/a/export")
+    assert (exported.status_code, exported.headers["content-type"]) == (200, "application/octet-stream")
+    imported = await client.post("/v1/sessions/import?id=again", content=exported.content)
+    assert (imported.status_code, imported.json()["id"]) == (200, "again")
+    assert (await client.post("/v1/sessions/import", content=exported.content)).json()["id"] == "made"
+    assert (await client.get("/v1/sessions/z/export")).status_code == 404
+    assert (await client.get("/v1/sessions/a/export", headers={"authorization": "Bearer other"})).status_code == 404
+
+
+@pytest.mark.parametrize(
+    ("query", "content", "status", "param"),
+    [
+        ("?id=../x", b"exported a", 400, "id"),
+        ("?id=x&id=y", b"exported a", 400, "id"),
+        ("?name=x", b"exported a", 400, "name"),
+        ("?id=b", b"exported a", 409, "id"),
+        ("", b"something else", 400, None),
+        ("", b"", 400, None),
+        ("", b"exported " + bytes(9 * 2**20), 413, None),
+    ],
+)
+async def test_bad_imports(client, named, query, content, status, param):
+    response = await client.post(f"/v1/sessions/import{query}", content=content)
+    assert (response.status_code, response.json()["error"]["param"]) == (status, param)
+    assert len(named.known) == 6
+
+
 @pytest.mark.parametrize("path", ["a%0d%0ab", "a%20b", "%2E%2E", "x" * 129, "%ff"])
 async def test_bad_ids(client, named, path):
     for method, action in (
