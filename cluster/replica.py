@@ -228,6 +228,20 @@ class _Sessions:
     async def clear(self, tenant: str, session_id: str) -> dict[str, Any]:
         return self._with_engine(await self._directory.clear(tenant, session_id))
 
+    async def hibernate(self, tenant: str, session_id: str) -> dict[str, Any]:
+        return self._with_engine(await self._directory.hibernate(tenant, session_id))
+
+    async def export(self, tenant: str, session_id: str) -> bytes:
+        return await self._directory.export(tenant, session_id)
+
+    async def import_session(
+        self, tenant: str, new_session_id: str | None, data: bytes, vocab_size: int
+    ) -> dict[str, Any]:
+        return self._with_engine(await self._directory.import_session(tenant, new_session_id, data, vocab_size))
+
+    async def fork(self, tenant: str, session_id: str, new_session_id: str | None, turn: int | None) -> dict[str, Any]:
+        return self._with_engine(await self._directory.fork(tenant, session_id, new_session_id, turn))
+
     async def recycle(self, tenant: str, session_id: str) -> dict[str, Any]:
         return self._with_engine(await self._directory.recycle(tenant, session_id))
 

@@ -27,6 +27,10 @@ PROMISED = {
     "phi_sessions",
     "phi_session_activations_total",
     "phi_session_recycles_total",
+    "phi_session_forks_total",
+    "phi_session_hibernations_total",
+    "phi_session_restores_total",
+    "phi_hibernated_bytes",
     "phi_num_requests_running",
     "phi_num_requests_waiting",
     "phi_time_to_first_token_seconds",
@@ -234,7 +238,8 @@ def test_nothing_is_exported_of_no_replicas() -> None:
 
 
 def test_nodes_and_their_memory() -> None:
-    exporter = Exporter(node_metrics(NODES, 4, {"idle": 2, "leak": 1}, 270))
+    exporter = Exporter(node_metrics(NODES, 4, {"idle": 2, "leak": 1}, 270, {"forks": 3}))
+    assert exporter.value("phi_session_forks_total") == 3
     assert exporter.value("phi_kv_cache_bytes", node="one", state="active") == 300
     assert exporter.value("phi_kv_cache_bytes", node="two", state="active") == 80
     assert exporter.value("phi_sessions", node="one", state="stored") == 7
