@@ -140,7 +140,8 @@ def start(parsed: argparse.Namespace) -> dict[str, PeerProcess]:
     """All contestants that come up, ours first; a line for each that does not."""
     wanted: list[tuple[str, str, str, list[str]]] = []
     common = ["--threads", str(parsed.threads)]
-    longest = max([*parsed.context, *parsed.prefill, _LONGEST_TEXT]) + parsed.tokens
+    texts = [_LONGEST_TEXT] if parsed.perplexity else []
+    longest = max([*parsed.context, *parsed.prefill, *texts]) + parsed.tokens
     for dtype in parsed.dtype:
         arguments = ["--model", parsed.model, "--dtype", dtype, "--kv-cache-dtype", parsed.kv_cache_dtype]
         arguments += ["--chunk", str(parsed.chunk), "--max-model-len", str(longest)]
