@@ -195,13 +195,13 @@ class TurnAttempt:
             text = reply.push(output.token_ids)
             taken = len(reply.token_ids) - before
             if text or taken:
-                yield TextDelta(text, taken, reply.position)
+                yield TextDelta(text, taken, reply.position, reply.take_pieces())
             if reply.is_cut:
                 around.engines.abort(stream)
             elif output.finish_reason is not None:
                 text = reply.end(output.finish_reason)
                 if text:
-                    yield TextDelta(text, 0, reply.position)
+                    yield TextDelta(text, 0, reply.position, reply.take_pieces())
 
     def _begin(self, num_cached: int) -> list[TurnStarted | TextDelta]:
         """What is told first: once that the turn has started, and the text that was there already."""
@@ -212,7 +212,7 @@ class TurnAttempt:
             told.append(carried.started)
         reply.num_cached_tokens = carried.started.num_cached_tokens
         if self._fresh:
-            told.append(TextDelta(self._fresh, 0, reply.position))
+            told.append(TextDelta(self._fresh, 0, reply.position, reply.take_pieces()))
         return told
 
     def _give_up(self, stream: SequenceStream, error: str | None) -> NoReturn:
