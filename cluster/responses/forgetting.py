@@ -1,0 +1,36 @@
+"""What goes with a deleted response, conversation or item: the sessions that remember it.
+
+Owns: that they go, at once or, where a turn is running, later. Knows nothing of why something was deleted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+
+from phi_cluster.cluster.errors import NotFound, PhiError
+from phi_cluster.cluster.responses.store import ResponseStore, SessionKeeping
+from phi_cluster.cluster.responses.store_thread import StoreThread
+
+logger = logging.getLogger(__name__)
+
+
+class Forgetter:
+    """The store knows which sessions are doomed, so that they go also if this process dies before."""
+
+    def __init__(self, store: ResponseStore, sessions: SessionKeeping, thread: StoreThread):
+        self._store = store
+        self._sessions = sessions
+        self._thread = thread
+
+    async def forget(self) -> None:
+        """Ends the doomed sessions and leaves no byte of what was deleted. Raises the store's errors."""
+        for tenant, session_id in await self._thread.call(self._store.doomed_sessions):
+            try:
+                with contextlib.suppress(NotFound):
+                    await self._sessions.delete(tenant, session_id)
+            except PhiError as error:
+                logger.info("a session whose response was deleted stays for now: %s", type(error).__name__)
+            else:
+                await self._thread.call(self._store.spare, tenant, session_id)
+        await self._thread.call(self._store.clean)
