@@ -5,9 +5,11 @@ Owns: which part uses which, and the order of start and end. Knows nothing of wh
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 
+from phi_cluster.cluster.errors import PhiError
 from phi_cluster.cluster.messages import ProcessId
 from phi_cluster.cluster.responses.conversing import ConversationKeeper
 from phi_cluster.cluster.responses.database import ResponseDatabase
@@ -18,6 +20,8 @@ from phi_cluster.cluster.responses.sqlite_conversations import SQLiteConversatio
 from phi_cluster.cluster.responses.sqlite_responses import SQLiteResponses
 from phi_cluster.cluster.responses.store import SessionKeeping
 from phi_cluster.cluster.responses.store_thread import StoreThread
+from phi_cluster.cluster.responses.tending import Tender
+from phi_cluster.cluster.responses.workshop import Rhythm, Surroundings, Workshop
 
 
 class ResponseRoom:
@@ -31,22 +35,33 @@ class ResponseRoom:
         limits: MakerLimits,
         process: ProcessId,
         is_alive: Callable[[ProcessId], bool],
+        rhythm: Rhythm | None = None,
     ):
         """`process` is this one; `is_alive` tells of those that share the directory."""
+        self._is_closed = False
         self._database = ResponseDatabase(state_dir)
         self._thread = StoreThread()
         store = SQLiteResponses(self._database)
         forgetter = Forgetter(store, sessions, self._thread)
-        self.responses = ResponseMaker(store, tools, sessions, limits, process, is_alive, self._thread, forgetter)
+        around = Surroundings(store, self._thread, tools, sessions, forgetter, rhythm or Rhythm())
+        self._workshop = Workshop(around, limits.max_background)
+        self._tender = Tender(around, self._workshop, limits.retention, process, is_alive)
+        self.responses = ResponseMaker(around, self._workshop, limits, process)
         conversations = SQLiteConversations(self._database)
         self.conversations = ConversationKeeper(conversations, tools.clock, self._thread, forgetter)
 
     def start(self) -> None:
         """Begins to save and to tend."""
-        self.responses.start()
+        self._tender.start()
 
     async def close(self) -> None:
-        """Responses that are not over are left to the next process."""
-        await self.responses.close()
+        """Responses that are not over are left to the next process. Idempotent."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        await self._tender.close()
+        left = await self._workshop.close()
+        with contextlib.suppress(PhiError):
+            await self._tender.save(left)
         await self._thread.call(self._database.close)
         self._thread.close()

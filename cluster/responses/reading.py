@@ -12,25 +12,24 @@ from phi_cluster.cluster.errors import PhiError
 from phi_cluster.cluster.response_api import ReadingEvent, Response
 from phi_cluster.cluster.responses.run import Run
 
-# What another process makes is looked for in the store so often.
-_LOOK_SECONDS = 0.1
-
 
 class RunReading:
     """Reads what is made, or was, in this process; elsewhere, or if it goes on there, what `find` finds (the response
-    with its pieces from a number on). Implements response_api.Reading."""
+    with its pieces from a number on) every `look_seconds`. Implements response_api.Reading."""
 
     def __init__(
         self,
         response: Response,
         run: Run | None,
         find: Callable[[int], Awaitable[Response]],
+        look_seconds: float,
         *,
         ends_with_reader: bool = False,
     ):
         self.response = response
         self._run = run
         self._find = find
+        self._look_seconds = look_seconds
         self._ends_with_reader = ends_with_reader
 
     @property
@@ -68,4 +67,4 @@ class RunReading:
             if response.is_over:
                 yield await self._find(0)
                 return
-            await asyncio.sleep(_LOOK_SECONDS)
+            await asyncio.sleep(self._look_seconds)

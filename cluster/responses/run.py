@@ -65,6 +65,8 @@ class Run:
         self.has_started = bool(self.pieces)
         self.error: PhiError | None = None
         self.is_done = False
+        # It is about to be in the store as it ended, or not at all.
+        self.is_stored = False
         # Somebody else makes it by now, or it is to be gone on with later.
         self.is_given_up = False
 

@@ -22,6 +22,7 @@ from phi_cluster.cluster.responses.assembly import ResponseRoom
 from phi_cluster.cluster.responses.making import MakerLimits
 from phi_cluster.cluster.responses.run import Tools
 from phi_cluster.cluster.responses.store import Branch
+from phi_cluster.cluster.responses.workshop import Rhythm
 from phi_cluster.cluster.turn_api import Position, TextDelta, TurnEvent, TurnFinished, TurnRequest, TurnStarted
 
 BASE_URL = "http://edge.test"
@@ -299,6 +300,7 @@ def make_room(
             MakerLimits(**{"retention": 1000.0, "wait": 0.3, "max_background": 4, "max_queued": 4, **limits}),
             ProcessId(pid, pid),
             lambda process: process.pid in alive,
+            Rhythm(save=0.01, tend=0.01, look=0.01),
         )
 
     return make_room
