@@ -31,8 +31,10 @@ from phi_cluster.cluster.responses.store import Begun, Progress, Unfinished, Ver
 
 
 class SQLiteResponses:
-    def __init__(self, database: ResponseDatabase):
+    def __init__(self, database: ResponseDatabase, expired_at_once: int = 500):
+        """`expired_at_once`: other replicas wait for so many to be deleted."""
         self._database = database
+        self._expired_at_once = expired_at_once
 
     def begin(self, new: NewResponse, now: float, owner: ProcessId, claim: str) -> Begun:
         with self._database.transaction(write=new.store) as connection:
@@ -131,29 +133,33 @@ class SQLiteResponses:
             delete_row(connection, row)
         self._database.soil()
 
-    def expire(self, before: float) -> None:
+    def expire(self, before: float) -> bool:
         old = f"""
             WITH RECURSIVE kept (tenant, id) AS (
-                SELECT tenant, id FROM responses WHERE created_at >= ? OR {IS_OPEN}
+                SELECT tenant, id FROM responses WHERE created_at >= :before OR {IS_OPEN}
                 UNION SELECT r.tenant, r.context_id FROM responses r JOIN kept k ON r.tenant = k.tenant AND r.id = k.id
                 WHERE r.context_id IS NOT NULL
             )
-            SELECT {COLUMNS} FROM responses WHERE created_at < ? AND (tenant, id) NOT IN (SELECT tenant, id FROM kept)
+            SELECT {COLUMNS} FROM responses
+            WHERE created_at < :before AND (tenant, id) NOT IN (SELECT tenant, id FROM kept)
+            ORDER BY number DESC LIMIT {self._expired_at_once}
         """
         unused = f"""
-            SELECT tenant, id FROM conversations c WHERE used_at < ? AND NOT EXISTS (
+            SELECT tenant, id FROM conversations c WHERE used_at < :before AND NOT EXISTS (
                 SELECT 1 FROM responses r WHERE r.tenant = c.tenant AND r.conversation_id = c.id AND {IS_OPEN})
+            LIMIT {self._expired_at_once}
         """
+        is_any = (
+            "SELECT EXISTS (SELECT 1 FROM responses WHERE created_at < :before)"
+            " OR EXISTS (SELECT 1 FROM conversations WHERE used_at < :before)"
+        )
+        when = {"before": before}
         with self._database.transaction(write=False) as connection:
-            if not connection.execute(
-                "SELECT EXISTS (SELECT 1 FROM responses WHERE created_at < ?)"
-                " OR EXISTS (SELECT 1 FROM conversations WHERE used_at < ?)",
-                (before, before),
-            ).fetchone()[0]:
-                return
+            if not connection.execute(is_any, when).fetchone()[0]:
+                return False
         with self._database.transaction() as connection:
-            rows = [Row(*values) for values in connection.execute(old, (before, before)).fetchall()]
-            conversations = connection.execute(unused, (before,)).fetchall()
+            rows = [Row(*values) for values in connection.execute(old, when).fetchall()]
+            conversations = connection.execute(unused, when).fetchall()
             for row in rows:
                 delete_row(connection, row)
             for tenant, session_id in {(row.tenant, row.session_id) for row in rows if row.conversation_id is None}:
@@ -163,6 +169,7 @@ class SQLiteResponses:
                 delete_conversation(connection, tenant, conversation_id)
         if rows or conversations:
             self._database.soil()
+        return max(len(rows), len(conversations)) == self._expired_at_once
 
     def input_items(self, tenant: str, response_id: str, page: Page) -> ItemPage:
         with self._database.transaction(write=False) as connection:

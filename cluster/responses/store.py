@@ -102,8 +102,9 @@ class ResponseStore(Protocol):
 
     def delete(self, tenant: str, response_id: str) -> None: ...
 
-    def expire(self, before: float) -> None:
-        """Deletes what was made, and what no response made since goes on from."""
+    def expire(self, before: float) -> bool:
+        """Deletes what was made before, and what no response made since goes on from: a part of it at a time. True:
+        there may be more."""
         ...
 
     def input_items(self, tenant: str, response_id: str, page: Page) -> ItemPage: ...

@@ -81,15 +81,24 @@ class Tender:
 
     async def _tend(self) -> None:
         around = self._around
-        for round_number in range(2**62):
+        told = ""
+        rounds_to_expiry = 0
+        while True:
             try:
                 for one in await around.thread.call(around.store.unfinished):
                     await self._take_over(one)
-                if round_number % _ROUNDS_TO_EXPIRY == 0:
-                    await around.thread.call(around.store.expire, around.tools.clock.time() - self._retention)
+                if rounds_to_expiry == 0:
+                    before = around.tools.clock.time() - self._retention
+                    is_more = await around.thread.call(around.store.expire, before)
+                    rounds_to_expiry = 1 if is_more else _ROUNDS_TO_EXPIRY
                     await around.forgetter.forget()
+                rounds_to_expiry -= 1
+                told = ""
             except PhiError as error:
-                logger.warning("responses could not be tended: %s", error)
+                # Once, not every second.
+                if told != str(error):
+                    told = str(error)
+                    logger.warning("responses could not be tended: %s", told)
             await asyncio.sleep(around.rhythm.tend)
 
     async def _take_over(self, one: Unfinished) -> None:

@@ -159,6 +159,19 @@ def test_what_is_too_old_expires_unless_something_goes_on_from_it(store):
     assert b"canary-running" in store.bytes()
 
 
+def test_much_expires_in_parts(store):
+    for _ in range(5):
+        last = store.make(now=100.0)
+        for _ in range(3):
+            last = store.make(now=100.0, previous_response_id=last.id)
+    responses = SQLiteResponses(store.database, expired_at_once=9)
+    assert [responses.expire(200.0) for _ in range(3)] == [True, True, False]
+    with store.database.transaction(write=False) as connection:
+        assert connection.execute("SELECT count(*) FROM responses").fetchone() == (0,)
+        assert connection.execute("SELECT count(*) FROM items").fetchone() == (0,)
+    assert len(store.responses.doomed_sessions()) == 5
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_of_much_that_is_deleted_no_byte_is_left(store, seed):
     """Short and long texts, in chains and conversations, deleted in any order among others that stay."""
