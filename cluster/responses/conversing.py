@@ -38,7 +38,7 @@ class ConversationKeeper:
 
     async def delete(self, tenant: str, conversation_id: str) -> None:
         await self._thread.call(self._store.delete, tenant, conversation_id)
-        await self._forgetter.forget()
+        await self._forgetter.forget(tenant)
 
     async def add_items(self, tenant: str, conversation_id: str, items: list[Item]) -> None:
         await self._thread.call(self._store.add_items, tenant, conversation_id, items, float(self._clock.time()))
@@ -51,5 +51,5 @@ class ConversationKeeper:
 
     async def delete_item(self, tenant: str, conversation_id: str, item_id: str) -> Conversation:
         conversation = await self._thread.call(self._store.delete_item, tenant, conversation_id, item_id)
-        await self._forgetter.forget()
+        await self._forgetter.forget(tenant)
         return conversation

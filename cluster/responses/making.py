@@ -84,7 +84,7 @@ class ResponseMaker:
         if not (await self.get(tenant, response_id)).is_over:
             await self._end(tenant, response_id)
         await self._thread.call(self._store.delete, tenant, response_id)
-        await self._around.forgetter.forget()
+        await self._around.forgetter.forget(tenant)
 
     async def input_items(self, tenant: str, response_id: str, page: Page) -> ItemPage:
         """See response_api.Responses.input_items."""

@@ -20,9 +20,6 @@ from phi_cluster.cluster.responses.workshop import Surroundings, Workshop
 
 logger = logging.getLogger(__name__)
 
-# In so many rounds of tending once: what is too old goes.
-_ROUNDS_TO_EXPIRY = 60
-
 
 class Tender:
     """For one event loop. `start`, and `close` at the end."""
@@ -46,7 +43,7 @@ class Tender:
     def start(self) -> None:
         """From now on progress is saved, and what dead processes have left is gone on with."""
         loop = asyncio.get_running_loop()
-        self._loops = [loop.create_task(self._save()), loop.create_task(self._tend())]
+        self._loops = [loop.create_task(work) for work in (self._save(), self._take_over_all(), self._expire())]
 
     async def close(self) -> None:
         for one in self._loops:
@@ -79,27 +76,31 @@ class Tender:
                 # The disk is full, or busy: the next round will tell.
                 await self.save(self._workshop.runs.values())
 
-    async def _tend(self) -> None:
-        around = self._around
+    async def _take_over_all(self) -> None:
         told = ""
-        rounds_to_expiry = 0
         while True:
             try:
-                for one in await around.thread.call(around.store.unfinished):
+                for one in await self._around.thread.call(self._around.store.unfinished):
                     await self._take_over(one)
-                if rounds_to_expiry == 0:
-                    before = around.tools.clock.time() - self._retention
-                    is_more = await around.thread.call(around.store.expire, before)
-                    rounds_to_expiry = 1 if is_more else _ROUNDS_TO_EXPIRY
-                    await around.forgetter.forget()
-                rounds_to_expiry -= 1
                 told = ""
             except PhiError as error:
                 # Once, not every second.
                 if told != str(error):
                     told = str(error)
-                    logger.warning("responses could not be tended: %s", told)
-            await asyncio.sleep(around.rhythm.tend)
+                    logger.warning("responses of dead processes could not be looked for: %s", told)
+            await asyncio.sleep(self._around.rhythm.tend)
+
+    async def _expire(self) -> None:
+        """Apart from taking over: it may wait for turns to end."""
+        around = self._around
+        while True:
+            is_more = False
+            try:
+                is_more = await around.thread.call(around.store.expire, around.tools.clock.time() - self._retention)
+                await around.forgetter.forget()
+            except PhiError as error:
+                logger.warning("old responses could not be deleted: %s", error)
+            await asyncio.sleep(around.rhythm.tend if is_more else around.rhythm.expire)
 
     async def _take_over(self, one: Unfinished) -> None:
         """Goes on with a response whose process is dead, or that this one has lost; who waited for one in the

@@ -7,6 +7,7 @@ why a response is made here (asked for, or taken over), of who reads it and of H
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import uuid
 from collections.abc import Coroutine
@@ -29,10 +30,11 @@ _END_ATTEMPTS = 5
 @dataclass(frozen=True)
 class Rhythm:
     """Seconds: how often progress is saved and wishes are seen, how often responses of dead processes are looked for,
-    and how often what others do is looked at while somebody waits for it."""
+    how often what is too old is, and how often what others do is looked at while somebody waits for it."""
 
     save: float = 0.2
     tend: float = 1.0
+    expire: float = 60.0
     look: float = 0.1
 
 
@@ -110,6 +112,10 @@ class Workshop:
             run.is_stored = True
             error = await self._store_end(run, response) if asked.store else None
             run.end(response if error is None else None, error)
+            if response is None and asked.store:
+                # The session that was to be is nobody's. Whoever asked has been told by now.
+                with contextlib.suppress(PhiError):
+                    await self._around.forgetter.forget(asked.tenant)
         finally:
             self.runs.pop(run.name, None)
             self._claims.discard(run.claim)
@@ -148,7 +154,6 @@ class Workshop:
             try:
                 if response is None:
                     await around.thread.call(around.store.drop, tenant, response_id, run.claim)
-                    await around.forgetter.forget()
                 elif not await around.thread.call(around.store.end, response, run.claim):
                     run.is_given_up = True
                 return None

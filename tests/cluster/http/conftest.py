@@ -300,7 +300,7 @@ def make_room(
             MakerLimits(**{"retention": 1000.0, "wait": 0.3, "max_background": 4, "max_queued": 4, **limits}),
             ProcessId(pid, pid),
             lambda process: process.pid in alive,
-            Rhythm(save=0.01, tend=0.01, look=0.01),
+            Rhythm(save=0.01, tend=0.01, expire=0.05, look=0.01),
         )
 
     return make_room

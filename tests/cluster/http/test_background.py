@@ -351,3 +351,35 @@ async def test_a_session_in_use_is_forgotten_later(start, sessions):
 
     await until(is_forgotten)
     await two.room.close()
+
+
+async def test_what_is_too_old_goes_by_itself_with_its_session(start, sessions, tmp_path):
+    one = start(1)
+    body = await one.over((await one.create(input="canary"))["id"])
+    sessions.add("default", body["id"])
+    await one.room.close()
+    two = start(2, retention=-1.0)
+
+    async def is_gone() -> bool:
+        return (await two.client.get(f"{RESPONSES}/{body['id']}")).status_code == 404 and not sessions.known
+
+    await until(is_gone)
+    await two.room.close()
+    assert b"canary" not in b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+
+
+async def test_a_refused_response_leaves_no_session(start, sessions):
+    """Its turn had begun one, under a name that nobody knows."""
+    one = start(1)
+    gate = asyncio.Event()
+    one.turns.script = [gate, ContextOverflow("too many")]
+    asking = asyncio.create_task(one.client.post(RESPONSES, json={**ASK, "background": False}))
+    await asyncio.wait_for(one.turns.begun.wait(), PATIENCE)
+    sessions.add("default", one.turns.requests[0].session_id)
+    gate.set()
+    assert (await asking).status_code == 400
+
+    async def is_gone() -> bool:
+        return not sessions.known
+
+    await until(is_gone)
