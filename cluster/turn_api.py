@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 FinishReason: TypeAlias = Literal["stop", "length"]
 # How a request ended, for counting: as its turn did, or the client left, or it failed.
 Outcome: TypeAlias = Literal["stop", "length", "abort", "error"]
-Endpoint: TypeAlias = Literal["chat", "completions"]
+Endpoint: TypeAlias = Literal["chat", "completions", "responses"]
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,8 @@ class TurnRequest:
     `tenant` is derived from the client's key; two tenants share nothing. `session_id` None: an unnamed
     session. `request_id` is ours, never the client's: also with `resume_from`, which means that this request came
     before, was interrupted, and is to be read on behind that position of its reply (see `TextDelta.position`).
+
+    `truncate`: where the messages do not fit, the oldest turns are left out instead of refusing the request.
     """
 
     tenant: str
@@ -74,6 +76,7 @@ class TurnRequest:
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     resume_from: Position | None = None
+    truncate: bool = False
 
 
 @dataclass(frozen=True)
@@ -104,12 +107,14 @@ class TextDelta:
     """Text that is final, and how many new tokens this event stands for. `text` may be empty (held back).
 
     `position` is where in the reply the text ends. `logprobs`, if they were asked for, are the new tokens', without
-    those that have no text.
+    those that have no text. `pieces` are the parts of `text`, none of them empty: the same reply has the same pieces,
+    however its tokens come together in events.
     """
 
     text: str = field(repr=False)
     num_tokens: int
     position: Position
+    pieces: tuple[str, ...] = field(default=(), repr=False)
     logprobs: tuple[TokenLogprob, ...] = field(default=(), repr=False)
 
 

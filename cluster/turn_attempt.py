@@ -198,13 +198,14 @@ class TurnAttempt:
             text = reply.push(output.token_ids)
             taken = len(reply.token_ids) - before
             if text or taken:
-                yield TextDelta(text, taken, reply.position, self._logprobs(output, taken))
+                pieces = reply.take_pieces()
+                yield TextDelta(text, taken, reply.position, pieces, self._logprobs(output, taken))
             if reply.is_cut:
                 around.engines.abort(stream)
             elif output.finish_reason is not None:
                 text = reply.end(output.finish_reason)
                 if text:
-                    yield TextDelta(text, 0, reply.position)
+                    yield TextDelta(text, 0, reply.position, reply.take_pieces())
 
     def _logprobs(self, output: SequenceOutput, num_tokens: int) -> tuple[TokenLogprob, ...]:
         """Of the first `num_tokens` tokens of an output, as far as they have text."""
@@ -230,7 +231,7 @@ class TurnAttempt:
             told.append(carried.started)
         reply.num_cached_tokens = carried.started.num_cached_tokens
         if self._fresh:
-            told.append(TextDelta(self._fresh, 0, reply.position))
+            told.append(TextDelta(self._fresh, 0, reply.position, reply.take_pieces()))
         return told
 
     def _give_up(self, stream: SequenceStream, error: str | None) -> NoReturn:

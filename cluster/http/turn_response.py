@@ -7,9 +7,8 @@ runs.
 
 from __future__ import annotations
 
-import asyncio
 import logging
-from collections.abc import AsyncGenerator, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Any, Protocol
 
@@ -19,10 +18,11 @@ from starlette.types import Receive, Scope, Send
 
 from phi_cluster.cluster.errors import PhiError
 from phi_cluster.cluster.http.caller import SESSION_HEADER, Caller
+from phi_cluster.cluster.http.disconnect import until_disconnect
 from phi_cluster.cluster.http.edge import Edge
 from phi_cluster.cluster.http.errors import error_response, internal_error, to_json
 from phi_cluster.cluster.http.event_stream import EventStream
-from phi_cluster.cluster.http.observation import Observation
+from phi_cluster.cluster.observation import Observation
 from phi_cluster.cluster.turn_api import (
     Endpoint,
     FinishReason,
@@ -93,13 +93,13 @@ class TurnResponse(Response):
         try:
             if self._stream:
                 stream = EventStream(scope, receive, send, self._extra_headers)
-                await _until_disconnect(
+                await until_disconnect(
                     receive,
                     self._send_stream(stream, observation),
                     stream.keep_alive(self._edge.settings.keep_alive_seconds),
                 )
             else:
-                await _until_disconnect(receive, self._send_whole(scope, receive, send, observation))
+                await until_disconnect(receive, self._send_whole(scope, receive, send, observation))
         finally:
             # Whoever has not finished by now was cancelled: the client left, or the server stops.
             observation.finish("abort")
@@ -202,29 +202,3 @@ def usage_of(finished: TurnFinished) -> dict[str, Any]:
         "total_tokens": finished.num_prompt_tokens + finished.num_completion_tokens,
         "prompt_tokens_details": {"cached_tokens": finished.num_cached_tokens},
     }
-
-
-async def _until_disconnect(
-    receive: Receive, work: Coroutine[Any, Any, None], *beside: Coroutine[Any, Any, None]
-) -> None:
-    """Runs `work` with `beside` until it is done or the client has left; nothing of it runs on after that."""
-    main = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(_disconnected(receive))
-    helpers = [asyncio.ensure_future(one) for one in beside]
-    try:
-        await asyncio.wait({main, gone}, return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        # Also when this task itself is cancelled, because the server stops.
-        tasks = [main, gone, *helpers]
-        for task in tasks:
-            task.cancel()
-        # Not gather: a second cancellation from outside must not disturb how the turn puts itself away.
-        await asyncio.wait(tasks)
-    for task in tasks:
-        if not task.cancelled():
-            task.result()
-
-
-async def _disconnected(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass

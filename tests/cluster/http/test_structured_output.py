@@ -93,10 +93,10 @@ def told(text: str, logprob: float, *top: tuple[str, float]) -> TokenLogprob:
 
 SCRIPT = [
     TurnStarted(7, 3),
-    TextDelta("Hel", 1, Position(1, 1), (told("Hel", -0.5, ("Hel", -0.5), ("Hi", -1.0)),)),
-    TextDelta("", 1, Position(2, 2), (TokenLogprob("é".encode()[:1], -1.5, ()),)),
-    TextDelta("é", 1, Position(3, 3), (TokenLogprob("é".encode()[1:], -2.5, ()),)),
-    TextDelta("", 1, Position(4, 4), (told("!", -3.5),)),
+    TextDelta("Hel", 1, Position(1, 1), logprobs=(told("Hel", -0.5, ("Hel", -0.5), ("Hi", -1.0)),)),
+    TextDelta("", 1, Position(2, 2), logprobs=(TokenLogprob("é".encode()[:1], -1.5, ()),)),
+    TextDelta("é", 1, Position(3, 3), logprobs=(TokenLogprob("é".encode()[1:], -2.5, ()),)),
+    TextDelta("", 1, Position(4, 4), logprobs=(told("!", -3.5),)),
     TurnFinished("stop", 7, 3, 5),
 ]
 LOGPROBS = [-0.5, -1.5, -2.5, -3.5]
