@@ -34,10 +34,14 @@ class PhiError(Exception):
     def __reduce__(self) -> tuple[Any, ...]:
         return _rebuild, (type(self), self.message, self.param, self.code, self.retry_after)
 
+    @property
+    def message_told(self) -> str:
+        """What a client reads."""
+        return self.message if self.told is None else self.told
+
     def body(self) -> dict[str, Any]:
         """The OpenAI error object, `{"error": {message, type, param, code}}`."""
-        message = self.message if self.told is None else self.told
-        return {"error": {"message": message, "type": self.type, "param": self.param, "code": self.code}}
+        return {"error": {"message": self.message_told, "type": self.type, "param": self.param, "code": self.code}}
 
 
 def _rebuild(
@@ -97,6 +101,14 @@ class RequestTimeout(PhiError):
     status = 408
     type = "invalid_request_error"
     code = "request_timeout"
+
+
+class SessionExists(PhiError):
+    """There is a session of this name already."""
+
+    status = 409
+    type = "conflict_error"
+    code = "session_exists"
 
 
 class BodyTooLarge(PhiError):

@@ -33,14 +33,19 @@ from phi_cluster.cluster.http.server import build_app
 from phi_cluster.cluster.keys import KeyFile
 from phi_cluster.cluster.poison import PoisonList
 from phi_cluster.cluster.preflight import LOOPBACK
-from phi_cluster.cluster.processes import process_id
+from phi_cluster.cluster.processes import is_alive, process_id
 from phi_cluster.cluster.ray_engine import EngineSpawner
+from phi_cluster.cluster.responses.assembly import ResponseRoom
+from phi_cluster.cluster.responses.making import MakerLimits
+from phi_cluster.cluster.responses.run import Tools
+from phi_cluster.cluster.responses.store import Branch
 from phi_cluster.cluster.served_model import ServedModel
 from phi_cluster.cluster.session.directory import SessionDirectory
 from phi_cluster.cluster.session.recycler import RecycleReason
 from phi_cluster.cluster.session.reports import private_or_zero
 from phi_cluster.cluster.standby import StandbyEngines
 from phi_cluster.cluster.turn import Turns
+from phi_cluster.cluster.turn_api import TurnRunner
 from phi_cluster.cluster.turn_attempt import TurnLimits
 from phi_cluster.model.tokenizer import Tokenizer
 from phi_cluster.monitoring.metrics import RequestMetrics
@@ -98,6 +103,25 @@ class Replica:
             process_id(),
             PoisonList(runtime_dir / "poison"),
         )
+        # What every endpoint runs turns with.
+        self._runner: TurnRunner = self._turns
+        if self._keys is not None:
+            self._runner = AdmittedTurns(self._turns, self._sessions, self._keys.limits_of, process_id())
+        self._managed = _Sessions(self._sessions, self._engines)
+        self._room = ResponseRoom(
+            config.state_path,
+            Tools(self._runner, self._metrics, time),
+            self._managed,
+            MakerLimits(
+                retention=config.responses.retention,
+                wait=config.sessions.turn_wait,
+                max_background=config.responses.max_background,
+                max_queued=config.responses.max_queued,
+            ),
+            process_id(),
+            is_alive,
+        )
+        self._room.start()
         self._reporting = asyncio.get_running_loop().create_task(self._report())
 
     def __serve_build_asgi_app__(self) -> Any:
@@ -116,15 +140,23 @@ class Replica:
             keep_alive_seconds=server.keep_alive,
             system_fingerprint=f"fp_{served.fingerprint[:12]}",
         )
-        sessions = _Sessions(self._sessions, self._engines)
-        if self._keys is None:
-            return build_app(settings, self._turns, sessions, self, self, self._metrics)
-        usage = UsageOfKeys(self._sessions, self._keys.limits_of)
-        turns = AdmittedTurns(self._turns, self._sessions, self._keys.limits_of, process_id())
-        return build_app(settings, turns, sessions, self, self, self._metrics, keys=self._keys, usage=usage)
+        room, keys = self._room, self._keys
+        return build_app(
+            settings,
+            self._runner,
+            room.responses,
+            room.conversations,
+            self._managed,
+            self,
+            self,
+            self._metrics,
+            keys=keys,
+            usage=None if keys is None else UsageOfKeys(self._sessions, keys.limits_of),
+        )
 
     async def __del__(self) -> None:
         """Serve calls this at the end, when all answers are given: turns whose client had left may still commit."""
+        await self._room.close()
         deadline = time.monotonic() + _LAST_COMMITS_SECONDS
         while self._turns.num_running and time.monotonic() < deadline:  # noqa: ASYNC110 -- for a moment, once
             await asyncio.sleep(0.02)
@@ -176,6 +208,7 @@ class Replica:
             engines, standby_pids = self._engines, self._standbys.pids
             recoveries = {"engine": engines.recoveries, "standby_engine": self._standbys.losses}
             self._metrics.on_engine(engines.last_step.num_running, recoveries, len(standby_pids), engines.recycles)
+            self._metrics.on_totals(engines.totals._asdict())
             with contextlib.suppress(ValueError, RayError):
                 controller = ray.get_actor(CONTROLLER, namespace=NAMESPACE)
                 reason = await controller.report_replica.remote(
@@ -225,7 +258,8 @@ def _log_to_ray() -> None:
 
 
 class _Sessions:
-    """Adds to sessions' descriptions which engine serves them here (implements turn_api.SessionAdmin)."""
+    """Adds to sessions' descriptions which engine serves them here (implements turn_api.SessionAdmin, and what
+    responses ask of sessions)."""
 
     def __init__(self, directory: SessionDirectory, engines: EngineClient):
         self._directory = directory
@@ -243,8 +277,25 @@ class _Sessions:
     async def clear(self, tenant: str, session_id: str) -> dict[str, Any]:
         return self._with_engine(await self._directory.clear(tenant, session_id))
 
+    async def hibernate(self, tenant: str, session_id: str) -> dict[str, Any]:
+        return self._with_engine(await self._directory.hibernate(tenant, session_id))
+
+    async def export(self, tenant: str, session_id: str) -> bytes:
+        return await self._directory.export(tenant, session_id)
+
+    async def import_session(
+        self, tenant: str, new_session_id: str | None, data: bytes, vocab_size: int
+    ) -> dict[str, Any]:
+        return self._with_engine(await self._directory.import_session(tenant, new_session_id, data, vocab_size))
+
+    async def fork(self, tenant: str, session_id: str, new_session_id: str | None, turn: int | None) -> dict[str, Any]:
+        return self._with_engine(await self._directory.fork(tenant, session_id, new_session_id, turn))
+
     async def recycle(self, tenant: str, session_id: str) -> dict[str, Any]:
         return self._with_engine(await self._directory.recycle(tenant, session_id))
+
+    async def branch(self, tenant: str, origin: Branch, session_id: str) -> None:
+        """See store.SessionKeeping. What is said before the branch is computed anew."""
 
     def _with_engine(self, description: dict[str, Any]) -> dict[str, Any]:
         engine = self._engines.engine

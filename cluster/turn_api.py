@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
 FinishReason: TypeAlias = Literal["stop", "length"]
 # How a request ended, for counting: as its turn did, or the client left, or it failed.
 Outcome: TypeAlias = Literal["stop", "length", "abort", "error"]
-Endpoint: TypeAlias = Literal["chat", "completions"]
+Endpoint: TypeAlias = Literal["chat", "completions", "responses"]
 # What a key may still use, by what is counted ("requests", "tokens"): the limit a minute, what is left of it, and the
 # seconds until all of it is there again.
 Rates: TypeAlias = dict[str, tuple[int, int, float]]
@@ -37,6 +37,16 @@ BEGINNING = Position(0, 0)
 
 
 @dataclass(frozen=True)
+class WantedFormat:
+    """What a reply has to look like, and the field that said so. `value` is a JSON schema (dict), a regular expression,
+    a grammar (str) or a list of choices, by `kind`; None for any JSON object."""
+
+    param: str
+    kind: Literal["json_schema", "json_object", "regex", "choice", "grammar"]
+    value: Any = field(default=None, repr=False)
+
+
+@dataclass(frozen=True)
 class TurnRequest:
     """One turn, validated as far as that is possible without a tokenizer.
 
@@ -48,11 +58,14 @@ class TurnRequest:
     min_p, repetition_penalty, presence_penalty, frequency_penalty, seed (int | None: choose one; signed, 64
     bits), max_tokens (int | None: as many as the context has room for; at most max_model_len), min_tokens,
     ignore_eos, logit_bias (dict[int, float]) and stop_token_ids (tuple[int, ...]); ids are below the
-    vocabulary's size.
+    vocabulary's size. `logprobs` (how many of the likeliest tokens to tell) may be there; None means the same as its
+    absence.
 
     `tenant` is derived from the client's key; two tenants share nothing. `session_id` None: an unnamed
     session. `request_id` is ours, never the client's: also with `resume_from`, which means that this request came
     before, was interrupted, and is to be read on behind that position of its reply (see `TextDelta.position`).
+
+    `truncate`: where the messages do not fit, the oldest turns are left out instead of refusing the request.
     """
 
     tenant: str
@@ -62,9 +75,11 @@ class TurnRequest:
     messages: list[dict[str, Any]] | None = field(default=None, repr=False)
     prompt: str | list[int] | None = field(default=None, repr=False)
     stop: tuple[str, ...] = field(default=(), repr=False)
+    wanted_format: WantedFormat | None = None
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     resume_from: Position | None = None
+    truncate: bool = False
     # Of an unnamed session: of two conversations that the request continues equally, the one that had this hint before
     # is meant.
     cache_hint: str | None = field(default=None, repr=False)
@@ -80,16 +95,35 @@ class TurnStarted:
     rates: Rates | None = None
 
 
+class TokenChoice(NamedTuple):
+    """A token, as the bytes of its text, and its log probability (natural logarithm)."""
+
+    token: bytes
+    logprob: float
+
+
+class TokenLogprob(NamedTuple):
+    """A token of the reply, and the likeliest in its place, in descending order."""
+
+    token: bytes
+    logprob: float
+    top: tuple[TokenChoice, ...]
+
+
 @dataclass(frozen=True)
 class TextDelta:
     """Text that is final, and how many new tokens this event stands for. `text` may be empty (held back).
 
-    `position` is where in the reply the text ends.
+    `position` is where in the reply the text ends. `logprobs`, if they were asked for, are the new tokens', without
+    those that have no text. `pieces` are the parts of `text`, none of them empty: the same reply has the same pieces,
+    however its tokens come together in events.
     """
 
     text: str = field(repr=False)
     num_tokens: int
     position: Position
+    pieces: tuple[str, ...] = field(default=(), repr=False)
+    logprobs: tuple[TokenLogprob, ...] = field(default=(), repr=False)
 
 
 @dataclass(frozen=True)
@@ -141,6 +175,27 @@ class SessionAdmin(Protocol):
 
     async def recycle(self, tenant: str, session_id: str) -> dict[str, Any]:
         """Give the session a new actor that takes over the same memory; returns its new description."""
+        ...
+
+    async def hibernate(self, tenant: str, session_id: str) -> dict[str, Any]:
+        """The session leaves memory, its cache goes to the disk; returns its new description."""
+        ...
+
+    async def export(self, tenant: str, session_id: str) -> bytes:
+        """The session's turns as a file."""
+        ...
+
+    async def import_session(
+        self, tenant: str, new_session_id: str | None, data: bytes, vocab_size: int
+    ) -> dict[str, Any]:
+        """A session made of such a file (None: under a name that is made for it); returns its description. Raises
+        `SessionExists`, and `InvalidRequest` for a file that is not one."""
+        ...
+
+    async def fork(self, tenant: str, session_id: str, new_session_id: str | None, turn: int | None) -> dict[str, Any]:
+        """A new session (None: under a name that is made for it) with the same conversation, as it was after the
+        `turn`-th turn of those that it consists of (None: as it is), and a copy of its KV cache. Returns the new one's
+        description. Raises `SessionExists`, and `InvalidRequest` if there are fewer turns."""
         ...
 
 

@@ -25,10 +25,7 @@ async def read_object(request: Request, settings: EdgeSettings, *, may_be_empty:
     Raises `BodyTooLarge` before the body is read to its end, `RequestTimeout` if it does not come, `InvalidRequest` if
     it is not JSON, and `HTTPException` 415 on another media type.
     """
-    try:
-        raw = await asyncio.wait_for(_read_bytes(request, settings.max_body_bytes), settings.body_seconds)
-    except asyncio.TimeoutError:
-        raise RequestTimeout(f"The body did not come within {settings.body_seconds:g} s") from None
+    raw = await read_bytes(request, settings)
     if may_be_empty and not raw:
         return {}
     _check_media_type(request)
@@ -42,8 +39,15 @@ async def read_object(request: Request, settings: EdgeSettings, *, may_be_empty:
     return given
 
 
-async def _read_bytes(request: Request, max_bytes: int) -> bytes:
-    """The body as it came. Raises `BodyTooLarge` as soon as it is known to be larger than `max_bytes`."""
+async def read_bytes(request: Request, settings: EdgeSettings) -> bytes:
+    """The body as it came. Raises `BodyTooLarge` as soon as it is known to be too large, and `RequestTimeout`."""
+    try:
+        return await asyncio.wait_for(_read_up_to(request, settings.max_body_bytes), settings.body_seconds)
+    except asyncio.TimeoutError:
+        raise RequestTimeout(f"The body did not come within {settings.body_seconds:g} s") from None
+
+
+async def _read_up_to(request: Request, max_bytes: int) -> bytes:
     announced = request.headers.get("content-length", "")
     if announced.isdecimal() and (len(announced) > 18 or int(announced) > max_bytes):
         raise _too_large(max_bytes)

@@ -10,6 +10,7 @@ import time
 from typing import Any
 
 from fastapi import APIRouter, FastAPI
+from pydantic import BaseModel
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
@@ -19,6 +20,12 @@ from phi_cluster.cluster.http.chat import chat_router
 from phi_cluster.cluster.http.chat_schemas import ChatCompletionChunk, ChatRequest
 from phi_cluster.cluster.http.completion_schemas import CompletionRequest
 from phi_cluster.cluster.http.completions import completions_router
+from phi_cluster.cluster.http.conversations import (
+    ConversationUpdate,
+    NewConversation,
+    NewItems,
+    conversations_router,
+)
 from phi_cluster.cluster.http.door import OPEN_PATHS, Door
 from phi_cluster.cluster.http.edge import Edge, EdgeSettings
 from phi_cluster.cluster.http.engines import engines_router
@@ -26,8 +33,11 @@ from phi_cluster.cluster.http.errors import install_error_handling, to_json
 from phi_cluster.cluster.http.models import models_router
 from phi_cluster.cluster.http.openapi import error_docs, install_openapi
 from phi_cluster.cluster.http.rates import RATE_HEADERS
+from phi_cluster.cluster.http.response_schemas import ResponseEvent, ResponseRequest
+from phi_cluster.cluster.http.responses import responses_router
 from phi_cluster.cluster.http.sessions import sessions_router
 from phi_cluster.cluster.http.usage import usage_router
+from phi_cluster.cluster.response_api import Conversations, Responses
 from phi_cluster.cluster.turn_api import (
     Clock,
     EngineAdmin,
@@ -46,6 +56,8 @@ _OWN_HEADERS = (DETAILS_HEADER, RESUME_HEADER, REQUEST_ID_HEADER)
 def build_app(
     settings: EdgeSettings,
     turns: TurnRunner,
+    responses: Responses,
+    conversations: Conversations,
     sessions: SessionAdmin,
     engines: EngineAdmin,
     health: Health,
@@ -55,7 +67,7 @@ def build_app(
     usage: UsageBook | None = None,
 ) -> FastAPI:
     """A new app over these objects; several may live in one process. Without `keys` everybody may come in."""
-    edge = Edge(settings, turns, sessions, engines, health, observer, clock, usage)
+    edge = Edge(settings, turns, responses, conversations, sessions, engines, health, observer, clock, usage)
     app = FastAPI(
         title="phi-cluster",
         version=API_VERSION,
@@ -68,6 +80,8 @@ def build_app(
     for router in (
         chat_router(edge),
         completions_router(edge),
+        responses_router(edge),
+        conversations_router(edge),
         models_router(edge),
         sessions_router(edge),
         engines_router(edge),
@@ -80,7 +94,15 @@ def build_app(
     if settings.cors_origins:
         _allow_origins(app, settings)
     install_error_handling(app)
-    install_openapi(app, [ChatRequest, CompletionRequest], [ChatCompletionChunk], OPEN_PATHS)
+    requests: list[type[BaseModel]] = [
+        ChatRequest,
+        CompletionRequest,
+        ResponseRequest,
+        NewConversation,
+        ConversationUpdate,
+        NewItems,
+    ]
+    install_openapi(app, requests, [ChatCompletionChunk, ResponseEvent], OPEN_PATHS)
     return app
 
 

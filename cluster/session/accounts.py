@@ -155,6 +155,12 @@ class Accounts:
             completion_tokens=usage.num_completion_tokens,
         )
 
+    def check_new_session(self, key: SessionKey, known: Mapping[str, SessionKey]) -> None:
+        """A session is about to be made without a turn. Raises LimitReached, by the limits of the last turn."""
+        account = self._accounts.get(key.tenant)
+        if account is not None:
+            self._check_session(account, key, known)
+
     def limits_of(self, tenant: str) -> TenantLimits:
         """As its last turn brought them."""
         account = self._accounts.get(tenant)
@@ -214,14 +220,20 @@ class Accounts:
                     code="concurrency_limit_reached",
                     retry_after=_TURN_SECONDS,
                 )
-        if limits.sessions is not None and not ask.key.ephemeral and ask.key.session_id not in known:
-            # With those that are about to begin.
-            new = {t.key.session_id for t in account.turns.values() if not t.key.ephemeral} - known.keys()
-            if ask.key.session_id not in new and len(known) + len(new) >= limits.sessions:
-                raise LimitReached(
-                    f"this key may have {limits.sessions} sessions; delete one (DELETE /v1/sessions/...)",
-                    code="session_limit_reached",
-                )
+        if not ask.key.ephemeral:
+            self._check_session(account, ask.key, known)
+
+    def _check_session(self, account: _Account, key: SessionKey, known: Mapping[str, SessionKey]) -> None:
+        most = account.limits.sessions
+        if most is None or key.session_id in known:
+            return
+        # With those that are about to begin.
+        new = {t.key.session_id for t in account.turns.values() if not t.key.ephemeral} - known.keys()
+        if key.session_id not in new and len(known) + len(new) >= most:
+            raise LimitReached(
+                f"this key may have {most} sessions; delete one (DELETE /v1/sessions/...)",
+                code="session_limit_reached",
+            )
 
     def _forget_dead(self, account: _Account) -> None:
         """Turns whose replica died: nobody will say that they are over."""

@@ -8,22 +8,25 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterable
+from array import array
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass
 from typing import Protocol
 
 from ray.exceptions import RayError
 
 from phi_cluster.cluster.config import KVConfig, SessionsConfig
-from phi_cluster.cluster.errors import NotFound, PhiError, SessionBusy
-from phi_cluster.cluster.messages import Moved, SessionKey
+from phi_cluster.cluster.errors import InvalidRequest, NotFound, PhiError, SessionBusy, SessionExists
+from phi_cluster.cluster.messages import CommitTurn, Moved, SessionKey
 from phi_cluster.cluster.session.actor_pool import ActorPool, RayActors
 from phi_cluster.cluster.session.hand_over import HandOvers
-from phi_cluster.cluster.session.journal import Journal, MemoryJournal
+from phi_cluster.cluster.session.journal import Journal, JournalInfo, MemoryJournal
 from phi_cluster.cluster.session.kv_leases import KVLeases
 from phi_cluster.cluster.session.ledger import Ledger
 from phi_cluster.cluster.session.roster import Entry, Roster
 from phi_cluster.cluster.session.segment import SegmentGone, SegmentMismatch
 from phi_cluster.cluster.session.session import Session, SessionSettings, SessionStats
+from phi_cluster.cluster.session.transcript import Transcript
 
 logger = logging.getLogger(__name__)
 
@@ -37,9 +40,24 @@ class Journals(Protocol):
         """Of all that there are. Called in a thread."""
         ...
 
+    def last_used(self, key: SessionKey) -> float | None:
+        """When a session was made or had its last turn (wall clock, seconds); None: there is no journal that could be
+        read. Makes none."""
+        ...
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What a session's journal says. `token_ids`: what its memory should hold of it; none if another model said it."""
+
+    turns: list[CommitTurn]
+    info: JournalInfo
+    token_ids: array[int]
+
 
 class Custody:
-    """For one event loop."""
+    """For one event loop. `put_away(entry)`, if there is one, has a named session leave memory for want of room; False
+    if it is in use."""
 
     def __init__(
         self,
@@ -56,6 +74,7 @@ class Custody:
         self.ledger = Ledger(budget_nbytes)
         self.leases = KVLeases(self.ledger, self.make_room, kv.reserve_wait)
         self.roster = Roster(self.open_session, sessions.max_ephemeral)
+        self.put_away: Callable[[Entry], Awaitable[bool]] | None = None
         self.hands = HandOvers(self.roster, ActorPool(actors), settings, self.journal, sessions)
 
     async def start(self) -> None:
@@ -77,6 +96,20 @@ class Custody:
     def open_session(self, key: SessionKey) -> Session:
         """From its journal, or a new one. Raises the journal's errors."""
         return Session.restore(self.journal(key), self.settings, activate=False)
+
+    def recorded(self, key: SessionKey, num_turns: int | None = None) -> Recorded:
+        """The conversation, or what its first turns left. In place: in a thread it could make a journal anew that is
+        being deleted. Raises InvalidRequest if there are fewer turns, and the journal's errors."""
+        journal = self.journal(key)
+        try:
+            info, turns = journal.info(), journal.load()
+        finally:
+            journal.close()
+        if num_turns is not None and not 1 <= num_turns <= len(turns):
+            raise InvalidRequest(f"turn is {num_turns}: the conversation has {len(turns)} turns", param="turn")
+        turns = turns[:num_turns]
+        same_model = info.fingerprint == self.settings.fingerprint
+        return Recorded(turns, info, Transcript.replay(turns if same_model else ()).token_ids)
 
     def known(self, key: SessionKey) -> Entry:
         """The session's entry, opened if only the disk has it. Raises NotFound and the journal's errors."""
@@ -149,7 +182,7 @@ class Custody:
             self.leases.settle(entry.key.digest, stats.kv_cache_bytes)
 
     async def make_room(self, nbytes: int, tenant: str | None = None) -> bool:
-        """Ends idle unnamed conversations, then drops the caches of idle named ones, of one tenant or of all; whether
+        """Ends idle unnamed conversations, then has idle named ones, of one tenant or of all, give theirs back; whether
         any byte came free."""
         entries = {entry.key.digest: entry for entry in self.roster if tenant in (None, entry.key.tenant)}
         stats = [await self.stats(entry) for entry in entries.values()]
@@ -171,6 +204,8 @@ class Custody:
         key = entry.key
         if self.roster.find(key) is not entry:
             return False
+        if self.put_away is not None and not key.ephemeral:
+            return await self.put_away(entry)
         if entry.session is not None:
             try:
                 await entry.session.deactivate(0.0)
@@ -188,3 +223,7 @@ class Custody:
 
 def no_session(key: SessionKey) -> NotFound:
     return NotFound(f"no session {key.session_id!r}")
+
+
+def session_exists(key: SessionKey) -> SessionExists:
+    return SessionExists(f"there is a session {key.session_id!r}: choose another id, or delete it first", param="id")

@@ -11,6 +11,7 @@ over between two turns.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 from collections.abc import Iterable
@@ -21,6 +22,7 @@ from typing import Any
 import ray
 
 from phi_cluster.cluster.config import KVConfig, SessionsConfig
+from phi_cluster.cluster.errors import Overloaded
 from phi_cluster.cluster.messages import AdmitTurn, BeginTurn, CommitTurn, Moved, SessionKey, TurnGrant, TurnUsage
 from phi_cluster.cluster.processes import private_bytes, process_id
 from phi_cluster.cluster.session.accounts import Accounts, ForgetfulStore, UsageStore
@@ -29,6 +31,9 @@ from phi_cluster.cluster.session.actor_pool import RayActors
 from phi_cluster.cluster.session.administration import Administration
 from phi_cluster.cluster.session.conversation import name_digest
 from phi_cluster.cluster.session.custody import Custody, Journals
+from phi_cluster.cluster.session.forks import Forks
+from phi_cluster.cluster.session.hibernation import Hibernation
+from phi_cluster.cluster.session.hibernation_store import FileHibernationStore, HibernationStore, read_key
 from phi_cluster.cluster.session.journal import Journal
 from phi_cluster.cluster.session.recycler import RecycleReason
 from phi_cluster.cluster.session.reports import (
@@ -37,10 +42,11 @@ from phi_cluster.cluster.session.reports import (
     private_or_zero,
     public_usage,
 )
+from phi_cluster.cluster.session.retention import Retention
 from phi_cluster.cluster.session.roster import Entry
 from phi_cluster.cluster.session.segment_layout import SegmentLayout
 from phi_cluster.cluster.session.session import SessionSettings, SessionStats
-from phi_cluster.cluster.session.sqlite_journal import SQLiteJournal, list_sessions
+from phi_cluster.cluster.session.sqlite_journal import SQLiteJournal, last_used, list_sessions
 from phi_cluster.cluster.session.tenant_memory import TenantMemory
 from phi_cluster.cluster.session.usage_file import UsageFile
 from phi_cluster.cluster.turn_api import Rates
@@ -70,15 +76,20 @@ class NodeSessions:
         sessions: SessionsConfig,
         kv: KVConfig,
         budget_nbytes: int,
+        store: HibernationStore | None,
         usage: UsageStore | None = None,
     ):
-        """Without `usage` the tenants' totals end with this object. Raises OSError if they cannot be read."""
+        """`store` None: no session hibernates; `usage` None: the tenants' totals end with this object. Raises OSError
+        if they cannot be read."""
         self._layout = settings.layout
         self._node_id = node_id
         self._process = process_id()
         self._custody = Custody(settings, journals, actors, sessions, kv, budget_nbytes)
         self._roster = self._custody.roster
-        self._administration = Administration(self._custody, node_id)
+        self._hibernation = Hibernation(self._custody, store)
+        self._administration = Administration(self._custody, self._hibernation, node_id)
+        self._forks = Forks(self._custody)
+        self._retention = Retention(self._custody, self._administration, self._hibernation, sessions.retention)
         self._accounts = Accounts(usage or ForgetfulStore(), settings.clock, settings.is_alive)
         self._memory = TenantMemory(
             self._custody, lambda tenant: self._accounts.limits_of(tenant).kv_bytes, kv.reserve_wait
@@ -88,9 +99,13 @@ class NodeSessions:
     async def start(self) -> int:
         """Finds what is stored and what actors hold; then tends to the sessions. Idempotent; returns the pid."""
         if self._starting is None or (self._starting.done() and self._starting.exception() is not None):
-            self._starting = asyncio.create_task(self._custody.start())
+            self._starting = asyncio.create_task(self._start())
         await asyncio.shield(self._starting)
         return os.getpid()
+
+    async def _start(self) -> None:
+        await self._custody.start()
+        await self._hibernation.start()
 
     # A turn.
 
@@ -106,12 +121,14 @@ class NodeSessions:
                 left = self._roster.left_by(request.key.tenant, request.request_id) if request.resume else None
                 entry = left or self._continue_or_open(request)
             else:
+                await self._hibernation.wake(request.key)
                 entry = self._roster.open(request.key)
             if entry.session is None:
                 return HeldBy(entry.actor.handle)
             self._custody.hands.want_actor(entry)
             grant = await entry.session.begin_turn(request)
             if isinstance(grant, TurnGrant):
+                entry.turn_began = asyncio.get_running_loop().time()
                 return grant
             # It changed hands while this one waited.
             await asyncio.sleep(0)
@@ -130,6 +147,9 @@ class NodeSessions:
             return HeldBy(entry.actor.handle)
         stats = entry.session.commit(commit)
         if isinstance(stats, SessionStats):
+            seconds = asyncio.get_running_loop().time() - entry.turn_began
+            num_computed = commit.num_prompt_tokens - commit.num_cached_tokens
+            self._hibernation.policy.computed(num_computed, commit.num_completion_tokens, seconds)
             self._custody.settle(entry, stats)
             self._custody.drop_surplus()
         return stats
@@ -224,6 +244,43 @@ class NodeSessions:
         await self.start()
         return await self._administration.recycle(key, reason)
 
+    async def hibernate(self, key: SessionKey) -> dict[str, Any]:
+        """By a user's wish. Raises NotFound, SessionBusy and StorageFull."""
+        await self.start()
+        return await self._administration.hibernate(key)
+
+    async def put_to_sleep(self, key: SessionKey) -> None:
+        """By policy: nobody has used the session for long. Raises as `hibernate`."""
+        await self.start()
+        await self._hibernation.hibernate(key, is_asked=False)
+
+    async def delete_unused(self) -> int:
+        """Deletes sessions that nobody has used for longer than they are kept; returns how many."""
+        await self.start()
+        return await self._retention.sweep()
+
+    async def export(self, key: SessionKey) -> bytes:
+        """The session as a file (session_export.py). Raises NotFound and the journal's errors."""
+        await self.start()
+        return self._administration.export(key)
+
+    async def import_session(self, key: SessionKey, data: bytes, vocab_size: int) -> dict[str, Any]:
+        """Makes a session of such a file. Raises SessionExists and BadExport."""
+        await self.start()
+        self._accounts.check_new_session(key, self._roster.named(key.tenant))
+        return await self._administration.import_session(key, data, vocab_size)
+
+    async def fork(self, key: SessionKey, new: SessionKey, turn: int | None) -> dict[str, Any]:
+        """See `Forks.fork`; returns the new session's description. Raises LimitReached too."""
+        await self.start()
+        self._accounts.check_new_session(new, self._roster.named(new.tenant))
+        with contextlib.suppress(Overloaded):
+            # Its cache is worth copying.
+            await self._hibernation.wake(key)
+        await self._memory.come_within(key.tenant, self._custody.ledger.lease(key.digest))
+        await self._forks.fork(key, new, turn)
+        return await self._administration.describe(new)
+
     async def report(self) -> KeeperReport:
         await self.start()
         entries = list(self._roster)
@@ -237,18 +294,23 @@ class NodeSessions:
                 entry.session.rest()
         await self._save_usage()
         in_memory = {entry.key.digest for entry in entries}
+        on_disk = [key for key in self._roster.stored_keys() if key.digest not in in_memory]
+        asleep = [nbytes for key in on_disk if (nbytes := self._hibernation.nbytes(key)) is not None]
         return KeeperReport(
             node_id=self._node_id,
             process=self._process,
             budget_nbytes=self._custody.ledger.capacity,
             reserved_nbytes=self._custody.ledger.usage,
             sessions=[self._reported(entry, s) for entry, s in zip(entries, stats, strict=True)],
-            num_stored=sum(key.digest not in in_memory for key in self._roster.stored_keys()),
+            num_stored=len(on_disk) - len(asleep),
+            num_hibernated=len(asleep),
+            hibernated_nbytes=sum(asleep),
             num_warm=self._custody.hands.num_warm,
             activations=self._custody.hands.activations,
             recycles=dict(self._custody.hands.recycles),
             private_nbytes=private_bytes(),
             usage=self._accounts.totals(),
+            counts={"forks": self._forks.made, "deletions": self._retention.deleted, **self._hibernation.counts},
         )
 
     async def close(self) -> int:
@@ -286,6 +348,9 @@ class _SQLiteJournals:
     def keys(self) -> Iterable[SessionKey]:
         return list_sessions(self._state_path)
 
+    def last_used(self, key: SessionKey) -> float | None:
+        return last_used(self._state_path, key)
+
 
 # Whoever waits here, for a turn or for memory, must not take the place of the commit that it waits for: Ray's default
 # is 1000.
@@ -306,4 +371,8 @@ class Keeper(NodeSessions):
         node_id = ray.get_runtime_context().get_node_id()
         actors = RayActors(layout, fingerprint, state_path, node_id)
         journals, usage = _SQLiteJournals(state_path, settings), UsageFile(state_path / "usage.sqlite")
-        super().__init__(settings, journals, actors, node_id, sessions, kv, budget_nbytes, usage)
+        store = None
+        if kv.hibernate_quota:
+            key = read_key(kv.hibernate_key_file) if kv.hibernate_key_file else None
+            store = FileHibernationStore(state_path, kv.hibernate_quota, key)
+        super().__init__(settings, journals, actors, node_id, sessions, kv, budget_nbytes, store, usage)

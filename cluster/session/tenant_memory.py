@@ -29,8 +29,11 @@ class TenantMemory:
         """Leases memory for the session to hold `nbytes` in all. Raises LimitReached, and Overloaded if not the tenant
         but the node has too little."""
         limit = self._limit_of(key.tenant)
-        if limit is not None:
-            await self._come_within(key, nbytes, limit)
+        if limit is not None and nbytes > limit:
+            raise _refusal(
+                f"this key may use {limit} bytes of KV cache and the turn needs {nbytes}; shorten the conversation"
+            )
+        await self.come_within(key.tenant, nbytes - self._custody.ledger.lease(key.digest))
         # Nothing is awaited before the lease is entered, so two turns cannot both find the same room.
         await self._custody.leases.reserve(key.digest, nbytes)
 
@@ -39,15 +42,15 @@ class TenantMemory:
         lease = self._custody.ledger.lease
         return sum(lease(entry.key.digest) for entry in self._custody.roster if entry.key.tenant == tenant)
 
-    async def _come_within(self, key: SessionKey, nbytes: int, limit: int) -> None:
+    async def come_within(self, tenant: str, growth: int) -> None:
+        """Until the tenant may have so many bytes more. Raises LimitReached."""
+        limit = self._limit_of(tenant)
+        if limit is None or growth <= 0:
+            return
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self._wait_seconds
-        while (excess := self._excess(key, nbytes, limit)) > 0:
-            if nbytes > limit:
-                raise _refusal(
-                    f"this key may use {limit} bytes of KV cache and the turn needs {nbytes}; shorten the conversation"
-                )
-            if await self._custody.make_room(excess, key.tenant):
+        while (excess := self.usage(tenant) + growth - limit) > 0:
+            if await self._custody.make_room(excess, tenant):
                 continue
             if loop.time() >= deadline:
                 raise _refusal(
@@ -55,10 +58,6 @@ class TenantMemory:
                     " one has ended"
                 )
             await asyncio.sleep(_POLL_SECONDS)
-
-    def _excess(self, key: SessionKey, nbytes: int, limit: int) -> int:
-        growth = max(nbytes - self._custody.ledger.lease(key.digest), 0)
-        return self.usage(key.tenant) + growth - limit if growth else 0
 
 
 def _refusal(message: str) -> LimitReached:

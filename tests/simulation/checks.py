@@ -39,6 +39,8 @@ def _check_journals(world: World) -> None:
     for what, digest, life, value in world.disk.history:
         if what == "epoch":
             epochs[digest] = value
+        elif what == "fill":
+            transcripts[digest] = Transcript.replay(value)
         elif what in ("clear", "delete"):
             transcripts.pop(digest, None)
         else:
@@ -108,6 +110,7 @@ def _check_leftovers(world: World) -> None:
         _expect(replica.engines.num_streams == 0, "a sequence is open")
         _expect(not replica.directory._background, "a replica still works on something")
     keeper = world.node_sessions()._custody
+    _expect(world.disk.memories.keys() <= world.disk.files.keys(), "a hibernated memory of no session is left")
     entries = list(keeper.roster)
     at_home = {entry.actor.process: entry for entry in entries if entry.actor is not None}
     warm = [pooled.process for pooled in keeper.hands._pool._warm]

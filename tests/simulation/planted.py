@@ -15,11 +15,14 @@ from phi_cluster.cluster.messages import BeginTurn, CommitTurn, Moved, SegmentRe
 from phi_cluster.cluster.session.actor_pool import PooledActor
 from phi_cluster.cluster.session.directory import SessionDirectory
 from phi_cluster.cluster.session.hand_over import HandOvers
+from phi_cluster.cluster.session.hibernation_file import Mark
+from phi_cluster.cluster.session.hibernation_store import Hibernated
 from phi_cluster.cluster.session.journal import MemoryJournal
 from phi_cluster.cluster.session.keeper import NodeSessions
 from phi_cluster.cluster.session.kv_leases import KVLeases
+from phi_cluster.cluster.session.segment import Segment
 from tests.simulation.parts import Parts
-from tests.simulation.storage import DurableJournal, SimulatedSegment
+from tests.simulation.storage import DurableJournal, HibernationDisk, SimulatedSegment
 
 
 class _AnyEpoch(DurableJournal):
@@ -96,6 +99,18 @@ class _HoardingKeeper(NodeSessions):
         self._custody.leases = _Hoarding(self._custody.ledger, self._custody.make_room, 2.0)
 
 
+class _Mixed(HibernationDisk):
+    """Rows of one session are written under another's name."""
+
+    def write(self, digest: str, segment: Segment, num_tokens: int, mark: Mark) -> Hibernated:
+        written = super().write(digest, segment, num_tokens, mark)
+        memory = self._disk.memories[digest][0]
+        others = [other for name, (other, _) in self._disk.memories.items() if name != digest]
+        if others:
+            memory.rows[: len(others[0].rows)] = others[0].rows[: len(memory.rows)]
+        return written
+
+
 PLANTED = {
     "a commit with a stale epoch": Parts(journal=_AnyEpoch),
     "a hand-over that lets go too early": Parts(keeper=_HastyKeeper),
@@ -104,4 +119,5 @@ PLANTED = {
     "memory that is not cleared": Parts(segment=_Remembering),
     "a token twice at a failover": Parts(engine_client=_Stuttering),
     "a lease that is not given back": Parts(keeper=_HoardingKeeper),
+    "a hibernated memory of another session": Parts(store=_Mixed),
 }

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Container, Sequence
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -13,9 +14,15 @@ import openai
 import pytest
 from fastapi import FastAPI
 
-from phi_cluster.cluster.errors import NotFound, Unauthorized
+from phi_cluster.cluster.errors import InvalidRequest, NotFound, SessionExists, Unauthorized
 from phi_cluster.cluster.http.edge import EdgeSettings
 from phi_cluster.cluster.http.server import build_app
+from phi_cluster.cluster.messages import ProcessId
+from phi_cluster.cluster.responses.assembly import ResponseRoom
+from phi_cluster.cluster.responses.making import MakerLimits
+from phi_cluster.cluster.responses.run import Tools
+from phi_cluster.cluster.responses.store import Branch
+from phi_cluster.cluster.responses.workshop import Rhythm
 from phi_cluster.cluster.turn_api import (
     Identity,
     Position,
@@ -81,6 +88,8 @@ class FakeSessions:
 
     def __init__(self) -> None:
         self.known: dict[tuple[str, str], dict[str, Any]] = {}
+        # Asked for by responses: (tenant, what the new session begins like, its name).
+        self.branches: list[tuple[str, Branch, str]] = []
 
     def add(self, tenant: str, session_id: str) -> None:
         self.known[tenant, session_id] = {
@@ -118,10 +127,38 @@ class FakeSessions:
         session.update(num_tokens=0, kv_cache_bytes=0)
         return session
 
+    async def hibernate(self, tenant: str, session_id: str) -> dict[str, Any]:
+        session = await self.get(tenant, session_id)
+        session.update(state="hibernated", kv_cache_bytes=0, disk_bytes=8192)
+        return session
+
+    async def export(self, tenant: str, session_id: str) -> bytes:
+        return b"exported " + (await self.get(tenant, session_id))["id"].encode()
+
+    async def import_session(
+        self, tenant: str, new_session_id: str | None, data: bytes, vocab_size: int
+    ) -> dict[str, Any]:
+        if not data.startswith(b"exported "):
+            raise InvalidRequest("this is not an exported session", code="bad_export")
+        return await self.fork(tenant, data.decode().removeprefix("exported "), new_session_id, None)
+
+    async def fork(self, tenant: str, session_id: str, new_session_id: str | None, turn: int | None) -> dict[str, Any]:
+        session = await self.get(tenant, session_id)
+        new = new_session_id or "made"
+        if (tenant, new) in self.known:
+            raise SessionExists(f"there is a session {new}", param="id")
+        if turn is not None and turn > session["turns"]:
+            raise InvalidRequest("there are fewer turns", param="turn")
+        self.known[tenant, new] = session | {"id": new, "turns": turn or session["turns"]}
+        return self.known[tenant, new]
+
     async def recycle(self, tenant: str, session_id: str) -> dict[str, Any]:
         session = await self.get(tenant, session_id)
         session["recycles"] += 1
         return session
+
+    async def branch(self, tenant: str, origin: Branch, session_id: str) -> None:
+        self.branches.append((tenant, origin, session_id))
 
 
 class FakeEngines:
@@ -314,18 +351,53 @@ def settings() -> EdgeSettings:
 
 
 @pytest.fixture
+def make_room(
+    tmp_path: Path, turns: FakeTurns, sessions: FakeSessions, observer: RecordingObserver
+) -> Callable[..., ResponseRoom]:
+    """`make_room(pid)`: the responses as one process sees them; `alive`: the pids of those that live."""
+
+    def make_room(
+        pid: int = 1, alive: Container[int] = (1,), turns: FakeTurns = turns, **limits: float
+    ) -> ResponseRoom:
+        return ResponseRoom(
+            tmp_path / "state",
+            Tools(turns, observer, FakeClock()),
+            sessions,
+            MakerLimits(**{"retention": 1000.0, "wait": 0.3, "max_background": 4, "max_queued": 4, **limits}),
+            ProcessId(pid, pid),
+            lambda process: process.pid in alive,
+            Rhythm(save=0.01, tend=0.01, expire=0.05, look=0.01),
+        )
+
+    return make_room
+
+
+@pytest.fixture
+async def room(make_room: Callable[..., ResponseRoom]) -> AsyncIterator[ResponseRoom]:
+    """Not started: nothing is saved but beginnings and ends."""
+    room = make_room()
+    yield room
+    await room.close()
+
+
+@pytest.fixture
 def make_app(
     turns: FakeTurns,
     sessions: FakeSessions,
     engines: FakeEngines,
     health: FakeHealth,
     observer: RecordingObserver,
-) -> Callable[[EdgeSettings], FastAPI]:
-    return lambda settings: build_app(settings, turns, sessions, engines, health, observer, FakeClock())
+    room: ResponseRoom,
+) -> Callable[..., FastAPI]:
+    def make_app(settings: EdgeSettings, **keys_and_usage: Any) -> FastAPI:
+        parts = turns, room.responses, room.conversations, sessions, engines, health, observer, FakeClock()
+        return build_app(settings, *parts, **keys_and_usage)
+
+    return make_app
 
 
 @pytest.fixture
-def app(make_app: Callable[[EdgeSettings], FastAPI], settings: EdgeSettings) -> FastAPI:
+def app(make_app: Callable[..., FastAPI], settings: EdgeSettings) -> FastAPI:
     return make_app(settings)
 
 

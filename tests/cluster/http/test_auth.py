@@ -7,7 +7,6 @@ from starlette.datastructures import Headers
 from phi_cluster.cluster.errors import LimitReached
 from phi_cluster.cluster.http.auth import anonymous_tenant
 from phi_cluster.cluster.http.edge import EdgeSettings
-from phi_cluster.cluster.http.server import build_app
 from phi_cluster.cluster.turn_api import TurnStarted
 
 CHAT = "/v1/chat/completions"
@@ -16,8 +15,8 @@ ALICE, BOB = {"authorization": "Bearer phi-alice"}, {"authorization": "Bearer ph
 
 
 @pytest.fixture
-def app(settings, turns, sessions, engines, health, observer, keys, usage):
-    return build_app(settings, turns, sessions, engines, health, observer, keys=keys, usage=usage)
+def app(make_app, settings, keys, usage):
+    return make_app(settings, keys=keys, usage=usage)
 
 
 @pytest.mark.parametrize(
