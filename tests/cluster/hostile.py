@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-CHAT, COMPLETIONS, SESSIONS = "/v1/chat/completions", "/v1/completions", "/v1/sessions"
+CHAT, COMPLETIONS, SESSIONS, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/sessions", "/v1/responses"
 HELLO = [{"role": "user", "content": "Hi"}]
 # Beyond the built-in model's.
 VOCABULARY = 49152
@@ -64,7 +64,7 @@ def _raw(name: str, status: int | tuple[int, ...], text: bytes) -> Hostile:
 
 
 def table(image_url: str) -> Iterator[Hostile]:
-    """All of them; `image_url` must never be fetched."""
+    """All of them; `image_url` must never be fetched. HER_RESPONSE stands for the id of another tenant's response."""
     yield from _types()
     yield from _ids()
     yield from _numbers()
@@ -72,6 +72,7 @@ def table(image_url: str) -> Iterator[Hostile]:
     yield from _json()
     yield from _content(image_url)
     yield from _sessions()
+    yield from _responses()
     yield from _headers()
     yield from _routes()
 
@@ -188,7 +189,12 @@ def _content(image_url: str) -> Iterator[Hostile]:
     yield _said("a link in text", 200, image_url)
     yield _chat("tools that call out", 400, tools=[{"type": "mcp", "server_url": image_url}])
     yield _chat("a grammar", 400, guided_grammar="root ::= root root")
-    yield _chat("a pattern", 400, guided_regex="(a+)+$")
+    yield _chat("a pattern that others backtrack in", 200, guided_regex="(a+)+$")
+    yield _chat("a pattern that does not end", 400, guided_regex="(" * 500)
+    yield _chat("a pattern of a thousand millions", 200, guided_regex="((a{1,1000}){1,1000}){1,1000}")
+    yield _chat("a grammar of nothing else than itself", 400, guided_grammar="root ::= root")
+    yield _chat("a choice of 100,000", 400, guided_choice=[f"{i}" for i in range(100_000)])
+    yield _chat("a schema of depth 90", 200, guided_json=json.loads('{"items":' * 90 + "{}" + "}" * 90))
     yield _chat("a schema", 400, response_format={"type": "json_schema", "json_schema": {"$ref": image_url}})
 
 
@@ -218,6 +224,30 @@ def _sessions() -> Iterator[Hostile]:
     yield Hostile("a reply of another", 409, "reply_gone", body=greeting, headers=resume)
     yield Hostile("a reply from anywhere", 400, body=greeting, headers={**resume, "x-resume-from": "-1-ffffffff"})
     yield Hostile("a reply of no request", 400, body=greeting, headers={"x-resume-from": "0"})
+
+
+def _responses() -> Iterator[Hostile]:
+    def asked(name: str, status: int, code: str | None = None, **fields: Any) -> Hostile:
+        body = json.dumps({"input": "Hi", "max_output_tokens": 16, **fields}).encode()
+        return Hostile(name, status, code, RESPONSES, body)
+
+    hers = f"{RESPONSES}/HER_RESPONSE"
+    yield asked("a response to another tenant's", 404, None, previous_response_id="HER_RESPONSE")
+    yield asked("a response to none", 404, None, previous_response_id="resp_" + "0" * 32)
+    yield asked("a response to a path", 404, None, previous_response_id="../../etc/passwd")
+    yield asked("a conversation that is none", 404, None, conversation="conv_" + "0" * 32)
+    yield asked("a response of files", 400, input=[{"type": "input_file", "file_id": "/etc/passwd"}])
+    yield asked("a response with metadata", 400, metadata={"x" * 1000: "y"})
+    yield asked("a huge response", 400, "context_length_exceeded", max_output_tokens=10**9)
+    yield Hostile("another tenant's response", 404, None, hers, method="GET")
+    yield Hostile("another tenant's response to be deleted", 404, None, hers, method="DELETE")
+    yield Hostile("another tenant's response to be ended", 404, None, f"{hers}/cancel")
+    yield Hostile("another tenant's items", 404, None, f"{hers}/input_items", method="GET")
+    yield Hostile("a response read from nowhere", 400, None, f"{hers}?stream=true&starting_after=-1", method="GET")
+    yield Hostile("another tenant's session to be forked", 404, "not_found", f"{SESSIONS}/hers/fork")
+    yield Hostile("another tenant's session to be exported", 404, "not_found", f"{SESSIONS}/hers/export", method="GET")
+    yield Hostile("an import of nothing", 400, "bad_export", f"{SESSIONS}/import", b"\x80\x04K\x01.")
+    yield Hostile("an import to a path", 400, None, f"{SESSIONS}/import?id=../x", b"x")
 
 
 def _headers() -> Iterator[Hostile]:

@@ -7,6 +7,7 @@ import re
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -86,6 +87,15 @@ def undisturbed(http: httpx.Client) -> bytes:
     return bystander(http)
 
 
+@pytest.fixture(scope="module")
+def her_response(http: httpx.Client) -> str:
+    """The id of a response of the bystander's."""
+    headers = {"authorization": f"Bearer {KEYS['alice']}"}
+    made = http.post("/v1/responses", json={"input": "Hi", "max_output_tokens": 16}, headers=headers)
+    assert made.status_code == 200
+    return made.json()["id"]
+
+
 def send(http: httpx.Client, server: Any, case: Hostile) -> tuple[int, str]:
     """The answer's status and body."""
     if case.raw is not None:
@@ -111,20 +121,23 @@ def test_there_are_many() -> None:
 
 
 @pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
-def test_hostile_input(http: httpx.Client, server: Any, undisturbed: bytes, trap: Any, case: Hostile) -> None:
+def test_hostile_input(
+    http: httpx.Client, server: Any, undisturbed: bytes, her_response: str, trap: Any, case: Hostile
+) -> None:
     """`undisturbed` and the answer at once; then health, and the bystander once more."""
     answers: list[tuple[int, str]] = []
     address, came = trap
     if case.raw is None:
-        case = Hostile(**{**vars(case), "body": case.body.replace(b"127.0.0.1:IMAGE", address.encode())})
+        body = case.body.replace(b"127.0.0.1:IMAGE", address.encode()).replace(b"HER_RESPONSE", her_response.encode())
+        case = replace(case, body=body, path=case.path.replace("HER_RESPONSE", her_response))
     beside = bystander(http, lambda: answers.append(send(http, server, case)))
-    [(status, body)] = answers
-    assert status in (case.status if isinstance(case.status, tuple) else (case.status,)), body[:500]
-    if status >= 400 and case.raw is None and body.startswith("{"):
-        error = json.loads(body)["error"]
+    [(status, answer)] = answers
+    assert status in (case.status if isinstance(case.status, tuple) else (case.status,)), answer[:500]
+    if status >= 400 and case.raw is None and answer.startswith("{"):
+        error = json.loads(answer)["error"]
         assert error.keys() == {"message", "type", "param", "code"}
         assert case.code in (None, error["code"])
-        assert len(body) < 1000
+        assert len(answer) < 1000
         for secret in ("Traceback", ".py", "pydantic", "phi_cluster", "/root", "/home", "/tmp", "ray::"):
             assert secret not in error["message"]
     assert beside == undisturbed
