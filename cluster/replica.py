@@ -269,7 +269,8 @@ class _Sessions:
         return self._with_engine(await self._directory.recycle(tenant, session_id))
 
     async def branch(self, tenant: str, origin: Branch, session_id: str) -> None:
-        """See store.SessionKeeping. What is said before the branch is computed anew."""
+        """See store.SessionKeeping."""
+        await self._directory.fork(tenant, origin.session_id, session_id, origin.num_turns)
 
     def _with_engine(self, description: dict[str, Any]) -> dict[str, Any]:
         engine = self._engines.engine
