@@ -4,8 +4,8 @@ Owns: `<state_dir>/responses/responses.sqlite` (folder 0700, file 0600), its sch
 was deleted is really gone. Knows nothing of what is stored when. For one thread at a time; several processes share the
 file.
 
-WAL and `synchronous=FULL`, as a journal's: what was stored is on the disk. `secure_delete` overwrites what is deleted
-in the file; `clean` empties the log, which has it still.
+WAL and `synchronous=FULL`, as a journal's: what was stored is on the disk. What is deleted is overwritten at once as
+far as SQLite does that, and `clean` sees to the rest.
 """
 
 from __future__ import annotations
@@ -86,10 +86,16 @@ class ResponseDatabase:
         self._is_clean = False
 
     def clean(self) -> None:
-        """Empties the log if something was deleted. Where another process reads just now, the next call does it."""
+        """Writes the file anew and empties the log if something was deleted. Where another process is at it just now,
+        the next call does it.
+
+        `secure_delete` is not enough: what SQLite has moved within a page, to make room, stands where it was as well.
+        """
         if not self._is_clean:
             with sqlite_file.translated(self.path):
-                busy, _, _ = self._open().execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+                connection = self._open()
+                connection.execute("VACUUM")
+                busy, _, _ = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
                 self._is_clean = not busy
 
     def close(self) -> None:

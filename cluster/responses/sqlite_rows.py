@@ -15,6 +15,7 @@ from phi_cluster.cluster.response_api import OPEN, NewResponse, Response, Respon
 from phi_cluster.cluster.responses import sqlite_items
 from phi_cluster.cluster.responses.database import pack, unpack
 from phi_cluster.cluster.responses.store import Branch
+from phi_cluster.cluster.turn_api import WantedFormat
 
 COLUMNS = (
     "number, tenant, id, created_at, session_id, context_id, conversation_id, context_end, status, ended_at,"
@@ -108,11 +109,13 @@ def response_of(connection: sqlite3.Connection, row: Row, after: int = 0) -> Res
 
 def _asked(new: NewResponse) -> dict[str, Any]:
     """What of a NewResponse is in no column of its own."""
+    wanted = new.wanted_format
     return {
         "request_id": new.request_id,
         "settings": new.settings,
         "sampling": new.sampling,
         "stop": new.stop,
+        "wanted_format": wanted and (wanted.param, wanted.kind, wanted.value),
         "truncate": new.truncate,
         "background": new.background,
         "previous_response_id": new.previous_response_id,
@@ -121,8 +124,13 @@ def _asked(new: NewResponse) -> dict[str, Any]:
 
 def _asked_for(row: Row) -> NewResponse:
     asked = unpack(row.asked)
+    wanted = asked.pop("wanted_format", None)
     return NewResponse(
-        tenant=row.tenant, input=[], conversation_id=row.conversation_id, **{**asked, "stop": tuple(asked["stop"])}
+        tenant=row.tenant,
+        input=[],
+        conversation_id=row.conversation_id,
+        wanted_format=None if wanted is None else WantedFormat(*wanted),
+        **{**asked, "stop": tuple(asked["stop"])},
     )
 
 

@@ -196,6 +196,27 @@ async def test_everything_given_reaches_the_runner(client, turns):
     assert {name: body[name] for name in given} == given
 
 
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ({"type": "text"}, None),
+        ({"type": "json_object"}, ("text.format", "json_object", None)),
+        (
+            {"type": "json_schema", "name": "n", "schema": {"type": "integer"}, "strict": True},
+            ("text.format.schema", "json_schema", {"type": "integer"}),
+        ),
+    ],
+)
+@pytest.mark.parametrize("background", [False, True])
+async def test_a_format_reaches_the_runner_and_is_told(client, turns, given, wanted, background):
+    created = await create(client, text={"format": given}, background=background)
+    await turns.ended.wait()
+    found = turns.requests[0].wanted_format
+    assert (found and (found.param, found.kind, found.value)) == wanted
+    for told in (created, (await client.get(f"{RESPONSES}/{created['id']}")).json()):
+        assert {k: v for k, v in told["text"]["format"].items() if v is not None} == given
+
+
 async def test_length_is_incomplete(client, turns):
     turns.script[-1] = TurnFinished("length", 7, 3, 5)
     body = await create(client)
@@ -461,8 +482,11 @@ async def test_only_the_background_can_be_cancelled(client):
         ({"tools": [{"type": "function", "name": "f"}]}, "tools"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"tool_choice": {"type": "function", "name": "f"}}, "tool_choice"),
-        ({"text": {"format": {"type": "json_schema", "name": "n", "schema": {}}}}, "text.format"),
-        ({"text": {"format": {"type": "json_object"}}}, "text.format"),
+        ({"text": {"format": {"type": "xml"}}}, "text.format.type"),
+        ({"text": {"format": {"type": "json_schema", "name": "n"}}}, "text.format.schema"),
+        ({"text": {"format": {"type": "json_schema", "schema": {}}}}, "text.format.name"),
+        ({"text": {"format": {"type": "text", "name": "n"}}}, "text.format.name"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
         ({"text": {"verbosity": "low"}}, "text.verbosity"),
         ({"reasoning": {"effort": "high"}}, "reasoning"),
         ({"include": ["reasoning.encrypted_content"]}, "include"),
