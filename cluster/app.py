@@ -37,6 +37,7 @@ from phi_cluster.cluster.preflight import (
 )
 from phi_cluster.cluster.runtime_dir import clear_dead_servers, remove_runtime_dir
 from phi_cluster.cluster.served_model import ServedModel, choose_dtypes, describe_model
+from phi_cluster.cluster.session.hibernation_store import check_key
 from phi_cluster.cluster.session.keeper import Keeper
 from phi_cluster.cluster.weight_store import WeightStore, ensure_packed
 from phi_cluster.model.hub import resolve_model
@@ -91,6 +92,8 @@ def prepare(config: Config, report: Report) -> Prepared:
     machine = inspect_machine()
     check_config(config, machine)
     report.checked(machine)
+    if config.kv.hibernate_key_file is not None:
+        check_key(config.kv.hibernate_key_file)
     # What is wrong with the dtypes is said before a model is fetched for them.
     choose_dtypes(config)
     try:
@@ -210,6 +213,7 @@ class Server:
                 config.server.host,
                 config.server.metrics_port,
                 prepared.weights_nbytes,
+                config.kv.hibernate_quota > 0,
             )
             ray.get([store.weights.remote(), keeper.start.remote(), controller.start.remote()])
 
@@ -242,6 +246,9 @@ def _load_serve() -> tuple[ModuleType, Any]:
 def _lock_state(state_path: Path) -> IO[str]:
     """One server for a state directory: two keepers would hold the same sessions. Raises StartError."""
     state_path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    # Whatever the folder above lets others do: conversations are private.
+    (state_path / "sessions").mkdir(mode=0o700, exist_ok=True)
+    (state_path / "sessions").chmod(0o700)
     lock = open(state_path / "lock", "w")  # noqa: SIM115 -- held for as long as the server runs
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

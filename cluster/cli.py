@@ -61,8 +61,12 @@ def _parser() -> argparse.ArgumentParser:
     chat.set_defaults(run=_chat)
 
     sessions = _with_url(commands.add_parser("sessions", help="list sessions, or act on one"))
-    sessions.add_argument("action", nargs="?", default="list", choices=["list", "show", "clear", "recycle", "delete"])
+    actions = ["list", "show", "fork", "hibernate", "clear", "recycle", "delete", "export", "import"]
+    sessions.add_argument("action", nargs="?", default="list", choices=actions)
     sessions.add_argument("id", nargs="?", help="the session, for all actions but list")
+    sessions.add_argument("--to", metavar="ID", help="fork, import: the new session's id (default: one is made)")
+    sessions.add_argument("--file", type=Path, help="export, import: where to (default: ID.phisession) or from")
+    sessions.add_argument("--turn", type=int, help="fork: the new session ends after so many turns (default: all)")
     sessions.set_defaults(run=_sessions)
     return parser
 
@@ -191,17 +195,48 @@ def _sessions(parsed: argparse.Namespace) -> int:
         if parsed.action == "list":
             _print_table([_row(d) for d in _all_sessions(client)])
             return 0
+        if parsed.action == "import":
+            return _import(client, parsed)
         if not parsed.id:
             raise StartError(f"phi-cluster sessions {parsed.action} needs a session's id")
         if parsed.action == "delete":
             client.ask("DELETE", f"/v1/sessions/{parsed.id}")
             print(f"deleted {parsed.id}")
+        elif parsed.action == "export":
+            file = parsed.file or Path(f"{parsed.id}.phisession")
+            data = client.download(f"/v1/sessions/{parsed.id}/export")
+            # Conversations are private, and an earlier export is not overwritten by mistake.
+            _write_new(file, data)
+            print(f"exported {parsed.id} to {file} ({len(data)} bytes)")
         elif parsed.action == "show":
             for name, value in client.ask("GET", f"/v1/sessions/{parsed.id}").items():
                 print(f"{name:<16} {value}")
         else:
-            _print_table([_row(client.ask("POST", f"/v1/sessions/{parsed.id}/{parsed.action}"))])
+            fields = {"id": parsed.to, "turn": parsed.turn} if parsed.action == "fork" else {}
+            body = {name: value for name, value in fields.items() if value is not None}
+            _print_table([_row(client.ask("POST", f"/v1/sessions/{parsed.id}/{parsed.action}", body))])
     return 0
+
+
+def _import(client: Client, parsed: argparse.Namespace) -> int:
+    if parsed.file is None:
+        raise StartError("phi-cluster sessions import needs --file")
+    try:
+        data = parsed.file.read_bytes()
+    except OSError as error:
+        raise StartError(f"cannot read {parsed.file}: {error.strerror}") from None
+    query = f"?id={parsed.to}" if parsed.to else ""
+    _print_table([_row(client.upload(f"/v1/sessions/import{query}", data))])
+    return 0
+
+
+def _write_new(file: Path, data: bytes) -> None:
+    """Raises StartError, also if there is such a file."""
+    try:
+        with open(os.open(file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as opened:
+            opened.write(data)
+    except OSError as error:
+        raise StartError(f"cannot write {file}: {error.strerror}") from None
 
 
 def _all_sessions(client: Client) -> list[dict[str, Any]]:

@@ -66,15 +66,32 @@ class Client:
     def __exit__(self, *_: object) -> None:
         self._http.close()
 
-    def ask(self, method: str, path: str) -> Any:
-        """One request; returns the JSON answer (None if it is empty)."""
+    def ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
+        """One request, with a JSON body if there is anything in it; returns the JSON answer (None if it is empty)."""
         try:
-            answer = self._http.request(method, path)
+            answer = self._http.request(method, path, json=body or None)
         except httpx.TransportError:
             raise Unavailable(f"no server answers at {self._url}; start one with: phi-cluster serve") from None
         if answer.is_error:
             raise _refusal(answer.status_code, answer.content)
         return answer.json() if answer.content else None
+
+    def download(self, path: str) -> bytes:
+        """What a GET brings."""
+        return self._bytes("GET", path)
+
+    def upload(self, path: str, data: bytes) -> Any:
+        """A POST of bytes; returns the JSON answer."""
+        return json.loads(self._bytes("POST", path, data))
+
+    def _bytes(self, method: str, path: str, data: bytes | None = None) -> bytes:
+        try:
+            answer = self._http.request(method, path, content=data)
+        except httpx.TransportError:
+            raise Unavailable(f"no server answers at {self._url}; start one with: phi-cluster serve") from None
+        if answer.is_error:
+            raise _refusal(answer.status_code, answer.content)
+        return answer.content
 
     def chat(self, messages: list[dict[str, str]], session_id: str, temperature: float) -> Iterator[str | ChatAnswer]:
         """Streams the reply's text, then one ChatAnswer."""

@@ -121,6 +121,12 @@ class SessionsConfig(_Section):
     max_private_growth: Bytes | None = Field(
         64 * 10**6, description="a session actor whose private memory grew by more than this is renewed"
     )
+    hibernate_after: Seconds | None = Field(
+        3600.0, description="a session idle for so long leaves memory; its cache goes to the disk; unset: never"
+    )
+    retention: Seconds | None = Field(
+        None, description="a session unused for so long is deleted, journal and all (for example 30d); unset: never"
+    )
     max_ephemeral: int = Field(256, ge=0, le=100_000, description="unnamed conversations kept for continuation")
 
 
@@ -129,6 +135,12 @@ class KVConfig(_Section):
 
     budget: Bytes | None = Field(
         None, description="bytes of KV cache on a node; unset: half of what the cgroup allows after the weights"
+    )
+    hibernate_quota: Bytes = Field(
+        16 * 2**30, description="disk for hibernated caches, the oldest ones make room; 0: nothing hibernates"
+    )
+    hibernate_key_file: Path | None = Field(
+        None, description="a file with 64 hexadecimal digits: hibernated caches are encrypted with this key (AES-GCM)"
     )
     reserve_wait: Seconds = Field(20.0, description="how long a turn waits for KV memory before it gets 429")
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
 import time
 from collections import Counter
@@ -26,8 +27,8 @@ from phi_cluster.cluster.config import EngineConfig, RecyclerConfig, SessionsCon
 from phi_cluster.cluster.engine_recycler import EnginePolicy, EngineRecycles, EngineReport
 from phi_cluster.cluster.errors import PhiError
 from phi_cluster.cluster.processes import kill_for_sure, private_bytes
-from phi_cluster.cluster.session.recycler import RecyclePolicy, RecycleReason, SessionSnapshot, decide
-from phi_cluster.cluster.session.reports import KeeperReport, private_or_zero
+from phi_cluster.cluster.session.recycler import RecyclePolicy, RecycleReason, SessionSnapshot, decide, sleepers
+from phi_cluster.cluster.session.reports import KeeperReport, SessionReport, private_or_zero
 from phi_cluster.monitoring.metrics import (
     FamilySnapshot,
     NodeView,
@@ -45,6 +46,8 @@ _REPLICA_SILENCE_SECONDS = 5.0
 _REPLICA_GONE_SECONDS = 600.0
 # Longer than a hand-over may wait for a turn; a keeper or an actor that hangs must not stop the rounds.
 _RECYCLE_SECONDS = 30.0
+# Between two looks for sessions that nobody has used for long.
+_SWEEP_SECONDS = 600.0
 
 
 # A keeper that does not answer for so long, so many times in a row, hangs.
@@ -54,7 +57,8 @@ _KEEPER_SILENCES = 3
 
 @ray.remote(num_cpus=0)
 class Controller:
-    """`weights_nbytes` is what the object store holds of them on each node."""
+    """`weights_nbytes` is what the object store holds of them on each node; `hibernates`: keepers have somewhere to put
+    idle sessions' caches."""
 
     def __init__(
         self,
@@ -64,6 +68,7 @@ class Controller:
         metrics_host: str,
         metrics_port: int,
         weights_nbytes: int,
+        hibernates: bool,
     ):
         self._policy = RecyclePolicy(
             max_age=sessions.max_age,
@@ -71,6 +76,10 @@ class Controller:
             max_private_growth=sessions.max_private_growth,
             idle_timeout=sessions.idle_timeout,
         )
+        self._hibernate_after = sessions.hibernate_after if hibernates else None
+        self._retains = sessions.retention is None
+        # By node: when its keeper was last told to delete what nobody uses.
+        self._swept: dict[str, float] = {}
         self._rhythm = recycler
         self._engine_recycles = EngineRecycles(
             EnginePolicy(engine.max_age, engine.max_steps, engine.max_private_growth)
@@ -81,6 +90,7 @@ class Controller:
         # Counters of keepers that were restarted since.
         self._past_recycles: Counter[str] = Counter()
         self._past_activations = 0
+        self._past_counts: Counter[str] = Counter()
         # When each reported, what, and its processes by kind.
         self._replicas: dict[str, tuple[float, list[FamilySnapshot], dict[str, list[int]]]] = {}
         # The sums of all replicas that are gone.
@@ -134,7 +144,9 @@ class Controller:
         reports = list(self._reports.values())
         recycles = self._past_recycles + sum((Counter(r.recycles) for r in reports), Counter())
         activations = self._past_activations + sum(r.activations for r in reports)
-        yield from node_metrics([self._view(r) for r in reports], activations, dict(recycles), self._weights_nbytes)
+        counts = self._past_counts + sum((Counter(r.counts) for r in reports), Counter())
+        views = [self._view(r) for r in reports]
+        yield from node_metrics(views, activations, dict(recycles), self._weights_nbytes, dict(counts))
         yield from merge_snapshots([self._past_replicas, *self._snapshots()])
 
     def _snapshots(self) -> list[list[FamilySnapshot]]:
@@ -172,6 +184,17 @@ class Controller:
             self._silent_keepers.pop(node["NodeID"], None)
             self._take(report)
             await self._recycle(keeper, report)
+            await self._sweep(keeper, report.node_id)
+
+    async def _sweep(self, keeper: Any, node_id: str) -> None:
+        now = time.monotonic()
+        if self._retains or now - self._swept.get(node_id, -math.inf) < _SWEEP_SECONDS:
+            return
+        self._swept[node_id] = now
+        try:
+            await asyncio.wait_for(keeper.delete_unused.remote(), _RECYCLE_SECONDS)
+        except (PhiError, RayError, asyncio.TimeoutError) as error:
+            logger.info("unused sessions were not deleted: %s", error)
 
     async def _on_silence(self, node_id: str) -> None:
         """The node's keeper did not answer. One that hangs keeps every turn of the node waiting: it is ended, and Ray
@@ -189,19 +212,16 @@ class Controller:
 
     async def _recycle(self, keeper: Any, report: KeeperReport) -> None:
         now = time.time()
-        reports = {s.stats.key.digest: s for s in report.sessions if s.actor_pid is not None}
-        snapshots = [
-            SessionSnapshot(
-                digest=digest,
-                activated_at=now - s.stats.activation_age_seconds,
-                last_used=now - s.stats.idle_seconds,
-                turns=s.stats.activation_turns,
-                in_turn=s.stats.in_turn,
-                private_nbytes=s.private_nbytes,
-                private_baseline=s.private_baseline,
-            )
-            for digest, s in reports.items()
-        ]
+        named = {s.stats.key.digest: s for s in report.sessions if not s.stats.key.ephemeral}
+        snapshots = [_snapshot(s, now) for s in named.values()]
+        for digest in sleepers(snapshots, self._hibernate_after, now, self._rhythm.max_per_round):
+            try:
+                call = keeper.put_to_sleep.remote(named.pop(digest).stats.key)
+                await asyncio.wait_for(call, _RECYCLE_SECONDS)
+            except (PhiError, RayError, asyncio.TimeoutError) as error:
+                logger.info("a session was not put to sleep: %s", error)
+        reports = {digest: s for digest, s in named.items() if s.actor_pid is not None}
+        snapshots = [_snapshot(s, now) for s in reports.values()]
         for order in decide(snapshots, self._policy, now, self._rhythm.max_per_round):
             try:
                 call = keeper.recycle.remote(reports[order.digest].stats.key, order.reason)
@@ -224,6 +244,7 @@ class Controller:
     def _remember_counters(self, report: KeeperReport) -> None:
         self._past_recycles.update(report.recycles)
         self._past_activations += report.activations
+        self._past_counts.update(report.counts)
 
     def _forget_silent_replicas(self) -> None:
         deadline = time.monotonic() - _REPLICA_GONE_SECONDS
@@ -235,7 +256,7 @@ class Controller:
 
     def _view(self, report: KeeperReport) -> NodeView:
         kv_bytes: Counter[str] = Counter()
-        sessions: Counter[str] = Counter(stored=report.num_stored)
+        sessions: Counter[str] = Counter(stored=report.num_stored, hibernated=report.num_hibernated)
         for s in report.sessions:
             state = "ephemeral" if s.stats.key.ephemeral else "active" if s.actor_pid is not None else "held"
             kv_bytes[state] += s.stats.kv_cache_bytes
@@ -259,5 +280,18 @@ class Controller:
             session_bytes=[s.stats.kv_cache_bytes for s in report.sessions],
             budget_bytes=report.budget_nbytes,
             reserved_bytes=report.reserved_nbytes,
+            hibernated_bytes=report.hibernated_nbytes,
             private_bytes_by_kind=private,
         )
+
+
+def _snapshot(s: SessionReport, now: float) -> SessionSnapshot:
+    return SessionSnapshot(
+        digest=s.stats.key.digest,
+        activated_at=now - s.stats.activation_age_seconds,
+        last_used=now - s.stats.idle_seconds,
+        turns=s.stats.activation_turns,
+        in_turn=s.stats.in_turn,
+        private_nbytes=s.private_nbytes,
+        private_baseline=s.private_baseline,
+    )

@@ -69,6 +69,14 @@ class SessionBusy(PhiError):
     code = "session_busy"
 
 
+class SessionExists(PhiError):
+    """There is a session of this name already."""
+
+    status = 409
+    type = "conflict_error"
+    code = "session_exists"
+
+
 class BodyTooLarge(PhiError):
     """The request body is larger than the configured limit."""
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import msgpack
 
@@ -183,14 +183,26 @@ class SequenceOutput:
     error: str | None = None
 
 
+class EngineTotals(NamedTuple):
+    """What an engine has counted: preempted sequences, guesses computed, and those of them that were right."""
+
+    num_preemptions: int = 0
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
+
+
+NO_TOTALS = EngineTotals()
+
+
 @dataclass(frozen=True)
 class StepFrame:
-    """Frame engine -> replica: all that one step brought, and the engine's counters."""
+    """Frame engine -> replica: all that one step brought, and the engine's counters (`totals`: since its start)."""
 
     step: int
     outputs: list[SequenceOutput]
     num_running: int
     num_waiting: int
+    totals: EngineTotals = NO_TOTALS
 
 
 @dataclass(frozen=True)
@@ -236,7 +248,7 @@ def encode_frame(message: Frame) -> bytes:
             [o.sequence_id, o.token_ids, o.finish_reason, o.released, o.num_cached_tokens, o.error]
             for o in message.outputs
         ]
-        body = ["step", message.step, outputs, message.num_running, message.num_waiting]
+        body = ["step", message.step, outputs, message.num_running, message.num_waiting, message.totals]
     packed = msgpack.packb(body)
     return len(packed).to_bytes(4, "big") + packed
 
@@ -258,6 +270,6 @@ def decode_frame(packed: bytes) -> Frame:
     if kind == "heartbeat":
         return Heartbeat(*fields)
     if kind == "step":
-        step, outputs, num_running, num_waiting = fields
-        return StepFrame(step, [SequenceOutput(*o) for o in outputs], num_running, num_waiting)
+        step, outputs, num_running, num_waiting, totals = fields
+        return StepFrame(step, [SequenceOutput(*o) for o in outputs], num_running, num_waiting, EngineTotals(*totals))
     raise ValueError(f"unknown frame kind {kind!r}")

@@ -182,6 +182,7 @@ class Replica:
             engines, standby_pids = self._engines, self._standbys.pids
             recoveries = {"engine": engines.recoveries, "standby_engine": self._standbys.losses}
             self._metrics.on_engine(engines.last_step.num_running, recoveries, len(standby_pids), engines.recycles)
+            self._metrics.on_totals(engines.totals._asdict())
             with contextlib.suppress(ValueError, RayError):
                 controller = ray.get_actor(CONTROLLER, namespace=NAMESPACE)
                 reason = await controller.report_replica.remote(
@@ -250,11 +251,26 @@ class _Sessions:
     async def clear(self, tenant: str, session_id: str) -> dict[str, Any]:
         return self._with_engine(await self._directory.clear(tenant, session_id))
 
+    async def hibernate(self, tenant: str, session_id: str) -> dict[str, Any]:
+        return self._with_engine(await self._directory.hibernate(tenant, session_id))
+
+    async def export(self, tenant: str, session_id: str) -> bytes:
+        return await self._directory.export(tenant, session_id)
+
+    async def import_session(
+        self, tenant: str, new_session_id: str | None, data: bytes, vocab_size: int
+    ) -> dict[str, Any]:
+        return self._with_engine(await self._directory.import_session(tenant, new_session_id, data, vocab_size))
+
+    async def fork(self, tenant: str, session_id: str, new_session_id: str | None, turn: int | None) -> dict[str, Any]:
+        return self._with_engine(await self._directory.fork(tenant, session_id, new_session_id, turn))
+
     async def recycle(self, tenant: str, session_id: str) -> dict[str, Any]:
         return self._with_engine(await self._directory.recycle(tenant, session_id))
 
     async def branch(self, tenant: str, origin: Branch, session_id: str) -> None:
-        """See store.SessionKeeping. What is said before the branch is computed anew."""
+        """See store.SessionKeeping."""
+        await self._directory.fork(tenant, origin.session_id, session_id, origin.num_turns)
 
     def _with_engine(self, description: dict[str, Any]) -> dict[str, Any]:
         engine = self._engines.engine

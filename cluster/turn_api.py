@@ -140,6 +140,27 @@ class SessionAdmin(Protocol):
         """Give the session a new actor that takes over the same memory; returns its new description."""
         ...
 
+    async def hibernate(self, tenant: str, session_id: str) -> dict[str, Any]:
+        """The session leaves memory, its cache goes to the disk; returns its new description."""
+        ...
+
+    async def export(self, tenant: str, session_id: str) -> bytes:
+        """The session's turns as a file."""
+        ...
+
+    async def import_session(
+        self, tenant: str, new_session_id: str | None, data: bytes, vocab_size: int
+    ) -> dict[str, Any]:
+        """A session made of such a file (None: under a name that is made for it); returns its description. Raises
+        `SessionExists`, and `InvalidRequest` for a file that is not one."""
+        ...
+
+    async def fork(self, tenant: str, session_id: str, new_session_id: str | None, turn: int | None) -> dict[str, Any]:
+        """A new session (None: under a name that is made for it) with the same conversation, as it was after the
+        `turn`-th turn of those that it consists of (None: as it is), and a copy of its KV cache. Returns the new one's
+        description. Raises `SessionExists`, and `InvalidRequest` if there are fewer turns."""
+        ...
+
 
 class EngineAdmin(Protocol):
     """Looks after the engines of all replicas. Raises `Unavailable`."""

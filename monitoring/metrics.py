@@ -76,6 +76,14 @@ class RequestMetrics:
         self._standbys = Gauge(
             "phi_standby_engines", "Engines that are up and wait to take over.", registry=self.registry
         )
+        self._engine_totals = {
+            name: Counter(f"phi_{metric}", text, registry=self.registry)
+            for name, metric, text in (
+                ("num_preemptions", "num_preemptions", "Sequences whose memory was taken from them for others."),
+                ("num_draft_tokens", "spec_decode_num_draft_tokens", "Guesses that were computed."),
+                ("num_accepted_tokens", "spec_decode_num_accepted_tokens", "Guesses that were right."),
+            )
+        }
         self._open = 0
         self._engine_running = 0
         self._totals: dict[tuple[str, str], int] = {}
@@ -87,7 +95,9 @@ class RequestMetrics:
         self._time_to_first_token.observe(seconds)
 
     def on_token(self, endpoint: str, num_tokens: int, seconds: float) -> None:
-        self._inter_token.observe(seconds / max(num_tokens, 1))
+        # Each token counts, also where a step brought several.
+        for _ in range(num_tokens):
+            self._inter_token.observe(seconds / num_tokens)
 
     def on_finish(
         self,
@@ -121,6 +131,11 @@ class RequestMetrics:
                 self._raise_to(self._recoveries.labels(component, reason), (component, reason), count)
         for reason, count in recycles.items():
             self._raise_to(self._engine_recycles.labels(reason), ("recycled", reason), count)
+
+    def on_totals(self, totals: Mapping[str, int]) -> None:
+        """What this replica's engines have counted so far, by the names in messages.EngineTotals."""
+        for name, total in totals.items():
+            self._raise_to(self._engine_totals[name], ("engine", name), total)
 
     def _raise_to(self, counter: Counter, name: tuple[str, str], total: int) -> None:
         """A counter whose total is counted elsewhere."""
@@ -179,13 +194,33 @@ class NodeView:
     session_bytes: list[int] = field(default_factory=list)
     budget_bytes: int = 0
     reserved_bytes: int = 0
+    hibernated_bytes: int = 0
     private_bytes_by_kind: dict[str, int] = field(default_factory=dict)
 
 
+# What keepers count, by the name in their reports: family and help.
+KEEPER_COUNTERS = {
+    "forks": ("phi_session_forks", "Sessions made of others."),
+    "deletions": ("phi_session_retention_deletions", "Sessions deleted because nobody used them for long."),
+    "hibernations": ("phi_session_hibernations", "Caches of idle sessions written to the disk."),
+    "hibernated_bytes": ("phi_session_hibernations_bytes", "Bytes written for them."),
+    "restores": ("phi_session_restores", "Hibernated caches read back into memory."),
+    "restored_bytes": ("phi_session_restores_bytes", "Bytes read for them."),
+    "hibernation_failures": (
+        "phi_session_hibernation_failures",
+        "Caches that could not be written, or were not what was written: computed anew.",
+    ),
+}
+
+
 def node_metrics(
-    nodes: list[NodeView], activations: int, recycles: dict[str, int], weights_nbytes: int
+    nodes: list[NodeView],
+    activations: int,
+    recycles: dict[str, int],
+    weights_nbytes: int,
+    counts: Mapping[str, int] | None = None,
 ) -> Iterator[Metric]:
-    """The controller's own families."""
+    """The controller's own families. `counts`: of KEEPER_COUNTERS, over all keepers."""
     kv_bytes = GaugeMetricFamily(
         "phi_kv_cache_bytes", "Memory of all KV segments, in bytes (exact).", labels=["node", "state"]
     )
@@ -193,6 +228,9 @@ def node_metrics(
         "phi_kv_cache_usage_perc", "Share of the KV budget that is in use or leased (1 is all).", labels=["node"]
     )
     budget = GaugeMetricFamily("phi_kv_cache_budget_bytes", "KV budget of the node, in bytes.", labels=["node"])
+    hibernated = GaugeMetricFamily(
+        "phi_hibernated_bytes", "Disk that hibernated caches take, in bytes.", labels=["node"]
+    )
     sessions = GaugeMetricFamily("phi_sessions", "Sessions by state.", labels=["node", "state"])
     private = GaugeMetricFamily(
         "phi_process_private_bytes", "Private memory (RssAnon + swap) by process kind.", labels=["node", "kind"]
@@ -207,13 +245,16 @@ def node_metrics(
         used = max(node.reserved_bytes, sum(node.kv_bytes_by_state.values()))
         usage.add_metric([node.node], used / node.budget_bytes if node.budget_bytes else 0.0)
         budget.add_metric([node.node], node.budget_bytes)
+        hibernated.add_metric([node.node], node.hibernated_bytes)
     recycled = CounterMetricFamily(
         "phi_session_recycles", "Session actors renewed or given back, by reason.", labels=["reason"]
     )
     for reason, count in sorted(recycles.items()):
         recycled.add_metric([reason], count)
-    yield from (kv_bytes, usage, budget, sessions, private, recycled)
+    yield from (kv_bytes, usage, budget, hibernated, sessions, private, recycled)
     yield _bytes_histogram([nbytes for node in nodes for nbytes in node.session_bytes])
+    for name, (family, documentation) in KEEPER_COUNTERS.items():
+        yield CounterMetricFamily(family, documentation, value=(counts or {}).get(name, 0))
     yield CounterMetricFamily("phi_session_activations", "Session actors that took a session over.", value=activations)
     yield GaugeMetricFamily("phi_weights_bytes", "Weights in the object store, in bytes a node.", value=weights_nbytes)
 

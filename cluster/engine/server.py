@@ -35,6 +35,7 @@ from phi_cluster.cluster.engine.settings import EngineSettings
 from phi_cluster.cluster.messages import (
     AbortSequence,
     AddSequence,
+    EngineTotals,
     ExtendSequence,
     Frame,
     Heartbeat,
@@ -219,7 +220,9 @@ class EngineServer:
 
     def _send(self, sender: FrameSender, outputs: list[SequenceOutput]) -> None:
         self._unanswered = False
-        sender.send(StepFrame(self._num_steps, outputs, self._engine.num_running, self._engine.num_waiting))
+        engine = self._engine
+        totals = EngineTotals(engine.num_preemptions, engine.num_draft_tokens, engine.num_accepted_tokens)
+        sender.send(StepFrame(self._num_steps, outputs, engine.num_running, engine.num_waiting, totals))
 
     def _receive(self, connection: socket.socket) -> bool:
         """Takes in what has come; False at the end of the connection."""

@@ -22,7 +22,7 @@ async def read_object(request: Request, max_bytes: int, *, may_be_empty: bool = 
     Raises `BodyTooLarge` before the body is read to its end, `InvalidRequest` if it is not JSON, and
     `HTTPException` 415 on another media type.
     """
-    raw = await _read_bytes(request, max_bytes)
+    raw = await read_bytes(request, max_bytes)
     if may_be_empty and not raw:
         return {}
     _check_media_type(request)
@@ -36,7 +36,7 @@ async def read_object(request: Request, max_bytes: int, *, may_be_empty: bool = 
     return given
 
 
-async def _read_bytes(request: Request, max_bytes: int) -> bytes:
+async def read_bytes(request: Request, max_bytes: int) -> bytes:
     """The body as it came. Raises `BodyTooLarge` as soon as it is known to be larger than `max_bytes`."""
     announced = request.headers.get("content-length", "")
     if announced.isdecimal() and (len(announced) > 18 or int(announced) > max_bytes):

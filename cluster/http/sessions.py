@@ -16,7 +16,7 @@ from starlette.responses import Response
 
 from phi_cluster.cluster.errors import InvalidRequest
 from phi_cluster.cluster.http.auth import tenant_of
-from phi_cluster.cluster.http.body import read_object
+from phi_cluster.cluster.http.body import read_bytes, read_object
 from phi_cluster.cluster.http.caller import SESSION_ID_RULE, check_session_id
 from phi_cluster.cluster.http.edge import Edge
 from phi_cluster.cluster.http.errors import to_json
@@ -38,10 +38,11 @@ class SessionStats(BaseModel):
     state: str
     num_tokens: int
     kv_cache_bytes: int
+    disk_bytes: int = 0
     process_bytes: int | None = None
     turns: int
     age_seconds: float
-    idle_seconds: float
+    idle_seconds: float | None
     activation: int
     recycles: int
     holder: str | None = None
@@ -85,6 +86,21 @@ def sessions_router(edge: Edge) -> APIRouter:
             }
         )
 
+    @router.post("/import", response_model=None, openapi_extra=_IMPORT, responses=_docs(SessionStats, 400, 409, 413))
+    async def import_session(request: Request) -> Response:
+        """A session of what an export gave, under the id in the query, or one that is made."""
+        new_id = _import_id(request)
+        data = await read_bytes(request, edge.settings.max_body_bytes)
+        tenant, vocab_size = tenant_of(request.headers), edge.settings.vocab_size
+        return _json(_described(await sessions.import_session(tenant, new_id, data, vocab_size)))
+
+    @router.get("/{session_id}/export", response_class=Response, responses=_EXPORT | error_docs(400, 404, 500, 503))
+    async def export_session(request: Request, session_id: SessionId) -> Response:
+        """The session's turns as a file that `import` takes."""
+        check_session_id(session_id, "session_id")
+        data = await sessions.export(tenant_of(request.headers), session_id)
+        return Response(data, media_type="application/octet-stream")
+
     @router.get("/{session_id}", response_model=None, responses=_docs(SessionStats, 400, 404))
     async def get_session(request: Request, session_id: SessionId) -> Response:
         """One session's state."""
@@ -103,6 +119,24 @@ def sessions_router(edge: Edge) -> APIRouter:
         """Forget the conversation and its KV cache; the session stays."""
         await _check_action(request, session_id, edge)
         return _json(_described(await sessions.clear(tenant_of(request.headers), session_id)))
+
+    @router.post(
+        "/{session_id}/fork",
+        response_model=None,
+        openapi_extra=_FORK_BODY,
+        responses=_docs(SessionStats, 400, 404, 409),
+    )
+    async def fork_session(request: Request, session_id: SessionId) -> Response:
+        """A new session with the same conversation, and a copy of its KV cache."""
+        check_session_id(session_id, "session_id")
+        new_id, turn = _fork_of(await read_object(request, edge.settings.max_body_bytes, may_be_empty=True))
+        return _json(_described(await sessions.fork(tenant_of(request.headers), session_id, new_id, turn)))
+
+    @router.post("/{session_id}/hibernate", response_model=None, responses=_docs(SessionStats, 400, 404, 409, 507))
+    async def hibernate_session(request: Request, session_id: SessionId) -> Response:
+        """Give the session's memory back and keep its KV cache on the disk; the next turn wakes it."""
+        await _check_action(request, session_id, edge)
+        return _json(_described(await sessions.hibernate(tenant_of(request.headers), session_id)))
 
     @router.post("/{session_id}/recycle", response_model=None, responses=_docs(SessionStats, 400, 404, 409))
     async def recycle_session(request: Request, session_id: SessionId) -> Response:
@@ -132,6 +166,66 @@ async def _check_action(request: Request, session_id: str, edge: Edge) -> None:
     if given:
         param = next(iter(given))[:64]
         raise InvalidRequest(f"{param} is not a field here: send no body, or {{}}", param=param)
+
+
+_BINARY: dict[str, Any] = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
+_EXPORT: dict[int | str, dict[str, Any]] = {200: {"content": _BINARY}}
+_IMPORT: dict[str, Any] = {
+    "parameters": [{"name": "id", "in": "query", "required": False, "schema": {"type": "string"}}],
+    "requestBody": {"required": True, "content": _BINARY},
+}
+
+
+def _import_id(request: Request) -> str | None:
+    """Raises `InvalidRequest` naming a parameter that is wrong, unknown or repeated."""
+    given = request.query_params.multi_items()
+    for name, _ in given:
+        if name != "id":
+            raise InvalidRequest(f"{name[:64]} is not a parameter here: there is id", param=name[:64])
+    if len(given) > 1:
+        raise InvalidRequest("id: send this parameter once", param="id")
+    return check_session_id(given[0][1], "id") if given else None
+
+
+_FORK_BODY: dict[str, Any] = {
+    "requestBody": {
+        "required": False,
+        "content": {
+            "application/json": {
+                "schema": {
+                    "type": "object",
+                    "additionalProperties": False,
+                    "properties": {
+                        "id": {
+                            "type": "string",
+                            "description": f"the new session's; unset: one is made. {SESSION_ID_RULE}",
+                        },
+                        "turn": {
+                            "type": "integer",
+                            "minimum": 1,
+                            "description": "the new session ends after so many of the turns that there are; unset: all",
+                        },
+                    },
+                }
+            }
+        },
+    }
+}
+
+
+def _fork_of(given: Mapping[str, Any]) -> tuple[str | None, int | None]:
+    """`id` and `turn`. Raises `InvalidRequest` naming the field that is wrong or unknown."""
+    for name in given:
+        if name not in ("id", "turn"):
+            raise InvalidRequest(f"{name[:64]} is not a field here: there are id and turn", param=name[:64])
+    new_id, turn = given.get("id"), given.get("turn")
+    if new_id is not None:
+        if not isinstance(new_id, str):
+            raise InvalidRequest(f"id must be a string: {SESSION_ID_RULE}", param="id")
+        check_session_id(new_id, "id")
+    if turn is not None and (type(turn) is not int or not 1 <= turn <= 2**31):
+        raise InvalidRequest("turn must be an integer of at least 1", param="turn")
+    return new_id, turn
 
 
 _PAGE_PARAMETERS: dict[str, Any] = {

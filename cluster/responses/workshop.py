@@ -30,12 +30,14 @@ _END_ATTEMPTS = 5
 @dataclass(frozen=True)
 class Rhythm:
     """Seconds: how often progress is saved and wishes are seen, how often responses of dead processes are looked for,
-    how often what is too old is, and how often what others do is looked at while somebody waits for it."""
+    how often what is too old is, how often what others do is looked at while somebody waits for it, and for how long a
+    branch waits for its origin's memory."""
 
     save: float = 0.2
     tend: float = 1.0
     expire: float = 60.0
     look: float = 0.1
+    branch: float = 2.0
 
 
 @dataclass(frozen=True)
@@ -139,9 +141,11 @@ class Workshop:
                 place.cancel()
 
     async def _branch(self, tenant: str, origin: Branch, session_id: str) -> None:
+        """Where the origin is in a turn, computing what was said is quicker than waiting for it."""
+        branching = self._around.sessions.branch(tenant, origin, session_id)
         try:
-            await self._around.sessions.branch(tenant, origin, session_id)
-        except PhiError as error:
+            await asyncio.wait_for(branching, self._around.rhythm.branch)
+        except (PhiError, asyncio.TimeoutError) as error:
             logger.info("a branch begins without its origin's memory: %s", type(error).__name__)
 
     async def _store_end(self, run: Run, response: Response | None) -> PhiError | None:

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import uuid
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
-from phi_cluster.cluster.errors import PhiError, StaleEpoch, Unavailable
+from phi_cluster.cluster.errors import PhiError, SessionExists, StaleEpoch, Unavailable
 from phi_cluster.cluster.messages import BeginTurn, CommitTurn, Moved, SessionKey, TurnGrant
 from phi_cluster.cluster.session.keeper import HeldBy
 from phi_cluster.cluster.session.recycler import RecycleReason
@@ -82,6 +83,34 @@ class SessionDirectory:
 
     async def recycle(self, tenant: str, session_id: str) -> dict[str, Any]:
         return await self._ask_keeper("recycle", SessionKey(tenant, session_id), RecycleReason.REQUESTED)
+
+    async def hibernate(self, tenant: str, session_id: str) -> dict[str, Any]:
+        return await self._ask_keeper("hibernate", SessionKey(tenant, session_id))
+
+    async def export(self, tenant: str, session_id: str) -> bytes:
+        return await self._ask_keeper("export", SessionKey(tenant, session_id))
+
+    async def import_session(
+        self, tenant: str, new_session_id: str | None, data: bytes, vocab_size: int
+    ) -> dict[str, Any]:
+        new = SessionKey(tenant, new_session_id or uuid.uuid4().hex)
+        try:
+            return await self._ask_keeper("import_session", new, data, vocab_size)
+        except SessionExists:
+            if new_session_id is not None:
+                raise
+            # Nobody else knows the name: the first answer was lost.
+            return await self.get(tenant, new.session_id)
+
+    async def fork(self, tenant: str, session_id: str, new_session_id: str | None, turn: int | None) -> dict[str, Any]:
+        new = SessionKey(tenant, new_session_id or uuid.uuid4().hex)
+        try:
+            return await self._ask_keeper("fork", SessionKey(tenant, session_id), new, turn)
+        except SessionExists:
+            if new_session_id is not None:
+                raise
+            # Nobody else knows the name: the first answer was lost.
+            return await self.get(tenant, new.session_id)
 
     # Inside.
 

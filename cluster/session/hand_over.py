@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import logging
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 
 from ray.exceptions import RayError, RayTaskError
 
@@ -85,13 +85,31 @@ class HandOvers:
                 # Deleted or dropped while this waited.
                 return
             if reason.deactivates:
-                await self._to_keeper(entry, reason)
+                await self.to_keeper(entry, reason)
             else:
                 if entry.actor is None and self._num_actors() >= self._config.max_actors:
                     # Nothing to renew: it is given an actor when there is room for one.
                     self.want_actor(entry)
                     return
                 await self._to_actor(entry, await self._pool.take(), reason)
+
+    @contextlib.asynccontextmanager
+    async def lent(self, entry: Entry, wait_seconds: float) -> AsyncIterator[SegmentRef | Moved]:
+        """The session's memory, to be read between two turns: those that come meanwhile wait. With `entry.moving` held.
+        Raises SessionBusy if the turn under way does not end in time, and what a hand-over raises."""
+        session, actor = entry.session, entry.actor
+        if session is not None:
+            ref = await session.begin_hand_over(wait_seconds)
+        else:
+            ref = await self._begin(entry.key, actor, wait_seconds)
+        try:
+            yield ref
+        finally:
+            if not isinstance(ref, Moved):
+                if session is not None:
+                    session.cancel_hand_over()
+                else:
+                    await self._cancel(entry.key, actor)
 
     async def end_actor(self, entry: Entry) -> None:
         """The session is gone: so is its actor."""
@@ -214,13 +232,14 @@ class HandOvers:
             self.recycles[reason.value] += 1
             await self._let_go(key, predecessor)
 
-    async def _to_keeper(self, entry: Entry, reason: RecycleReason) -> None:
-        """The keeper takes the session's memory, still warm; its actor ends. With `entry.moving` held."""
+    async def to_keeper(self, entry: Entry, reason: RecycleReason, wait_seconds: float = _WAIT_SECONDS) -> None:
+        """The keeper takes the session's memory, still warm; its actor ends. With `entry.moving` held. Raises
+        SessionBusy if a turn does not end in time, and what a hand-over raises."""
         actor = entry.actor
         if actor is None:
             return
         stats = await asyncio.wait_for(actor.handle.describe.remote(entry.key), ANSWER_SECONDS)
-        ref = await self._begin(entry.key, actor)
+        ref = await self._begin(entry.key, actor, wait_seconds)
         if isinstance(ref, Moved) or isinstance(stats, Moved):
             return
         last_used = self._settings.clock() - stats.idle_seconds
@@ -236,10 +255,12 @@ class HandOvers:
         self.recycles[reason.value] += 1
         await self._let_go(entry.key, actor)
 
-    async def _begin(self, key: SessionKey, predecessor: PooledActor) -> SegmentRef | Moved:
+    async def _begin(
+        self, key: SessionKey, predecessor: PooledActor, wait_seconds: float = _WAIT_SECONDS
+    ) -> SegmentRef | Moved:
         """Raises SessionBusy and RayError, and the session is as before."""
         try:
-            return await predecessor.handle.begin_hand_over.remote(key, _WAIT_SECONDS)
+            return await predecessor.handle.begin_hand_over.remote(key, wait_seconds)
         except RayTaskError:
             raise
         except RayError:

@@ -11,7 +11,7 @@ large as the conversation, however often that is rewritten.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -88,6 +88,12 @@ class Journal(Protocol):
         """The stored turns, oldest first."""
         ...
 
+    def fill(self, turns: Sequence[CommitTurn], fingerprint: str) -> None:
+        """Make the journal, which must not be there yet, with turns of another session (oldest first) and the
+        fingerprint of the model whose ids they hold: durably, all or nothing. Its epoch is beyond theirs. Raises
+        ValueError if there is a journal."""
+        ...
+
     def clear(self) -> None:
         """Drop all turns. The epoch goes on from where it is."""
         ...
@@ -112,6 +118,13 @@ def first_epoch(now: float) -> int:
     """Where a new journal begins to count: above all epochs of a deleted one of the same name, so that none of its
     turns is taken for a new one's (no session has a thousand turns a second). `now`: wall clock, seconds."""
     return max(int((now - _EPOCHS_SINCE) * 1000), 0)
+
+
+def filled(turns: Sequence[CommitTurn], fingerprint: str, now: float) -> JournalInfo:
+    """What a journal knows that is made of another session's turns at `now` (wall clock, seconds)."""
+    # No epoch twice, also if the clock was set back.
+    epoch = max([first_epoch(now), *(turn.epoch + 1 for turn in turns)])
+    return JournalInfo(epoch, len(turns), 0, 0, fingerprint, now)
 
 
 def supersedes(later: CommitTurn, earlier: CommitTurn) -> bool:
@@ -152,6 +165,12 @@ class MemoryJournal:
 
     def load(self) -> list[CommitTurn]:
         return list(self._turns)
+
+    def fill(self, turns: Sequence[CommitTurn], fingerprint: str) -> None:
+        if self._turns or self._info.activation or self._info.turns:
+            raise ValueError("the journal is not new")
+        self._turns = [replace(turn, key=self.key) for turn in turns]
+        self._info = filled(turns, fingerprint, self._clock())
 
     def clear(self) -> None:
         self._turns = []

@@ -65,6 +65,19 @@ class KVLeases:
                 self._waiting.remove(waiter)
                 self._advance()
 
+    async def take(self, digest: str, nbytes: int) -> bool:
+        """Leases memory for what can do without: at once or, if nobody waits for memory, once idle sessions have made
+        room. False if there is none."""
+        if self._waiting:
+            return False
+        if self._ledger.reserve(digest, nbytes):
+            return True
+        if nbytes > self._ledger.capacity or not await self._make_room(self._ledger.missing(digest, nbytes)):
+            return False
+        # Who began to wait meanwhile may have been given the room, or has a better right to it.
+        self._grant()
+        return not self._waiting and self._ledger.reserve(digest, nbytes)
+
     def settle(self, digest: str, nbytes: int) -> None:
         """The session's turn is over, it holds so many bytes."""
         self._has_changed = self._has_changed or nbytes < self._ledger.lease(digest)

@@ -74,6 +74,22 @@ def nbytes_resident(fd: int) -> int:
     return os.fstat(fd).st_blocks * 512
 
 
+def read_into(fd: int, view: memoryview, offset: int) -> None:
+    """Fill `view` with the file's bytes from `offset` on. Raises OSError, also at the file's end."""
+    while len(view):
+        count = os.preadv(fd, [view], offset)
+        if count == 0:
+            raise OSError(errno.EIO, "the memory file ends too early")
+        view, offset = view[count:], offset + count
+
+
+def write_from(fd: int, data: memoryview, offset: int) -> None:
+    """Write all of `data` at `offset`. Raises OSError, where a store into a mapping would kill the process."""
+    while len(data):
+        count = os.pwrite(fd, data, offset)
+        data, offset = data[count:], offset + count
+
+
 def punch(fd: int, offset: int, length: int) -> None:
     """Give the pages of a range back; it reads as zeros after. Mappings stay valid. Raises OSError."""
     while _fallocate(fd, _FALLOC_FL_PUNCH_HOLE | _FALLOC_FL_KEEP_SIZE, offset, length) != 0:

@@ -97,6 +97,16 @@ def decide(
     return [RecycleOrder(digest, reason) for *_, digest, reason in found[: max(max_per_round, 0)]]
 
 
+def sleepers(
+    snapshots: Iterable[SessionSnapshot], hibernate_after: float | None, now: float, max_per_round: int
+) -> list[str]:
+    """Digests of the sessions to hibernate in this round, longest idle first, at most `max_per_round`."""
+    if hibernate_after is None:
+        return []
+    idle = [(now - s.last_used, s.digest) for s in snapshots if not s.in_turn]
+    return [digest for seconds, digest in sorted(idle, reverse=True) if seconds >= hibernate_after][:max_per_round]
+
+
 _ORDER = (RecycleReason.LEAK, RecycleReason.IDLE, RecycleReason.MAX_AGE, RecycleReason.MAX_TURNS)
 
 

@@ -27,7 +27,8 @@ class SessionReport:
 
 @dataclass(frozen=True)
 class KeeperReport:
-    """What the controller collects. Bytes; counters since this keeper started."""
+    """What the controller collects. Bytes; counters since this keeper started; `counts` are those that the metrics
+    declare (see monitoring/metrics.py)."""
 
     node_id: str
     process: ProcessId
@@ -35,10 +36,13 @@ class KeeperReport:
     reserved_nbytes: int
     sessions: list[SessionReport]
     num_stored: int
+    num_hibernated: int
+    hibernated_nbytes: int
     num_warm: int
     activations: int
     recycles: dict[str, int]
     private_nbytes: int
+    counts: dict[str, int]
 
 
 def public_description(stats: SessionStats, actor_pid: int | None, node_id: str) -> dict[str, Any]:
@@ -48,6 +52,7 @@ def public_description(stats: SessionStats, actor_pid: int | None, node_id: str)
         "state": "active" if actor_pid is not None else "held",
         "num_tokens": stats.num_tokens,
         "kv_cache_bytes": stats.kv_cache_bytes,
+        "disk_bytes": 0,
         "process_bytes": private_or_zero(actor_pid),
         "turns": stats.turns,
         "age_seconds": round(stats.age_seconds, 3),
@@ -60,13 +65,17 @@ def public_description(stats: SessionStats, actor_pid: int | None, node_id: str)
     }
 
 
-def stored_description(session_id: str, info: JournalInfo, num_tokens: int, now: float) -> dict[str, Any]:
-    """A session that only the disk holds, under the same names. `now` is wall clock, seconds."""
+def stored_description(
+    session_id: str, info: JournalInfo, num_tokens: int, now: float, disk_nbytes: int | None
+) -> dict[str, Any]:
+    """A session that only the disk holds, under the same names. `now` is wall clock, seconds; `disk_nbytes` its
+    hibernated cache, None if there is only its journal."""
     return {
         "id": session_id,
-        "state": "stored",
+        "state": "stored" if disk_nbytes is None else "hibernated",
         "num_tokens": num_tokens,
         "kv_cache_bytes": 0,
+        "disk_bytes": disk_nbytes or 0,
         "process_bytes": 0,
         "turns": info.turns,
         "age_seconds": round(max(now - info.created_at, 0.0), 3),

@@ -23,7 +23,8 @@ class Entry:
 
     `moving` is locked while the session changes hands. `wants_actor`: it had a turn while the keeper held it.
     `private_baseline` is its actor's private memory in bytes when it took the session. `memory` is the actor's, held so
-    that it is not lost with it. `silent_since`: the actor has not answered since then (the loop's seconds).
+    that it is not lost with it. `silent_since`: the actor has not answered since then; `turn_began`: the keeper let a
+    turn begin then (the loop's seconds).
     """
 
     key: SessionKey
@@ -35,6 +36,7 @@ class Entry:
     last_stats: SessionStats | None = None
     memory: HeldMemory | None = None
     silent_since: float | None = None
+    turn_began: float = 0.0
 
     def hold(self, memory: HeldMemory | None) -> None:
         """The actor's memory is this one; None: there is no actor, or it cannot be held."""

@@ -36,6 +36,7 @@ VERSION = 2
 
 # Offsets in the header: magic 8, version 8, nonce 16, identity 32, then the fields.
 _HEAD = struct.Struct("=8sq16s32s")
+_IDENTITY_OFFSET = 32
 FIELDS_OFFSET = 64
 _EPOCH, _FLAGS, _SEED, _NUM_COMPUTED_TOKENS, _NUM_TOKENS, _WRITER_PID, _WRITER_START_TICKS = range(7)
 _COMMITTER_PID, _COMMITTER_START_TICKS, _REQUEST, _, _CLAIM, _ = range(7, 13)
@@ -80,6 +81,7 @@ class Segment:
         self._fields = view[FIELDS_OFFSET : FIELDS_OFFSET + _FIELDS.size].cast("q")
         self._ids = view[layout.ids_offset : layout.ids_offset + layout.max_model_len * ID_NBYTES].cast("i")
         self.kv_buffer = view[layout.kv_offset :]
+        self._view = view
         self._fd = fd
 
     @classmethod
@@ -116,6 +118,11 @@ class Segment:
         if self._fd < 0:
             raise ValueError("the KV segment is closed")
         return SegmentRef(os.getpid(), self._fd, self.nonce)
+
+    @property
+    def identity(self) -> bytes:
+        """32 bytes that only segments of the same model and layout share."""
+        return os.pread(self._fd, 32, _IDENTITY_OFFSET)
 
     @property
     def nbytes_resident(self) -> int:
@@ -261,6 +268,34 @@ class Segment:
                 high = middle
         return low
 
+    def copy_from(self, source: Segment, num_tokens: int) -> None:
+        """Hold, as new memory, the first `num_tokens` tokens of another segment of this layout, with as many keys and
+        values as it has of them, and its regime. Nobody may write to either meanwhile. Blocks (other threads run on).
+
+        Raises ValueError if there are fewer tokens or this segment holds some, OSError if there is no memory.
+        """
+        if self.num_tokens or not 0 <= num_tokens <= source.num_tokens:
+            raise ValueError(f"cannot copy {num_tokens} of {source.num_tokens} tokens over {self.num_tokens}")
+        num_computed = min(num_tokens, source.num_computed_tokens)
+        for offset, length in self.layout.used_ranges(num_tokens, num_computed):
+            # Read, not copied from mapping to mapping: that would hold all other threads up.
+            memfd.read_into(source._fd, self._view[offset : offset + length], offset)
+        self.set_counts(num_tokens, num_computed, long_rope=source.long_rope)
+
+    def read_bytes(self, offset: int, into: memoryview) -> None:
+        """Bytes of the file, for whoever stores it elsewhere. Blocks (other threads run on)."""
+        memfd.read_into(self._fd, into, offset)
+
+    def write_bytes(self, offset: int, data: memoryview) -> None:
+        """The other way round; they count once `set_counts` says so."""
+        memfd.write_from(self._fd, data, offset)
+
+    def set_counts(self, num_tokens: int, num_computed_tokens: int, *, long_rope: bool) -> None:
+        """So many tokens have been written with `write_bytes`."""
+        self.long_rope = long_rope
+        self._fields[_NUM_TOKENS] = num_tokens
+        self._fields[_NUM_COMPUTED_TOKENS] = num_computed_tokens
+
     # Giving memory back.
 
     def trim(self, num_tokens: int) -> None:
@@ -297,7 +332,7 @@ class Segment:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
-            self._fields = self._ids = self.kv_buffer = memoryview(b"")
+            self._fields = self._ids = self._view = self.kv_buffer = memoryview(b"")
 
     def __del__(self) -> None:
         # A holder that was dropped after an error must not keep a conversation's memory.

@@ -44,10 +44,17 @@ class SegmentLayout:
         """Size of the file: virtual, pages exist once written."""
         return self.kv_offset + self.kv.nbytes
 
-    def nbytes_used(self, num_tokens: int) -> int:
-        """Memory (whole pages) of a segment that holds `num_tokens` computed tokens: what a lease must
-        cover."""
-        return PAGE_NBYTES + page_ceil(num_tokens * ID_NBYTES) + self.kv.nbytes_used(num_tokens)
+    def nbytes_used(self, num_tokens: int, num_computed_tokens: int | None = None) -> int:
+        """Memory (whole pages) of a segment that holds `num_tokens` tokens, all of them computed unless told otherwise:
+        what a lease must cover."""
+        num_computed = num_tokens if num_computed_tokens is None else num_computed_tokens
+        return PAGE_NBYTES + page_ceil(num_tokens * ID_NBYTES) + self.kv.nbytes_used(num_computed)
+
+    def used_ranges(self, num_tokens: int, num_computed_tokens: int) -> list[tuple[int, int]]:
+        """(offset, length) of exactly the bytes of so many ids, and of the keys and values of so many tokens."""
+        ids = [(self.ids_offset, num_tokens * ID_NBYTES)] if num_tokens else []
+        kv = self.kv.used_ranges(num_computed_tokens)
+        return ids + [(self.kv_offset + offset, length) for offset, length in kv]
 
     def identity(self, fingerprint: str) -> bytes:
         """32 bytes that two segments share only if model and layout are the same."""

@@ -87,7 +87,7 @@ class _Turn:
 
 
 class Session:
-    """Made by `create`, `restore` or `take_over`."""
+    """Made by `create`, `restore`, `take_over` or `adopt`."""
 
     def __init__(self, conversation: Conversation, settings: SessionSettings):
         """Takes the conversation over."""
@@ -153,6 +153,18 @@ class Session:
             session._last_used = last_used
         try:
             session._take_turn_over()
+        except BaseException:
+            segment.close()
+            raise
+        return session
+
+    @classmethod
+    def adopt(cls, segment: Segment, journal: Journal, settings: SessionSettings) -> Session:
+        """The conversation as the journal has it, in memory that holds keys and values of its beginning already: a
+        copy, which nobody else has. Takes the segment over. No incarnation is counted. Raises the journal's errors."""
+        try:
+            session = cls._built(segment, journal, settings, journal.info())
+            session._conversation.lay_tokens()
         except BaseException:
             segment.close()
             raise

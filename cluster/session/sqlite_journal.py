@@ -24,13 +24,14 @@ import msgpack
 from phi_cluster.cluster.errors import PhiError
 from phi_cluster.cluster.messages import CommitTurn, SessionKey
 from phi_cluster.cluster.session import sqlite_file
-from phi_cluster.cluster.session.journal import JournalInfo, JournalUnavailable, first_epoch, stale_epoch
+from phi_cluster.cluster.session.journal import JournalInfo, JournalUnavailable, filled, first_epoch, stale_epoch
 from phi_cluster.cluster.session.sqlite_file import MIGRATIONS, checksum, corrupt, translated
 
 _TURN_COLUMNS = (
     "epoch, request_id, num_kept_tokens, num_kept_chars, token_ids, text, boundaries, num_prompt_tokens,"
     " num_cached_tokens, num_completion_tokens, finish_reason, sampling, committed_at"
 )
+_INSERT_TURN = f"INSERT INTO turns ({_TURN_COLUMNS}) VALUES ({', '.join('?' * (_TURN_COLUMNS.count(',') + 1))})"
 _SESSION_COLUMNS = (
     "tenant, session_id, ephemeral, fingerprint, created_at, epoch, turns, activation, recycles, turns_checksum"
 )
@@ -40,6 +41,18 @@ _SUFFIXES = ("", "-wal", "-shm")
 def journal_path(state_dir: Path, key: SessionKey) -> Path:
     """Where the session's journal lies. Only the digest of its name shows."""
     return state_dir / "sessions" / key.digest[:2] / f"{key.digest}.sqlite"
+
+
+def last_used(state_dir: Path, key: SessionKey) -> float | None:
+    """When the session was made or had its last turn, whichever was later (wall clock, seconds); None: there is no
+    journal that could be read. Makes none."""
+    try:
+        location = f"{journal_path(state_dir, key).absolute().as_uri()}?mode=rw"
+        with contextlib.closing(sqlite3.connect(location, uri=True, timeout=1.0)) as connection:
+            query = "SELECT max(created_at, coalesce((SELECT max(committed_at) FROM turns), 0)) FROM session"
+            return connection.execute(query).fetchone()[0]
+    except (sqlite3.Error, TypeError):
+        return None
 
 
 def list_sessions(state_dir: Path, on_error: Callable[[Path, PhiError], None] | None = None) -> Iterator[SessionKey]:
@@ -122,11 +135,34 @@ class SQLiteJournal:
             dropped = connection.execute(f"SELECT {_TURN_COLUMNS} {superseded}", kept).fetchall()
             connection.execute(f"DELETE {superseded}", kept)
             values = _turn_to_row(turn)
-            marks = ", ".join("?" * len(values))
-            connection.execute(f"INSERT INTO turns ({_TURN_COLUMNS}) VALUES ({marks})", values)
+            connection.execute(_INSERT_TURN, values)
             turns_checksum += checksum(*values) - sum(checksum(*old) for old in dropped)
             self._write(connection, replace(info, turns=info.turns + 1, fingerprint=self._fingerprint), turns_checksum)
             return True
+
+    def fill(self, turns: Sequence[CommitTurn], fingerprint: str) -> None:
+        self.close()
+        is_new = not self.exists
+        info = filled(turns, fingerprint, float(self._clock()))
+        rows = [_turn_to_row(turn) for turn in turns]
+        done = False
+
+        def write(connection: sqlite3.Connection) -> None:
+            nonlocal done
+            connection.executemany(_INSERT_TURN, rows)
+            self._write(connection, info, sum(checksum(*row) for row in rows))
+            done = True
+
+        try:
+            with translated(self.path):
+                # In the transaction that makes the file: whoever finds it finds all of it.
+                self._open(write)
+        except BaseException:
+            if is_new:
+                self.delete()
+            raise
+        if not done:
+            raise ValueError("there is a journal of this session")
 
     def load(self) -> list[CommitTurn]:
         with self._transaction(write=False) as connection:
@@ -170,7 +206,7 @@ class SQLiteJournal:
             with sqlite_file.transaction(connection, write=write):
                 yield connection
 
-    def _open(self) -> sqlite3.Connection:
+    def _open(self, on_create: Callable[[sqlite3.Connection], None] | None = None) -> sqlite3.Connection:
         # Deleted, or deleted and created anew, by another process: what we have open is nobody's any more.
         if self._connection is not None and sqlite_file.inode(self.path) != self._inode:
             self.close()
@@ -178,7 +214,7 @@ class SQLiteJournal:
             sqlite_file.create_file(self.path)
             connection = sqlite_file.connect(self.path, self._busy_seconds)
             try:
-                sqlite_file.migrate(connection, self.path, self._migrations, self._write_new)
+                sqlite_file.migrate(connection, self.path, self._migrations, on_create or self._write_new)
                 names = connection.execute("SELECT tenant, session_id, ephemeral FROM session").fetchone()
                 if names != self._names:
                     raise corrupt(self.path, "it belongs to another session")

@@ -91,7 +91,9 @@ def test_a_branch_goes_its_own_way(official, server, model):
         model=model, input="I live in Bergen. Where do I live?", previous_response_id=first.id, **SHORT
     )
     assert session(server, first.id)["turns"] == 2
-    assert session(server, branch.id) is not None
+    assert session(server, branch.id)["turns"] == 2
+    # It has a copy of the memory up to where it leaves the other.
+    assert total(first) - 1 <= cached(branch) < branch.usage.input_tokens
     for last in (second, branch):
         again = official.responses.create(model=model, input="Say it again.", previous_response_id=last.id, **SHORT)
         assert cached(again) >= total(last) - 1

@@ -80,6 +80,9 @@ class Handler(BaseHTTPRequestHandler):
             usage = {"prompt_tokens": 9, "completion_tokens": 1, "prompt_tokens_details": {"cached_tokens": 4}}
             lines = [{"choices": [{"delta": {"content": said}}]}, {"choices": [], "usage": usage}]
             self._send(200, b"".join(b"data: " + json.dumps(one).encode() + b"\n\n" for one in lines))
+        elif path.endswith("/fork") and body:
+            server.bodies.append(body)
+            self._send(200, json.dumps(server.describe(body["id"])).encode())
         elif path.split("/")[3] not in server.names:
             self._send(404, b'{"error": {"message": "no session \'z\'"}}')
         elif self.command == "DELETE":
@@ -124,6 +127,8 @@ def test_no_sessions_are_a_table_too(server: Server, capsys: pytest.CaptureFixtu
         ("show", ("GET", "/v1/sessions/a"), "num_tokens       1234"),
         ("clear", ("POST", "/v1/sessions/a/clear"), "a   active"),
         ("recycle", ("POST", "/v1/sessions/a/recycle"), "a   active"),
+        ("fork", ("POST", "/v1/sessions/a/fork"), "a   active"),
+        ("hibernate", ("POST", "/v1/sessions/a/hibernate"), "a   active"),
         ("delete", ("DELETE", "/v1/sessions/a"), "deleted a"),
     ],
 )
@@ -133,6 +138,11 @@ def test_one_session(
     assert main(["sessions", action, "a", "--url", server.url]) == 0
     assert server.asked == [asked]
     assert told in capsys.readouterr().out
+
+
+def test_a_fork_is_told_what_it_shall_be(server: Server) -> None:
+    assert main(["sessions", "fork", "a", "--to", "b2", "--turn", "3", "--url", server.url]) == 0
+    assert server.bodies == [{"id": "b2", "turn": 3}]
 
 
 def test_a_servers_refusal_is_one_sentence(server: Server, capsys: pytest.CaptureFixture[str]) -> None:

@@ -77,7 +77,7 @@ def test_unknown_fields_name_the_nearest(tmp_path: Path) -> None:
     told = refusal(tmp_path, "engine: {max_num_seq: 3}")
     assert told == "FILE: unknown field engine.max_num_seq; did you mean max_num_seqs?"
     told = refusal(tmp_path, "kv: {zzz: 3}")
-    assert told == "FILE: unknown field kv.zzz; known fields: budget, reserve_wait"
+    assert told == "FILE: unknown field kv.zzz; known fields: budget, hibernate_quota, hibernate_key_file, reserve_wait"
 
 
 @pytest.mark.parametrize(

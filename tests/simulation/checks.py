@@ -39,6 +39,8 @@ def _check_journals(world: World) -> None:
     for what, digest, life, value in world.disk.history:
         if what == "epoch":
             epochs[digest] = value
+        elif what == "fill":
+            transcripts[digest] = Transcript.replay(value)
         elif what in ("clear", "delete"):
             transcripts.pop(digest, None)
         else:
@@ -107,10 +109,11 @@ def _check_leftovers(world: World) -> None:
         _expect(replica.turns.num_running == 0, "a turn is open")
         _expect(replica.engines.num_streams == 0, "a sequence is open")
         _expect(not replica.directory._background, "a replica still works on something")
-    keeper = world.node_sessions()
-    entries = list(keeper._roster)
+    keeper = world.node_sessions()._custody
+    _expect(world.disk.memories.keys() <= world.disk.files.keys(), "a hibernated memory of no session is left")
+    entries = list(keeper.roster)
     at_home = {entry.actor.process: entry for entry in entries if entry.actor is not None}
-    warm = [pooled.process for pooled in keeper._hands._pool._warm]
+    warm = [pooled.process for pooled in keeper.hands._pool._warm]
     sessions = [entry.session for entry in entries if entry.session is not None]
     for process in world.processes.values():
         if process.kind == "actor" and process.alive:
@@ -142,7 +145,7 @@ def _check_leftovers(world: World) -> None:
     _expect(open_maps == mapped + kept, f"{open_maps} memories are open for {mapped} sessions, {kept} of them twice")
     for entry in entries:
         _expect(entry.memory is None or entry.actor is not None, "the memory of a session without an actor is kept")
-    for digest, nbytes in keeper._ledger._leases.items():
+    for digest, nbytes in keeper.ledger._leases.items():
         _expect(digest in resident, f"{nbytes} bytes are leased for a session that is not there")
         _expect(nbytes == resident[digest], f"{nbytes} bytes are leased for {resident[digest]}")
-    _expect(keeper._leases.num_waiting == 0, "somebody waits for memory")
+    _expect(keeper.leases.num_waiting == 0, "somebody waits for memory")

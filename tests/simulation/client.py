@@ -40,6 +40,15 @@ class Conversation:
         self._marks: list[tuple[int, list[int]]] = []
         self._resets = 0
 
+    def fork(self, session_id: str, *, begins_anew: bool) -> Conversation:
+        """Its client knows what this one knows now, or nothing."""
+        fork = Conversation(self._world, self._rng, self._owner, self.key.tenant, session_id, self._shares)
+        if not begins_anew:
+            fork._messages = list(self._messages)
+            # What a session held before it was cleared or deleted says nothing.
+            fork._marks = [] if self._world.resets[self.key.digest] else list(self._marks)
+        return fork
+
     async def run(self, num_turns: int) -> None:
         rng = self._rng
         for _ in range(num_turns):
@@ -164,26 +173,44 @@ class Conversation:
 class Administrator:
     """Does things to sessions at any moment. Errors are answers, too."""
 
-    def __init__(self, world: World, rng: Random, keys: list[SessionKey]):
+    def __init__(self, world: World, rng: Random, conversations: list[Conversation]):
         self._world = world
         self._rng = rng
-        self._keys = keys
+        self._conversations = conversations
+        self._forks: list[asyncio.Task[None]] = []
 
     async def run(self, num_deeds: int) -> None:
         for _ in range(num_deeds):
             await asyncio.sleep(self._rng.random() * 1.5)
             with suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._do(), REQUEST_SECONDS)
+        await asyncio.gather(*self._forks)
 
     async def _do(self) -> None:
         rng, world = self._rng, self._world
-        key = rng.choice(self._keys)
-        deed = rng.choice(("recycle", "recycle", "get", "list", world.bold_deed, world.bold_deed))
+        conversation = rng.choice(self._conversations)
+        key = conversation.key
+        deed = rng.choice(
+            (
+                "recycle",
+                "recycle",
+                "get",
+                "list",
+                "fork",
+                "fork",
+                "hibernate",
+                "put_to_sleep",
+                world.bold_deed,
+                world.bold_deed,
+            )
+        )
         world.log("admin", deed, key.session_id)
         replica = rng.choice(world.replicas)
         reason = rng.choice((RecycleReason.REQUESTED, RecycleReason.IDLE, RecycleReason.MAX_AGE))
         if deed in ("clear", "delete"):
             world.resets[key.digest] += 1
+        turn = rng.choice((None, None, 1))
+        fork = conversation.fork(f"{key.session_id}-{world.loop.num_callbacks}", begins_anew=turn is not None)
         done = world.loop.create_future()
         replica.process.at_death.append(lambda: done.done() or done.set_result(None))
 
@@ -193,6 +220,10 @@ class Administrator:
             try:
                 if deed == "list":
                     answer = await replica.directory.list(key.tenant, 10, None)
+                elif deed == "fork":
+                    answer = await replica.directory.fork(key.tenant, key.session_id, fork.key.session_id, turn)
+                elif deed == "put_to_sleep":
+                    answer = await replica.directory._ask_keeper("put_to_sleep", key)
                 elif deed == "recycle":
                     answer = await replica.directory._ask_keeper("recycle", key, reason)
                 else:
@@ -204,6 +235,8 @@ class Administrator:
                 if not isinstance(error, world.task_errors):
                     world.loop.fail(f"{deed}: {error!r}")
             world.log("admin", deed, "done", type(answer))
+            if deed == "fork" and isinstance(answer, dict):
+                self._forks.append(world.loop.start(None, fork.run(rng.choice((1, 2)))))
             world.loop.at(world.loop.now, None, lambda: done.done() or done.set_result(None))
 
         if replica.process.alive:

@@ -21,6 +21,9 @@ _DELICATE = frozenset(
         "actor_died",
         "withdraw",
         "abandon",
+        "fork",
+        "hibernate",
+        "put_to_sleep",
     )
 )
 _FATES = ("lost", "unanswered", "before", "after", "caller")

@@ -13,7 +13,7 @@ from phi_cluster.cluster.session.directory import SessionDirectory
 from phi_cluster.cluster.session.keeper import NodeSessions
 from phi_cluster.cluster.turn import Turns
 from tests.simulation.engine import Engine
-from tests.simulation.storage import DurableJournal, SimulatedSegment
+from tests.simulation.storage import DurableJournal, HibernationDisk, SimulatedSegment
 
 
 @dataclass(frozen=True)
@@ -26,3 +26,4 @@ class Parts:
     journal: type[DurableJournal] = DurableJournal
     segment: type[SimulatedSegment] = SimulatedSegment
     engine: type[Engine] = Engine
+    store: type[HibernationDisk] = HibernationDisk

@@ -15,11 +15,14 @@ from phi_cluster.cluster.messages import BeginTurn, CommitTurn, Moved, SegmentRe
 from phi_cluster.cluster.session.actor_pool import PooledActor
 from phi_cluster.cluster.session.directory import SessionDirectory
 from phi_cluster.cluster.session.hand_over import HandOvers
+from phi_cluster.cluster.session.hibernation_file import Mark
+from phi_cluster.cluster.session.hibernation_store import Hibernated
 from phi_cluster.cluster.session.journal import MemoryJournal
 from phi_cluster.cluster.session.keeper import NodeSessions
 from phi_cluster.cluster.session.kv_leases import KVLeases
+from phi_cluster.cluster.session.segment import Segment
 from tests.simulation.parts import Parts
-from tests.simulation.storage import DurableJournal, SimulatedSegment
+from tests.simulation.storage import DurableJournal, HibernationDisk, SimulatedSegment
 
 
 class _AnyEpoch(DurableJournal):
@@ -43,7 +46,9 @@ class _EarlyLettingGo(HandOvers):
 class _HastyKeeper(NodeSessions):
     def __init__(self, *arguments: Any):
         super().__init__(*arguments)
-        self._hands = _EarlyLettingGo(self._roster, self._hands._pool, self._settings, self._journal, self._config)
+        custody = self._custody
+        pool = custody.hands._pool
+        custody.hands = _EarlyLettingGo(custody.roster, pool, custody.settings, custody.journal, custody.config)
 
 
 class _NoWithdrawal(SessionDirectory):
@@ -91,7 +96,19 @@ class _Hoarding(KVLeases):
 class _HoardingKeeper(NodeSessions):
     def __init__(self, *arguments: Any):
         super().__init__(*arguments)
-        self._leases = _Hoarding(self._ledger, self._make_room, 2.0)
+        self._custody.leases = _Hoarding(self._custody.ledger, self._custody.make_room, 2.0)
+
+
+class _Mixed(HibernationDisk):
+    """Rows of one session are written under another's name."""
+
+    def write(self, digest: str, segment: Segment, num_tokens: int, mark: Mark) -> Hibernated:
+        written = super().write(digest, segment, num_tokens, mark)
+        memory = self._disk.memories[digest][0]
+        others = [other for name, (other, _) in self._disk.memories.items() if name != digest]
+        if others:
+            memory.rows[: len(others[0].rows)] = others[0].rows[: len(memory.rows)]
+        return written
 
 
 PLANTED = {
@@ -102,4 +119,5 @@ PLANTED = {
     "memory that is not cleared": Parts(segment=_Remembering),
     "a token twice at a failover": Parts(engine_client=_Stuttering),
     "a lease that is not given back": Parts(keeper=_HoardingKeeper),
+    "a hibernated memory of another session": Parts(store=_Mixed),
 }

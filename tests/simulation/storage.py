@@ -6,10 +6,12 @@ Owns: `Disk` and its journals, `Segments` and their memory. Knows nothing of wha
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from phi_cluster.cluster.messages import CommitTurn, SegmentRef, SessionKey
+from phi_cluster.cluster.session.hibernation_file import BadHibernation, Mark
+from phi_cluster.cluster.session.hibernation_store import Hibernated
 from phi_cluster.cluster.session.journal import JournalFull, JournalInfo, JournalUnavailable, MemoryJournal
 from phi_cluster.cluster.session.segment import Segment, SegmentGone, SegmentLayout, SegmentMismatch
 from tests.simulation.loop import Loop, Process
@@ -32,6 +34,8 @@ class Disk:
         self.fault = fault
         self.kill = kill
         self.files: dict[str, MemoryJournal] = {}
+        # Hibernated ones, by digest.
+        self.memories: dict[str, tuple[Memory, Mark]] = {}
         self.lives: dict[str, int] = {}
         self.history: list[tuple[str, str, int, Any]] = []
 
@@ -81,6 +85,17 @@ class DurableJournal:
     def load(self) -> list[CommitTurn]:
         return self._do("load", lambda journal: journal.load())
 
+    def fill(self, turns: Sequence[CommitTurn], fingerprint: str) -> None:
+        if self.key.digest in self._disk.files:
+            raise ValueError("there is a journal of this session")
+
+        def fill(journal: MemoryJournal) -> None:
+            journal.fill(turns, fingerprint)
+            self._disk.note("fill", self.key, list(turns))
+            self._disk.note("epoch", self.key, journal.info().epoch)
+
+        self._do("fill", fill)
+
     def clear(self) -> None:
         def clear(journal: MemoryJournal) -> None:
             journal.clear()
@@ -127,8 +142,62 @@ class Journals:
     def open(self, key: SessionKey) -> DurableJournal:
         return self._kind(key, self._disk, self._process)
 
+    def last_used(self, key: SessionKey) -> float | None:
+        return self._disk.clock() if key.digest in self._disk.files else None
+
     def keys(self) -> Iterator[SessionKey]:
         yield from [journal.key for journal in self._disk.files.values()]
+
+
+class HibernationDisk:
+    """Hibernated memories (in the place of FileHibernationStore), of one process."""
+
+    def __init__(self, disk: Disk, process: Process):
+        self._disk = disk
+        self._process = process
+
+    def scan(self) -> dict[str, Hibernated]:
+        return {digest: Hibernated(1000, 0.0) for digest in self._disk.memories}
+
+    def write(self, digest: str, segment: Segment, num_tokens: int, mark: Mark) -> Hibernated:
+        assert isinstance(segment, SimulatedSegment)
+        self._disk.memories.pop(digest, None)
+        fault = self._fault("hibernate")
+        if fault == "full":
+            raise OSError(28, "no space left on device")
+        memory = segment.memory.copy()
+        memory.fields[_NUM_COMPUTED_TOKENS] = memory.fields[_NUM_TOKENS] = num_tokens
+        del memory.rows[num_tokens:]
+        self._disk.memories[digest] = (memory, mark)
+        if fault == "after":
+            self._disk.kill(self._process)
+        return Hibernated(1000, 0.0)
+
+    def take(self, digest: str, segment: Segment, mark: Mark) -> None:
+        assert isinstance(segment, SimulatedSegment)
+        if self._fault("wake") == "full":
+            self._disk.memories.pop(digest, None)
+            raise BadHibernation("damaged")
+        if digest not in self._disk.memories:
+            raise FileNotFoundError(digest)
+        memory, written = self._disk.memories.pop(digest)
+        if written != mark:
+            raise BadHibernation("stale")
+        count = memory.fields[_NUM_TOKENS]
+        segment.memory.rows[:] = memory.rows
+        segment._ids[:count] = memory.ids[:count]
+        segment.set_counts(count, memory.fields[_NUM_COMPUTED_TOKENS], long_rope=False)
+
+    def delete(self, digest: str) -> None:
+        self._disk.memories.pop(digest, None)
+
+    def _fault(self, operation: str) -> str:
+        fault = self._disk.fault(self._process, operation)
+        if fault == "before":
+            self._disk.kill(self._process)
+        if not self._process.alive:
+            raise OSError(5, "this process is dead")
+        return fault
 
 
 class Memory:
@@ -177,6 +246,14 @@ class SimulatedSegment(Segment):
         if self._fd < 0:
             raise ValueError("the KV segment is closed")
         return self.layout.nbytes_used(len(self.memory.rows))
+
+    def copy_from(self, source: Segment, num_tokens: int) -> None:
+        assert isinstance(source, SimulatedSegment)
+        computed = min(num_tokens, source.num_computed_tokens)
+        self.memory.rows[:] = source.memory.rows[:computed]
+        self._ids[:num_tokens] = source._ids[:num_tokens]
+        self._fields[1] = source._fields[1]
+        self._fields[_NUM_COMPUTED_TOKENS], self._fields[_NUM_TOKENS] = computed, num_tokens
 
     def trim(self, num_tokens: int) -> None:
         if not 0 <= num_tokens <= self.num_tokens:

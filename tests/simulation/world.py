@@ -132,6 +132,7 @@ class World:
         self._kv = KVConfig(reserve_wait=2.0)
         tokens = rng.choice((0, 0, 40, 70, 120))
         self.budget = _LAYOUT.nbytes_used(tokens) if tokens else 2**40
+        self._hibernates = rng.random() < 0.8
         self.keeper: Process
         self._start_keeper()
         self.replicas: list[Replica] = []
@@ -155,7 +156,7 @@ class World:
         conversations = self._conversations(rng)
         self.loop.start(None, self._control())
         tasks = [self.loop.start(None, c.run(rng.choice((1, 2, 2, 3)))) for c in conversations]
-        named = [c.key for c in conversations if not c.key.ephemeral]
+        named = [c for c in conversations if not c.key.ephemeral]
         if named and rng.random() < 0.6:
             tasks.append(self.loop.start(None, Administrator(self, rng, named).run(rng.randint(1, 4))))
         await asyncio.gather(*tasks)
@@ -261,8 +262,9 @@ class World:
         self.keeper = process = self.add_process("keeper", up_in=0.1)
         journals = Journals(self.disk, process, self.parts.journal)
         actors = cast(Any, Actors(self))
+        store = self.parts.store(self.disk, process) if self._hibernates else None
         process.instance = self.parts.keeper(
-            self.settings, journals, actors, "node", self._sessions, self._kv, self.budget
+            self.settings, journals, actors, "node", self._sessions, self._kv, self.budget, store
         )
 
     def _start_replica(self, slot: int) -> None:

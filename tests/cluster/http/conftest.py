@@ -14,7 +14,7 @@ import openai
 import pytest
 from fastapi import FastAPI
 
-from phi_cluster.cluster.errors import NotFound
+from phi_cluster.cluster.errors import InvalidRequest, NotFound, SessionExists
 from phi_cluster.cluster.http.edge import EdgeSettings
 from phi_cluster.cluster.http.server import build_app
 from phi_cluster.cluster.messages import ProcessId
@@ -118,6 +118,31 @@ class FakeSessions:
         session = await self.get(tenant, session_id)
         session.update(num_tokens=0, kv_cache_bytes=0)
         return session
+
+    async def hibernate(self, tenant: str, session_id: str) -> dict[str, Any]:
+        session = await self.get(tenant, session_id)
+        session.update(state="hibernated", kv_cache_bytes=0, disk_bytes=8192)
+        return session
+
+    async def export(self, tenant: str, session_id: str) -> bytes:
+        return b"exported " + (await self.get(tenant, session_id))["id"].encode()
+
+    async def import_session(
+        self, tenant: str, new_session_id: str | None, data: bytes, vocab_size: int
+    ) -> dict[str, Any]:
+        if not data.startswith(b"exported "):
+            raise InvalidRequest("this is not an exported session", code="bad_export")
+        return await self.fork(tenant, data.decode().removeprefix("exported "), new_session_id, None)
+
+    async def fork(self, tenant: str, session_id: str, new_session_id: str | None, turn: int | None) -> dict[str, Any]:
+        session = await self.get(tenant, session_id)
+        new = new_session_id or "made"
+        if (tenant, new) in self.known:
+            raise SessionExists(f"there is a session {new}", param="id")
+        if turn is not None and turn > session["turns"]:
+            raise InvalidRequest("there are fewer turns", param="turn")
+        self.known[tenant, new] = session | {"id": new, "turns": turn or session["turns"]}
+        return self.known[tenant, new]
 
     async def recycle(self, tenant: str, session_id: str) -> dict[str, Any]:
         session = await self.get(tenant, session_id)

@@ -242,10 +242,15 @@ async def test_from_an_older_response_a_branch_begins(client, turns, sessions):
     [(tenant, origin, name)] = sessions.branches
     assert (tenant, name) == ("default", branch["id"])
     assert (origin.session_id, origin.num_turns) == (first["id"], 1)
+    deeper = await create(client, input="Drei", previous_response_id=branch["id"])
+    await create(client, input="Vier", previous_response_id=deeper["id"])
+    await create(client, input="Fünf", previous_response_id=deeper["id"])
+    # What it began with counts as well.
+    assert (sessions.branches[1][1].session_id, sessions.branches[1][1].num_turns) == (branch["id"], 3)
     # Both go on, each in its own session.
-    for last, session_id in ((second["id"], first["id"]), (branch["id"], branch["id"])):
-        await create(client, input="More", previous_response_id=last)
-        assert turns.requests[-1].session_id == session_id
+    await create(client, input="More", previous_response_id=second["id"])
+    assert turns.requests[-1].session_id == first["id"]
+    assert [turn.session_id for turn in turns.requests[3:5]] == [branch["id"]] * 2
 
 
 async def test_what_failed_is_no_reason_for_a_branch(client, turns):

@@ -61,6 +61,8 @@ async def test_one_session_and_its_actions(client, named):
         None,
     )
     assert (await client.post("/v1/sessions/a/recycle")).json()["recycles"] == 1
+    asleep = (await client.post("/v1/sessions/a/hibernate")).json()
+    assert (asleep["state"], asleep["kv_cache_bytes"], asleep["disk_bytes"]) == ("hibernated", 0, 8192)
     assert (await client.post("/v1/sessions/a/clear", json={})).json()["num_tokens"] == 0
     response = await client.delete("/v1/sessions/a")
     assert response.json() == {"id": "a", "object": "session.deleted", "deleted": True}
@@ -75,9 +77,83 @@ async def test_actions_take_nothing(client, named):
     assert named.known["default", "a"]["num_tokens"] == 59
 
 
+async def test_a_fork_is_another_session(client, named):
+    response = await client.post("/v1/sessions/a/fork", json={"id": "a2", "turn": 1})
+    assert (response.status_code, response.json()["id"], response.json()["turns"]) == (200, "a2", 1)
+    assert (await client.post("/v1/sessions/a/fork")).json()["id"] == "made"
+    taken = await client.post("/v1/sessions/a/fork", json={"id": "b"})
+    assert (taken.status_code, taken.json()["error"]["code"], taken.json()["error"]["param"]) == (
+        409,
+        "session_exists",
+        "id",
+    )
+    assert (await client.post("/v1/sessions/z/fork")).status_code == 404
+    # Another tenant's cannot be forked, and its names are free.
+    other = {"authorization": "Bearer other"}
+    assert (await client.post("/v1/sessions/a/fork", headers=other)).status_code == 404
+    assert (await client.post("/v1/sessions/theirs/fork", json={"id": "a"}, headers=other)).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"id": "../x"}, "id"),
+        ({"id": 7}, "id"),
+        ({"id": ""}, "id"),
+        ({"turn": 0}, "turn"),
+        ({"turn": True}, "turn"),
+        ({"turn": 1.0}, "turn"),
+        ({"turn": "1"}, "turn"),
+        ({"turn": 2**40}, "turn"),
+        ({"turn": 9}, "turn"),
+        ({"name": "x"}, "name"),
+    ],
+)
+async def test_bad_forks(client, named, body, param):
+    before = set(named.known)
+    response = await client.post("/v1/sessions/a/fork", json=body)
+    assert (response.status_code, response.json()["error"]["param"]) == (400, param)
+    assert set(named.known) == before
+
+
+async def test_export_and_import(client, named):
+    exported = await client.get("/v1/sessions/a/export")
+    assert (exported.status_code, exported.headers["content-type"]) == (200, "application/octet-stream")
+    imported = await client.post("/v1/sessions/import?id=again", content=exported.content)
+    assert (imported.status_code, imported.json()["id"]) == (200, "again")
+    assert (await client.post("/v1/sessions/import", content=exported.content)).json()["id"] == "made"
+    assert (await client.get("/v1/sessions/z/export")).status_code == 404
+    assert (await client.get("/v1/sessions/a/export", headers={"authorization": "Bearer other"})).status_code == 404
+
+
+@pytest.mark.parametrize(
+    ("query", "content", "status", "param"),
+    [
+        ("?id=../x", b"exported a", 400, "id"),
+        ("?id=x&id=y", b"exported a", 400, "id"),
+        ("?name=x", b"exported a", 400, "name"),
+        ("?id=b", b"exported a", 409, "id"),
+        ("", b"something else", 400, None),
+        ("", b"", 400, None),
+        ("", b"exported " + bytes(9 * 2**20), 413, None),
+    ],
+)
+async def test_bad_imports(client, named, query, content, status, param):
+    response = await client.post(f"/v1/sessions/import{query}", content=content)
+    assert (response.status_code, response.json()["error"]["param"]) == (status, param)
+    assert len(named.known) == 6
+
+
 @pytest.mark.parametrize("path", ["a%0d%0ab", "a%20b", "%2E%2E", "x" * 129, "%ff"])
 async def test_bad_ids(client, named, path):
-    for method, action in (("GET", ""), ("DELETE", ""), ("POST", "/clear"), ("POST", "/recycle")):
+    for method, action in (
+        ("GET", ""),
+        ("DELETE", ""),
+        ("POST", "/clear"),
+        ("POST", "/recycle"),
+        ("POST", "/fork"),
+        ("POST", "/hibernate"),
+    ):
         response = await client.request(method, f"/v1/sessions/{path}{action}")
         assert response.status_code in (400, 404, 405), (method, action)
         assert response.json()["error"]["type"] == "invalid_request_error"

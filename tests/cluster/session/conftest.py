@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import gc
 import itertools
@@ -9,16 +10,24 @@ import os
 import subprocess
 import sys
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
+from ray.exceptions import RayActorError
 
+from phi_cluster.cluster.config import KVConfig, SessionsConfig
 from phi_cluster.cluster.messages import BeginTurn, CommitTurn, ProcessId, SessionKey, TurnGrant
+from phi_cluster.cluster.session.actor import SessionHost
+from phi_cluster.cluster.session.hibernation_store import FileHibernationStore
+from phi_cluster.cluster.session.journal import Journal
+from phi_cluster.cluster.session.keeper import HeldBy, NodeSessions
 from phi_cluster.cluster.session.segment import Segment, SegmentLayout
 from phi_cluster.cluster.session.session import Session, SessionSettings
-from phi_cluster.cluster.session.sqlite_journal import SQLiteJournal
+from phi_cluster.cluster.session.sqlite_journal import SQLiteJournal, last_used, list_sessions
 from phi_cluster.model.kv_layout import KVCacheLayout
 
 FINGERPRINT = "model-1"
@@ -207,6 +216,140 @@ class Turns:
 @pytest.fixture
 def turns(settings: SessionSettings) -> Turns:
     return Turns(settings)
+
+
+class LocalActor:
+    """A session actor's handle whose host runs in this process, until it is killed."""
+
+    def __init__(self, host: SessionHost) -> None:
+        self._host = host
+        self.is_dead = False
+
+    def __getattr__(self, method: str) -> SimpleNamespace:
+        async def call(*arguments: object) -> object:
+            if self.is_dead:
+                raise RayActorError
+            return await getattr(self._host, method)(*arguments)
+
+        return SimpleNamespace(remote=lambda *arguments: asyncio.ensure_future(call(*arguments)))
+
+    def die(self) -> None:
+        """As with kill -9: its memory goes, unless somebody else holds it."""
+        self.is_dead = True
+        session, self._host._session = self._host._session, None
+        if session is not None:
+            session._conversation.close()
+
+
+class LocalActors:
+    """In the place of RayActors."""
+
+    def __init__(self, settings: SessionSettings, journal: Callable[[SessionKey], Journal], processes: Processes):
+        self._settings, self._journal, self._processes = settings, journal, processes
+        self.made: list[tuple[ProcessId, LocalActor]] = []
+
+    def create(self) -> LocalActor:
+        process = ProcessId(900_000 + len(self.made), 1)
+        self.made.append((process, LocalActor(SessionHost(self._settings, self._journal, process))))
+        return self.made[-1][1]
+
+    def names(self) -> list[str]:
+        return []
+
+    def kill(self, handle: LocalActor) -> None:
+        self._processes.dead.add(next(process for process, one in self.made if one is handle))
+        handle.die()
+
+
+class Node:
+    """A keeper's NodeSessions over real memory and journals, with actors in this process, and its turns."""
+
+    def __init__(self, settings: SessionSettings, state_dir: Path, processes: Processes, **options: Any) -> None:
+        self.settings = settings
+        self.layout = settings.layout
+
+        class Journals:
+            def open(self, key: SessionKey) -> SQLiteJournal:
+                return SQLiteJournal(state_dir, key, settings.fingerprint, settings.clock)
+
+            def keys(self) -> list[SessionKey]:
+                return list(list_sessions(state_dir))
+
+            def last_used(self, key: SessionKey) -> float | None:
+                return last_used(state_dir, key)
+
+        self.journals = Journals()
+        self.actors = LocalActors(settings, self.journals.open, processes)
+        budget = options.pop("budget", 2**30)
+        store = options.pop("store", None) or FileHibernationStore(state_dir, 2**30, reserve_nbytes=0)
+        sessions = SessionsConfig(**{"warm_actors": 0, "turn_wait": 0.2, "spawn_interval": 3600, **options})
+        kv = KVConfig(reserve_wait=0.2)
+        self.keeper = NodeSessions(settings, self.journals, cast(Any, self.actors), "node", sessions, kv, budget, store)
+
+    async def begin(self, key: SessionKey, text: str) -> tuple[TurnGrant, Any]:
+        """The grant, and who gave it: call its `commit`."""
+        request = BeginTurn(key, f"r{next(_numbers)}", text)
+        await self.keeper.start()
+        answer = await self.keeper.begin_turn(request)
+        if isinstance(answer, HeldBy):
+            grant = await answer.actor.begin_turn.remote(request)
+            assert isinstance(grant, TurnGrant)
+            return grant, lambda turn: answer.actor.commit.remote(turn)
+        assert isinstance(answer, TurnGrant)
+        return answer, self.keeper.commit
+
+    async def turn(self, key: SessionKey, text: str, token_ids: Sequence[int], value: int = 1) -> TurnGrant:
+        """A whole turn: the stored text becomes `text`, `token_ids` are appended, and all rows without one get
+        `value`."""
+        grant, commit = await self.begin(key, text)
+        total = grant.num_kept_tokens + len(token_ids)
+        await self.keeper.reserve(key, total)
+        Turns(self.settings).write(grant, token_ids, value)
+        kept = (grant.num_kept_chars, grant.num_kept_tokens)
+        stats = await commit(commit_turn(key, grant.epoch, text[grant.num_kept_chars :], token_ids, kept=kept))
+        await self.keeper.settle(key, stats.kv_cache_bytes)
+        return grant
+
+    async def memory(self, key: SessionKey) -> bytes:
+        """All bytes of the session's segment behind its header's page."""
+        described = self.keeper._roster.find(key)
+        assert described is not None
+        if described.session is not None:
+            ref = described.session.memory
+        else:
+            ref = (await described.actor.handle.held.remote())[2]
+        segment = Segment.open(ref, self.layout, self.settings.fingerprint)
+        try:
+            return os.pread(segment._fd, self.layout.nbytes - self.layout.ids_offset, self.layout.ids_offset)
+        finally:
+            segment.close()
+
+    def leases(self) -> dict[str, int]:
+        return dict(self.keeper._custody.ledger._leases)
+
+    async def close(self) -> None:
+        await self.keeper.close()
+        for entry in self.keeper._roster:
+            if entry.session is not None:
+                entry.session._conversation.close()
+        for _, actor in self.actors.made:
+            actor.die()
+
+
+@pytest.fixture
+async def make_node(
+    settings: SessionSettings, tmp_path: Path, processes: Processes
+) -> AsyncIterator[Callable[..., Node]]:
+    """Keepers of one state directory; of two, the second finds what the first one left."""
+    made: list[Node] = []
+
+    def make(**options: Any) -> Node:
+        made.append(Node(settings, tmp_path, processes, **options))
+        return made[-1]
+
+    yield make
+    for node in made:
+        await node.close()
 
 
 class Kit:

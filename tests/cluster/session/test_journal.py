@@ -56,6 +56,25 @@ def test_a_stale_writer_is_refused(journal, key, kit):
     assert [turn.text for turn in journal.load()] == ["new"]
 
 
+def test_a_journal_made_of_anothers_turns(journal, key, kit, clock, make_journal):
+    other = dataclasses.replace(key, session_id="other")
+    turns = [kit.turn(other, 5, "one ", [1, 2]), kit.turn(other, 8, "two", [3], kept=(4, 2))]
+    clock.now += 100
+    journal.fill(turns, "another model")
+    assert journal.load() == [dataclasses.replace(turn, key=key) for turn in turns]
+    info = journal.info()
+    assert (info.turns, info.activation, info.fingerprint, info.created_at) == (2, 0, "another model", clock.now)
+    # Beyond the turns' own.
+    assert info.epoch == 9
+    journal.close()
+    assert len(journal.load()) == 2
+    epoch = journal.take_epoch().epoch
+    assert journal.commit(kit.turn(key, epoch, "three", [4], kept=(7, 3)))
+    with pytest.raises(ValueError, match=r"new|there is a journal"):
+        journal.fill(turns, "another model")
+    assert len(journal.load()) == 3
+
+
 def test_a_repeated_commit_stores_nothing_new_even_after_the_next_turn_began(journal, key, kit):
     turn = kit.turn(key, journal.take_epoch().epoch, "once", [1])
     assert journal.commit(turn) is True

@@ -250,3 +250,47 @@ async def test_failing_to_free_anything_does_not_spin() -> None:
     with pytest.raises(Overloaded):
         await node.leases.reserve("a", 50)
     assert len(node.asked_for) <= 4
+
+
+async def test_what_can_do_without_takes_what_is_free() -> None:
+    node = Node()
+    assert await node.leases.take("a", 60)
+    assert not await node.leases.take("b", 50)
+    assert not await node.leases.take("c", 101)
+    assert node.ledger.usage == 60
+
+
+async def test_what_can_do_without_may_have_idle_sessions_memory() -> None:
+    node = Node()
+    await node.leases.reserve("idle", 80)
+    node.idle = ["idle"]
+    assert await node.leases.take("a", 60)
+    assert node.ledger.usage == 60
+
+
+async def test_what_can_do_without_never_stands_before_who_waits() -> None:
+    node = Node()
+    await node.leases.reserve("a", 80)
+    waiting = node.ask("b", 50)
+    await settle_down()
+    assert not await node.leases.take("c", 10)
+    node.leases.release("a")
+    await done(waiting)
+    assert await node.leases.take("c", 10)
+
+
+async def test_who_came_while_room_was_made_is_served_first() -> None:
+    node = Node()
+    await node.leases.reserve("idle", 80)
+    node.idle = ["idle"]
+    asked: list[asyncio.Task[None]] = []
+
+    async def another_comes() -> None:
+        if not asked:
+            asked.append(node.ask("b", 70))
+            await settle_down()
+
+    node.before_room = another_comes
+    assert not await node.leases.take("c", 60)
+    await done(asked[0])
+    assert node.ledger.lease("b") == 70

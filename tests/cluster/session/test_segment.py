@@ -63,6 +63,48 @@ def test_reading_ids_allocates_nothing(segment):
     assert segment.nbytes_resident == PAGE
 
 
+@pytest.mark.parametrize(
+    ("num_tokens", "num_computed", "num_copied"), [(100, 100, 100), (100, 60, 100), (100, 100, 33)]
+)
+def test_a_copy_has_exactly_what_it_was_told(segment, layout, kit, num_tokens, num_computed, num_copied):
+    filled(segment, kit, num_tokens, value=7)
+    segment.set_num_computed_tokens(num_computed)
+    copy = Segment.create(layout, FP)
+    copy.copy_from(segment, num_copied)
+    computed = min(num_computed, num_copied)
+    assert (copy.token_ids(), copy.num_computed_tokens) == (list(range(num_copied)), computed)
+    assert copy.nbytes_resident == layout.nbytes_used(num_copied, computed)
+    row = layout.kv.row_nbytes
+    for region in range(layout.kv.num_regions):
+        rows = bytes(copy.kv_buffer[region * layout.kv.region_nbytes :][: 32 * 4 * row])
+        # Not a byte behind the last row, although the pages are there.
+        assert rows == bytes([7]) * (computed * row) + bytes(32 * 4 * row - computed * row)
+    assert copy.nonce != segment.nonce
+    copy.close()
+
+
+def test_a_copy_is_of_the_same_regime(segment, layout, kit):
+    segment.long_rope = True
+    filled(segment, kit, 40)
+    copy = Segment.create(layout, FP)
+    copy.copy_from(segment, 20)
+    assert copy.long_rope
+    assert copy.num_computed_tokens == 20
+    copy.close()
+
+
+def test_only_what_is_there_is_copied_and_only_to_new_memory(segment, layout, kit):
+    filled(segment, kit, 10)
+    copy = Segment.create(layout, FP)
+    for num_tokens in (11, -1):
+        with pytest.raises(ValueError, match="cannot copy"):
+            copy.copy_from(segment, num_tokens)
+    copy.append_tokens([1])
+    with pytest.raises(ValueError, match="cannot copy"):
+        copy.copy_from(segment, 5)
+    copy.close()
+
+
 @pytest.mark.parametrize(("before", "after"), [(2048, 0), (2048, 1), (2048, 33), (100, 96), (33, 32), (64, 64)])
 def test_trimming_gives_whole_pages_back(segment, layout, kit, before, after):
     filled(segment, kit, before)

@@ -1,0 +1,228 @@
+"""What a node's keeper has in its custody: every session's entry, the memory leased to it, and whoever holds it.
+
+Owns: roster, ledger and hand-overs, looking at a session wherever it is, going on with one whose actor died, and making
+room. Knows nothing of who asks (turns: keeper.py; users: administration.py), of engines or text.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from array import array
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+from ray.exceptions import RayError
+
+from phi_cluster.cluster.config import KVConfig, SessionsConfig
+from phi_cluster.cluster.errors import InvalidRequest, NotFound, PhiError, SessionBusy, SessionExists
+from phi_cluster.cluster.messages import CommitTurn, Moved, SessionKey
+from phi_cluster.cluster.session.actor_pool import ActorPool, RayActors
+from phi_cluster.cluster.session.hand_over import HandOvers
+from phi_cluster.cluster.session.journal import Journal, JournalInfo, MemoryJournal
+from phi_cluster.cluster.session.kv_leases import KVLeases
+from phi_cluster.cluster.session.ledger import Ledger
+from phi_cluster.cluster.session.roster import Entry, Roster
+from phi_cluster.cluster.session.segment import SegmentGone, SegmentMismatch
+from phi_cluster.cluster.session.session import Session, SessionSettings, SessionStats
+from phi_cluster.cluster.session.transcript import Transcript
+
+logger = logging.getLogger(__name__)
+
+
+class Journals(Protocol):
+    """A node's durable journals."""
+
+    def open(self, key: SessionKey) -> Journal: ...
+
+    def keys(self) -> Iterable[SessionKey]:
+        """Of all that there are. Called in a thread."""
+        ...
+
+    def last_used(self, key: SessionKey) -> float | None:
+        """When a session was made or had its last turn (wall clock, seconds); None: there is no journal that could be
+        read. Makes none."""
+        ...
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What a session's journal says. `token_ids`: what its memory should hold of it; none if another model said it."""
+
+    turns: list[CommitTurn]
+    info: JournalInfo
+    token_ids: array[int]
+
+
+class Custody:
+    """For one event loop. `put_away(entry)`, if there is one, has a named session leave memory for want of room; False
+    if it is in use."""
+
+    def __init__(
+        self,
+        settings: SessionSettings,
+        journals: Journals,
+        actors: RayActors,
+        sessions: SessionsConfig,
+        kv: KVConfig,
+        budget_nbytes: int,
+    ):
+        self.settings = settings
+        self.config = sessions
+        self.journals = journals
+        self.ledger = Ledger(budget_nbytes)
+        self.leases = KVLeases(self.ledger, self.make_room, kv.reserve_wait)
+        self.roster = Roster(self.open_session, sessions.max_ephemeral)
+        self.put_away: Callable[[Entry], Awaitable[bool]] | None = None
+        self.hands = HandOvers(self.roster, ActorPool(actors), settings, self.journal, sessions)
+
+    async def start(self) -> None:
+        """Finds what is stored and what actors hold; then tends to the sessions."""
+        for key in await asyncio.to_thread(lambda: list(self.journals.keys())):
+            self.roster.add_stored(key)
+        for entry in await self.hands.adopt_actors():
+            assert entry.last_stats is not None
+            self.ledger.settle(entry.key.digest, entry.last_stats.kv_cache_bytes)
+        self.hands.start()
+
+    # Looking.
+
+    def journal(self, key: SessionKey) -> Journal:
+        if key.ephemeral:
+            return MemoryJournal(key, self.settings.fingerprint, self.settings.clock)
+        return self.journals.open(key)
+
+    def open_session(self, key: SessionKey) -> Session:
+        """From its journal, or a new one. Raises the journal's errors."""
+        return Session.restore(self.journal(key), self.settings, activate=False)
+
+    def recorded(self, key: SessionKey, num_turns: int | None = None) -> Recorded:
+        """The conversation, or what its first turns left. In place: in a thread it could make a journal anew that is
+        being deleted. Raises InvalidRequest if there are fewer turns, and the journal's errors."""
+        journal = self.journal(key)
+        try:
+            info, turns = journal.info(), journal.load()
+        finally:
+            journal.close()
+        if num_turns is not None and not 1 <= num_turns <= len(turns):
+            raise InvalidRequest(f"turn is {num_turns}: the conversation has {len(turns)} turns", param="turn")
+        turns = turns[:num_turns]
+        same_model = info.fingerprint == self.settings.fingerprint
+        return Recorded(turns, info, Transcript.replay(turns if same_model else ()).token_ids)
+
+    def known(self, key: SessionKey) -> Entry:
+        """The session's entry, opened if only the disk has it. Raises NotFound and the journal's errors."""
+        if not self.roster.is_known(key):
+            raise no_session(key)
+        return self.roster.open(key)
+
+    async def stats(self, entry: Entry) -> SessionStats:
+        """Fresh statistics; of an actor that does not answer, the last that are known."""
+        if entry.session is None:
+            try:
+                stats = await asyncio.wait_for(entry.actor.handle.describe.remote(entry.key), 2.0)
+            except RayError:
+                await self.actor_died(entry.key)
+            except asyncio.TimeoutError:
+                await self.hands.on_silence(entry)
+                await self.actor_died(entry.key)
+            else:
+                entry.silent_since = None
+                if isinstance(stats, SessionStats):
+                    entry.last_stats = stats
+        if entry.session is not None:
+            entry.last_stats = entry.session.describe()
+        assert entry.last_stats is not None
+        return entry.last_stats
+
+    # An actor's death.
+
+    async def actor_died(self, key: SessionKey) -> None:
+        """Somebody could not reach the session's actor: if it is dead, the session goes on here, in its memory."""
+        entry = self.roster.find(key)
+        if entry is None or entry.actor is None or self.settings.is_alive(entry.actor.process):
+            return
+        async with entry.moving:
+            if self.roster.find(key) is not entry:
+                return
+            if entry.actor is not None and not self.settings.is_alive(entry.actor.process):
+                try:
+                    entry.session, entry.actor = self._inherit(entry), None
+                except (PhiError, OSError) as error:
+                    # Left to its journal: its next turn tries again and is told. It must not fail reports and others.
+                    logger.warning("a session whose actor died could not be opened: %s", type(error).__name__)
+                    self.roster.forget(entry, deleted=False)
+                    self.leases.release(key.digest)
+                entry.hold(None)
+                entry.silent_since = None
+
+    def _inherit(self, entry: Entry) -> Session:
+        """The session of an actor that died: in its memory, or, if that is not to be had, from its journal."""
+        if entry.memory is not None:
+            journal = self.journal(entry.key)
+            try:
+                return Session.take_over(
+                    entry.memory.ref, journal, self.settings, recycled=False, last_used=self._last_used(entry)
+                )
+            except (SegmentGone, SegmentMismatch) as error:
+                journal.close()
+                logger.warning("a session's memory is lost with its actor: %s", error)
+        return self.open_session(entry.key)
+
+    def _last_used(self, entry: Entry) -> float:
+        idle = 0.0 if entry.last_stats is None else entry.last_stats.idle_seconds
+        return self.settings.clock() - idle
+
+    # Memory.
+
+    def settle(self, entry: Entry, stats: SessionStats) -> None:
+        """The lease shrinks to what the session holds, unless its next turn has begun, or it is not here any more."""
+        if not stats.in_turn and self.roster.find(entry.key) is entry:
+            self.leases.settle(entry.key.digest, stats.kv_cache_bytes)
+
+    async def make_room(self, nbytes: int) -> bool:
+        """Ends idle unnamed conversations, then has idle named ones give theirs back; whether any byte came free."""
+        entries = {entry.key.digest: entry for entry in self.roster}
+        stats = [await self.stats(entry) for entry in entries.values()]
+        freed = False
+        for digest in self.ledger.pick_victims(nbytes, stats):
+            try:
+                freed = await self._drop(entries[digest]) or freed
+            except RayError as error:
+                # Its actor died: not the fault of whoever waits for room.
+                logger.info("a cache could not be dropped: %s", type(error).__name__)
+        return freed
+
+    def drop_surplus(self) -> None:
+        """Unnamed conversations beyond the number to keep go."""
+        for entry in self.roster.surplus_ephemeral():
+            asyncio.create_task(self._drop(entry))  # noqa: RUF006 -- nobody waits for it, and it cannot fail
+
+    async def _drop(self, entry: Entry) -> bool:
+        key = entry.key
+        if self.roster.find(key) is not entry:
+            return False
+        if self.put_away is not None and not key.ephemeral:
+            return await self.put_away(entry)
+        if entry.session is not None:
+            try:
+                await entry.session.deactivate(0.0)
+            except SessionBusy:
+                return False
+            self.roster.forget(entry, deleted=key.ephemeral)
+            self.leases.release(key.digest)
+            return True
+        freed = await entry.actor.handle.drop_cache.remote(key)
+        if isinstance(freed, Moved) or freed == 0:
+            return False
+        self.settle(entry, await self.stats(entry))
+        return True
+
+
+def no_session(key: SessionKey) -> NotFound:
+    return NotFound(f"no session {key.session_id!r}")
+
+
+def session_exists(key: SessionKey) -> SessionExists:
+    return SessionExists(f"there is a session {key.session_id!r}: choose another id, or delete it first", param="id")

@@ -1,0 +1,57 @@
+"""Sessions that nobody has used for too long: they are deleted, as a user would delete them.
+
+Owns: finding them, a few at a time. Knows nothing of how a session is deleted or leaves memory.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+from phi_cluster.cluster.errors import PhiError
+from phi_cluster.cluster.session.administration import Administration
+from phi_cluster.cluster.session.custody import Custody
+from phi_cluster.cluster.session.hibernation import Hibernation
+
+logger = logging.getLogger(__name__)
+
+# In one sweep; the next one goes on.
+_MAX_PER_SWEEP = 100
+
+
+class Retention:
+    """For one event loop. `seconds` None: nothing is ever deleted unasked. `deleted`: how many since it was made."""
+
+    def __init__(
+        self, custody: Custody, administration: Administration, hibernation: Hibernation, seconds: float | None
+    ):
+        self._custody = custody
+        self._administration = administration
+        self._hibernation = hibernation
+        self._seconds = seconds
+        self.deleted = 0
+
+    async def sweep(self) -> int:
+        """Deletes what is due, and returns how many sessions that were."""
+        if self._seconds is None:
+            return 0
+        custody, before = self._custody, self.deleted
+        for entry in custody.roster:
+            # First it leaves memory: whoever comes while that goes on keeps it.
+            if not entry.key.ephemeral and (await custody.stats(entry)).idle_seconds > self._seconds:
+                await self._hibernation.make_room(entry)
+        keys = [key for key in custody.roster.stored_keys() if custody.roster.find(key) is None]
+        used = await asyncio.to_thread(lambda: [(custody.journals.last_used(key), key) for key in keys])
+        oldest = sorted(((at, key.digest, key) for at, key in used if at is not None))[:_MAX_PER_SWEEP]
+        for _, _, key in oldest:
+            # Looked at again: a turn may have come, and from here to the deletion nothing can.
+            last_used = custody.journals.last_used(key)
+            if last_used is None or custody.settings.clock() - last_used <= self._seconds:
+                continue
+            if custody.roster.find(key) is None and custody.roster.is_known(key):
+                try:
+                    await self._administration.delete(key)
+                    self.deleted += 1
+                except (PhiError, OSError) as error:
+                    logger.warning("a session that nobody uses could not be deleted: %s", error)
+        return self.deleted - before
