@@ -103,13 +103,18 @@ class PromptReader:
         # The engine knows one list of stop ids: with ignore_eos the model's own end tokens are not on it.
         ends = () if request.sampling["ignore_eos"] else self._tokenizer.eos_token_ids
         stops = (*request.sampling["stop_token_ids"], *ends)
-        return request.sampling | {
-            "seed": _seed_of(request.request_id) if seed is None else seed,
-            "max_tokens": max_tokens,
-            "ignore_eos": False,
-            "stop_token_ids": list(dict.fromkeys(stops)),
-            "logit_bias": [[token_id, bias] for token_id, bias in request.sampling["logit_bias"].items()],
-        }
+        grammar = {} if request.sampling.get("grammar") is None else {"grammar_end_ids": list(ends)}
+        return (
+            request.sampling
+            | grammar
+            | {
+                "seed": _seed_of(request.request_id) if seed is None else seed,
+                "max_tokens": max_tokens,
+                "ignore_eos": False,
+                "stop_token_ids": list(dict.fromkeys(stops)),
+                "logit_bias": [[token_id, bias] for token_id, bias in request.sampling["logit_bias"].items()],
+            }
+        )
 
 
 def _seed_of(request_id: str) -> int:

@@ -18,6 +18,7 @@ import logging
 from collections import OrderedDict
 from collections.abc import AsyncGenerator
 from contextlib import aclosing, suppress
+from dataclasses import replace
 
 from phi_cluster.cluster.engine_client import EngineClient, EngineHandle, SequenceStream
 from phi_cluster.cluster.errors import ContextOverflow, Overloaded, PhiError, Unavailable
@@ -34,6 +35,7 @@ from phi_cluster.cluster.turn_attempt import (
     TurnLimits,
     poisonous,
 )
+from phi_cluster.cluster.wanted_format import grammar_of
 from phi_cluster.model.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -103,6 +105,8 @@ class Turns:
         text = self._around.prompts.render(request)
         if self._around.poison.holds(request):
             raise poisonous()
+        if request.wanted_format is not None:
+            request = replace(request, sampling=request.sampling | {"grammar": await grammar_of(request.wanted_format)})
         engines = self._around.engines
         await engines.wait_ready()
         if request.resume_from is not None and (live := self._live.get(_name_of(request))):

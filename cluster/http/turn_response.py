@@ -8,7 +8,7 @@ runs.
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Any, Protocol
 
@@ -27,6 +27,7 @@ from phi_cluster.cluster.turn_api import (
     Endpoint,
     FinishReason,
     TextDelta,
+    TokenLogprob,
     TurnEvent,
     TurnFinished,
     TurnRequest,
@@ -46,7 +47,9 @@ class ReplyFormat(Protocol):
         """The chunk before all text, if there is one."""
         ...
 
-    def delta(self, text: str) -> dict[str, Any]: ...
+    def delta(self, text: str, logprobs: Sequence[TokenLogprob] | None) -> dict[str, Any]:
+        """`logprobs` of the tokens that are new with this text; None: nobody asked for them."""
+        ...
 
     def closing(self, finish_reason: FinishReason) -> dict[str, Any]: ...
 
@@ -54,7 +57,13 @@ class ReplyFormat(Protocol):
         """The chunk without choices behind the closing one."""
         ...
 
-    def whole(self, text: str, finish_reason: FinishReason, usage: dict[str, Any]) -> dict[str, Any]: ...
+    def whole(
+        self,
+        text: str,
+        logprobs: Sequence[TokenLogprob] | None,
+        finish_reason: FinishReason,
+        usage: dict[str, Any],
+    ) -> dict[str, Any]: ...
 
 
 class TurnResponse(Response):
@@ -98,11 +107,15 @@ class TurnResponse(Response):
     async def _send_stream(self, stream: EventStream, observation: Observation) -> None:
         try:
             finished = None
+            # Of tokens whose text has not come out yet.
+            logprobs: list[TokenLogprob] = []
             async with aclosing(self._events(observation)) as events:
                 async for event in events:
                     if isinstance(event, TextDelta):
+                        logprobs += event.logprobs
                         if event.text:
-                            await stream.write(self._format.delta(event.text), event.position)
+                            await stream.write(self._format.delta(event.text, self._told_of(logprobs)), event.position)
+                            logprobs = []
                     elif isinstance(event, TurnStarted):
                         opening = self._format.opening()
                         if opening is not None:
@@ -110,6 +123,8 @@ class TurnResponse(Response):
                     else:
                         finished = event
             assert finished is not None
+            if logprobs:
+                await stream.write(self._format.delta("", logprobs))
             chunks = [self._format.closing(finished.finish_reason)]
             if self._include_usage:
                 chunks.append(self._format.usage_chunk(usage_of(finished)))
@@ -124,15 +139,18 @@ class TurnResponse(Response):
     async def _send_whole(self, scope: Scope, receive: Receive, send: Send, observation: Observation) -> None:
         try:
             texts: list[str] = []
+            logprobs: list[TokenLogprob] = []
             finished = None
             async with aclosing(self._events(observation)) as events:
                 async for event in events:
                     if isinstance(event, TextDelta):
                         texts.append(event.text)
+                        logprobs += event.logprobs
                     elif isinstance(event, TurnFinished):
                         finished = event
             assert finished is not None
-            body = self._format.whole("".join(texts), finished.finish_reason, usage_of(finished))
+            told = self._told_of(logprobs)
+            body = self._format.whole("".join(texts), told, finished.finish_reason, usage_of(finished))
             self._add_details(body, finished, observation)
             response = Response(to_json(body), 200, self._extra_headers, media_type="application/json")
             observation.finish(finished.finish_reason)
@@ -155,6 +173,9 @@ class TurnResponse(Response):
                 yield event
         if not finished:
             raise RuntimeError("the turn ended without TurnFinished")
+
+    def _told_of(self, logprobs: list[TokenLogprob]) -> list[TokenLogprob] | None:
+        return None if self._request.sampling.get("logprobs") is None else logprobs
 
     def _told(self, error: Exception, observation: Observation) -> PhiError:
         """What the client is told about `error`; what nobody expected goes to the log instead."""
