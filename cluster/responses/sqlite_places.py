@@ -11,7 +11,7 @@ from phi_cluster.cluster.errors import NotFound
 from phi_cluster.cluster.response_api import OPEN, Item, NewResponse
 from phi_cluster.cluster.responses import sqlite_items
 from phi_cluster.cluster.responses.sqlite_conversations import find_conversation
-from phi_cluster.cluster.responses.sqlite_rows import IS_OPEN, Place, find_row, response_of
+from phi_cluster.cluster.responses.sqlite_rows import IS_OPEN, Place, Row, find_row, response_of
 from phi_cluster.cluster.responses.store import Branch, StillRunning
 
 
