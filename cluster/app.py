@@ -210,7 +210,7 @@ class Server:
                 config.sessions,
                 config.recycler,
                 config.engine,
-                config.server.host,
+                config.server.metrics_host,
                 config.server.metrics_port,
                 prepared.weights_nbytes,
                 config.kv.hibernate_quota > 0,

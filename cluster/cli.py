@@ -1,4 +1,4 @@
-"""The command line: `phi-cluster serve | check | chat | sessions`.
+"""The command line: `phi-cluster serve | check | chat | sessions | keys`.
 
 Owns: arguments, what is printed, exit statuses, and signals. Knows nothing of how serving is done: `app` does it.
 """
@@ -19,10 +19,14 @@ from typing import Any, TextIO
 from phi_cluster.cluster.client import ChatAnswer, Client
 from phi_cluster.cluster.config import Config, describe_config, load_config
 from phi_cluster.cluster.errors import PhiError, StartError
+from phi_cluster.cluster.keys import KeyFile, append_entry, entry_text, new_key
+from phi_cluster.cluster.processes import forbid_core_dumps
 from phi_cluster.cluster.ray_environment import set_environment
 from phi_cluster.cluster.runtime_dir import create_runtime_dir, remove_runtime_dir
 
 _DEFAULT_CONFIG = Path(__file__).parent.parent / "configs" / "smollm2.yaml"
+# How often the file of keys is looked at, to tell whether it was read.
+_KEYS_SECONDS = 1.0
 _DEFAULT_URL = "http://127.0.0.1:8000"
 
 
@@ -68,6 +72,13 @@ def _parser() -> argparse.ArgumentParser:
     sessions.add_argument("--file", type=Path, help="export, import: where to (default: ID.phisession) or from")
     sessions.add_argument("--turn", type=int, help="fork: the new session ends after so many turns (default: all)")
     sessions.set_defaults(run=_sessions)
+
+    keys = commands.add_parser("keys", help="make an API key")
+    keys.add_argument("action", choices=["new"])
+    keys.add_argument("name", help="of whoever will hold it: a tenant")
+    keys.add_argument("--admin", action="store_true", help="may see all tenants and renew engines")
+    keys.add_argument("--append", type=Path, metavar="FILE", help="add the entry to this file of keys (server.keys)")
+    keys.set_defaults(run=_keys)
     return parser
 
 
@@ -110,29 +121,44 @@ def _run_server(config: Config, runtime_dir: Path, out: TextIO) -> int:
     # Until it serves, a signal ends the start at once.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     set_environment(config, runtime_dir)
+    forbid_core_dumps()
     # Only now: Ray reads its environment when it is imported (and the client commands need not wait for it).
     from phi_cluster.cluster.app import Server, prepare
     from phi_cluster.cluster.terminal import TerminalReport
 
     report = TerminalReport(out)
+    keys = None if config.keys_path is None else KeyFile(config.keys_path)
     server = Server(prepare(config, report), runtime_dir, report)
     try:
         _on_signals(stop)
         report.ready()
-        base = f"http://{config.server.host}"
+        base = f"http://{_in_url(config.server.host)}"
+        metrics = f"http://{_in_url(config.server.metrics_host)}:{config.server.metrics_port}/metrics"
         print(
-            f"Ready in {time.monotonic() - begin:.1f}s   {base}:{config.server.port}/v1  (loopback, no keys)   "
-            f"metrics {base}:{config.server.metrics_port}/metrics   state {config.state_path}   Ctrl-C drains",
+            f"Ready in {time.monotonic() - begin:.1f}s   {base}:{config.server.port}/v1  ({_who_may(keys)})   "
+            f"metrics {metrics}   state {config.state_path}   Ctrl-C drains",
             file=out,
             flush=True,
         )
-        stop.wait()
+        while not stop.wait(_KEYS_SECONDS):
+            if keys is not None and (told := keys.refresh()):
+                report.noted(told)
     finally:
         streams = server.num_streams()
         print(f"\ndraining {streams} stream{'' if streams == 1 else 's'} …", end=" ", file=out, flush=True)
         kept = server.stop()
         print(f"{kept} session{'' if kept == 1 else 's'} kept … stopped clean", file=out, flush=True)
     return 0
+
+
+def _in_url(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
+
+
+def _who_may(keys: KeyFile | None) -> str:
+    if keys is None:
+        return "loopback, no keys"
+    return f"{len(keys.names)} key{'' if len(keys.names) == 1 else 's'}"
 
 
 def _on_signals(stop: threading.Event) -> None:
@@ -145,6 +171,21 @@ def _on_signals(stop: threading.Event) -> None:
 
     signal.signal(signal.SIGINT, handle)
     signal.signal(signal.SIGTERM, handle)
+
+
+def _keys(parsed: argparse.Namespace) -> int:
+    key = new_key()
+    text = entry_text(parsed.name, key, ("admin",) if parsed.admin else ())
+    if parsed.append is not None:
+        append_entry(parsed.append, text)
+    # The key alone on stdout, so that a script can take it.
+    print(key)
+    print("This is the key, shown once: nothing but its hash is kept.", file=sys.stderr)
+    if parsed.append is not None:
+        print(f"Its entry was added to {parsed.append}.", file=sys.stderr)
+    else:
+        print(f"Its entry, for the file that server.keys names, under keys:\n\n{text}", file=sys.stderr, end="")
+    return 0
 
 
 def _check(parsed: argparse.Namespace) -> int:

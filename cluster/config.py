@@ -145,16 +145,63 @@ class KVConfig(_Section):
     reserve_wait: Seconds = Field(20.0, description="how long a turn waits for KV memory before it gets 429")
 
 
+def _header(value: object) -> object:
+    if not isinstance(value, str) or not re.fullmatch(r"[A-Za-z0-9-]{1,64}", value):
+        raise ValueError("a header's name is expected, such as x-session-id")
+    name = value.lower()
+    if name in _TAKEN_HEADERS:
+        raise ValueError(f"{name} means something else already")
+    return name
+
+
+def _origin(value: object) -> object:
+    if value != "*" and not re.fullmatch(r"https?://[^/\s?#@]+", str(value)):
+        raise ValueError(f"{value!r} is not an origin; write for example https://app.example.com")
+    return value
+
+
+_TAKEN_HEADERS = frozenset(
+    {"authorization", "connection", "content-encoding", "content-length", "content-type", "cookie", "host", "origin"}
+    | {"transfer-encoding", "x-phi-details", "x-request-id", "x-resume-from"}
+)
+_HeaderName = Annotated[str, BeforeValidator(_header)]
+_Origin = Annotated[str, BeforeValidator(_origin)]
+
+
 class ServerConfig(_Section):
     """HTTP."""
 
-    host: str = Field("127.0.0.1", description="address to listen on; without API keys only loopback is allowed")
+    host: str = Field("127.0.0.1", description="address to listen on; without keys only loopback is allowed")
     port: int = Field(8000, ge=1, le=65535, description="port of the OpenAI-compatible API")
+    keys: Path | None = Field(
+        None,
+        description="file of API keys (phi-cluster keys new); read again when it changes; unset: whoever reaches the "
+        "server may use it",
+    )
+    metrics_host: str = Field("127.0.0.1", description="address to listen on for /metrics, which asks for no key")
     metrics_port: int = Field(9481, ge=1, le=65535, description="port of /metrics (Prometheus)")
     internal_ports: int = Field(
         30000, ge=1024, le=64000, description="first of the loopback ports that replicas listen on behind the ingress"
     )
-    max_body: Bytes = Field(8 * 2**20, description="largest request body")
+    max_body: Bytes = Field(8 * 2**20, ge=1, description="largest request body")
+    body_timeout: Seconds = Field(30.0, description="a request's body must have come within this time")
+    write_timeout: Seconds = Field(
+        60.0, ge=1.0, description="a client that takes nothing of its reply for so long is taken for gone"
+    )
+    session_headers: tuple[_HeaderName, ...] = Field(
+        ("x-session-id",),
+        min_length=1,
+        max_length=8,
+        description="headers that may name a session, for clients that have one of their own (x-correlation-id, ...)",
+    )
+    cors_origins: tuple[_Origin, ...] = Field(
+        (), max_length=256, description="origins whose pages may ask, such as https://app.example.com; * is any"
+    )
+    allowed_hosts: tuple[str, ...] = Field(
+        (),
+        max_length=256,
+        description="without keys: names, besides this machine's own, by which clients may call the server (a proxy's)",
+    )
     keep_alive: Seconds = Field(10.0, description="an SSE comment is sent after so much silence")
     drain: Seconds = Field(30.0, description="how long running streams may go on after Ctrl-C")
 
@@ -213,6 +260,10 @@ class Config(_Section):
     )
     server: ServerConfig = Field(default_factory=ServerConfig, description="HTTP")
     recycler: RecyclerConfig = Field(default_factory=RecyclerConfig, description="the controller")
+
+    @property
+    def keys_path(self) -> Path | None:
+        return None if self.server.keys is None else self.server.keys.expanduser().absolute()
 
     @property
     def state_path(self) -> Path:

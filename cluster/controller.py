@@ -27,11 +27,14 @@ from phi_cluster.cluster.config import EngineConfig, RecyclerConfig, SessionsCon
 from phi_cluster.cluster.engine_recycler import EnginePolicy, EngineRecycles, EngineReport
 from phi_cluster.cluster.errors import PhiError
 from phi_cluster.cluster.processes import kill_for_sure, private_bytes
+from phi_cluster.cluster.session.accounts import UsageTotals
 from phi_cluster.cluster.session.recycler import RecyclePolicy, RecycleReason, SessionSnapshot, decide, sleepers
 from phi_cluster.cluster.session.reports import KeeperReport, SessionReport, private_or_zero
 from phi_cluster.monitoring.metrics import (
     FamilySnapshot,
+    KeyView,
     NodeView,
+    key_metrics,
     merge_snapshots,
     node_metrics,
     snapshot_of,
@@ -97,6 +100,8 @@ class Controller:
         self._past_replicas: list[FamilySnapshot] = []
         # How often in a row each node's keeper has not answered.
         self._silent_keepers: Counter[str] = Counter()
+        # What each tenant has used, on each node.
+        self._usage: dict[tuple[str, str], UsageTotals] = {}
         self._running: asyncio.Task[None] | None = None
 
     async def start(self) -> int:
@@ -147,6 +152,7 @@ class Controller:
         counts = self._past_counts + sum((Counter(r.counts) for r in reports), Counter())
         views = [self._view(r) for r in reports]
         yield from node_metrics(views, activations, dict(recycles), self._weights_nbytes, dict(counts))
+        yield from key_metrics([_key_view(totals) for totals in list(self._usage.values())])
         yield from merge_snapshots([self._past_replicas, *self._snapshots()])
 
     def _snapshots(self) -> list[list[FamilySnapshot]]:
@@ -235,6 +241,11 @@ class Controller:
         if before is not None and before.process != report.process:
             self._remember_counters(before)
         self._reports[report.node_id] = report
+        for totals in report.usage:
+            # A keeper that was killed has forgotten its last seconds: a counter that went back would count all anew.
+            place = report.node_id, totals.tenant
+            if totals.requests >= (self._usage[place].requests if place in self._usage else 0):
+                self._usage[place] = totals
 
     def _forget_node(self, node_id: str) -> None:
         report = self._reports.pop(node_id, None)
@@ -283,6 +294,19 @@ class Controller:
             hibernated_bytes=report.hibernated_nbytes,
             private_bytes_by_kind=private,
         )
+
+
+def _key_view(totals: UsageTotals) -> KeyView:
+    return KeyView(
+        key=totals.tenant,
+        requests=totals.requests,
+        refused=totals.refused,
+        tokens_by_kind={
+            "prompt": totals.prompt_tokens,
+            "cached": totals.cached_tokens,
+            "generation": totals.completion_tokens,
+        },
+    )
 
 
 def _snapshot(s: SessionReport, now: float) -> SessionSnapshot:

@@ -41,6 +41,14 @@ _BACKOFF_SECONDS = (0.0, 0.2, 0.5, 1.0, 2.0, 5.0)
 class EngineFailed(PhiError):
     """The engine gave a sequence up."""
 
+    told = "the engine gave this request up; the server's log says why"
+
+
+class EngineNotUp(Unavailable):
+    """No engine was connected in time."""
+
+    told = "no engine is up just now; try again"
+
 
 class SequenceStream:
     """One sequence's outputs, across engines. Iterating ends after `released`."""
@@ -140,7 +148,7 @@ class EngineClient:
             await asyncio.wait_for(self._connected.wait(), self._ready_wait if timeout is None else timeout)
         except asyncio.TimeoutError:
             detail = f" ({self.last_error})" if self.last_error else ""
-            raise Unavailable(f"the engine is not up{detail}; try again", retry_after=2) from None
+            raise EngineNotUp(f"the engine is not up{detail}; try again", retry_after=2) from None
 
     @property
     def ready(self) -> bool:

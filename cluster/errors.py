@@ -10,11 +10,16 @@ from typing import Any
 
 
 class PhiError(Exception):
-    """An error with a message for its reader. `status` is the HTTP status it becomes at the edge."""
+    """An error with a message for its reader. `status` is the HTTP status it becomes at the edge.
+
+    `told` is what a client reads instead of the message, where that is for whoever runs the server: it may name files,
+    processes, or what another program said.
+    """
 
     status = 500
     type = "server_error"
     code: str | None = None
+    told: str | None = None
 
     def __init__(
         self, message: str, *, param: str | None = None, code: str | None = None, retry_after: float | None = None
@@ -29,9 +34,14 @@ class PhiError(Exception):
     def __reduce__(self) -> tuple[Any, ...]:
         return _rebuild, (type(self), self.message, self.param, self.code, self.retry_after)
 
+    @property
+    def message_told(self) -> str:
+        """What a client reads."""
+        return self.message if self.told is None else self.told
+
     def body(self) -> dict[str, Any]:
         """The OpenAI error object, `{"error": {message, type, param, code}}`."""
-        return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
+        return {"error": {"message": self.message_told, "type": self.type, "param": self.param, "code": self.code}}
 
 
 def _rebuild(
@@ -45,6 +55,22 @@ class InvalidRequest(PhiError):
 
     status = 400
     type = "invalid_request_error"
+
+
+class Unauthorized(PhiError):
+    """No API key, or none that is valid here."""
+
+    status = 401
+    type = "invalid_request_error"
+    code = "invalid_api_key"
+
+
+class Forbidden(PhiError):
+    """The caller is known, or does not matter, and may not do this."""
+
+    status = 403
+    type = "invalid_request_error"
+    code = "missing_scope"
 
 
 class ContextOverflow(InvalidRequest):
@@ -69,6 +95,14 @@ class SessionBusy(PhiError):
     code = "session_busy"
 
 
+class RequestTimeout(PhiError):
+    """The request's body did not come within the time allowed."""
+
+    status = 408
+    type = "invalid_request_error"
+    code = "request_timeout"
+
+
 class SessionExists(PhiError):
     """There is a session of this name already."""
 
@@ -91,6 +125,42 @@ class Overloaded(PhiError):
     status = 429
     type = "overloaded_error"
     code = "overloaded"
+
+
+class LimitReached(PhiError):
+    """The key's own limit, not the server's: try again after `retry_after` seconds (None: waiting alone does not help).
+
+    `rates` is what is left of the key's rates: see turn_api.Rates.
+    """
+
+    status = 429
+    type = "rate_limit_error"
+    code = "rate_limit_exceeded"
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after: float | None = None,
+        rates: dict[str, tuple[int, int, float]] | None = None,
+    ):
+        super().__init__(message, param=param, code=code, retry_after=retry_after)
+        self.rates = rates or {}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild_limit, (self.message, self.param, self.code, self.retry_after, self.rates)
+
+
+def _rebuild_limit(
+    message: str,
+    param: str | None,
+    code: str | None,
+    retry_after: float | None,
+    rates: dict[str, tuple[int, int, float]],
+) -> LimitReached:
+    return LimitReached(message, param=param, code=code, retry_after=retry_after, rates=rates)
 
 
 class Unavailable(PhiError):

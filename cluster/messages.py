@@ -60,11 +60,48 @@ class BeginTurn:
     resume: bool = False
     # Names this attempt at a turn, where a request may make several: whoever asks again with it has had no answer.
     claim: str = ""
+    # See turn_api.TurnRequest.
+    cache_hint: str | None = field(default=None, repr=False)
 
     @property
     def attempt(self) -> str:
         """What this attempt waits, begins and is withdrawn under."""
         return self.claim or self.request_id
+
+
+@dataclass(frozen=True)
+class TenantLimits:
+    """What a tenant may use; None: no limit of its own. `kv_bytes`: KV cache, of all its sessions of a node."""
+
+    requests_per_minute: int | None = None
+    tokens_per_minute: int | None = None
+    concurrent_turns: int | None = None
+    sessions: int | None = None
+    kv_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class AdmitTurn:
+    """A replica asks whether a tenant may have one more turn, before anything of it is begun. `claim` names this turn:
+    whoever asks again with it has had no answer. `num_tokens`: so many are taken from the tenant's rate until it is
+    known how many there really were. With `process` the turn ends in any case."""
+
+    key: SessionKey
+    limits: TenantLimits
+    claim: str
+    process: ProcessId
+    num_tokens: int
+
+
+@dataclass(frozen=True)
+class TurnUsage:
+    """What a turn that was admitted has used. Zeros if it never came to anything."""
+
+    tenant: str
+    claim: str
+    num_prompt_tokens: int = 0
+    num_cached_tokens: int = 0
+    num_completion_tokens: int = 0
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,9 @@ from pathlib import Path
 
 from phi_cluster.cluster.config import Config
 from phi_cluster.cluster.errors import StartError
+from phi_cluster.cluster.keys import KeyFile
 
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 # What the processes other than engines take, with Ray's own: measured, rounded up.
 PROCESSES_NBYTES = 1_500 * 10**6
 ENGINE_NBYTES = 500 * 10**6
@@ -65,15 +67,22 @@ def check_config(config: Config, machine: Machine, shm: Path = Path("/dev/shm"))
             f"RAY_ADDRESS is {os.environ['RAY_ADDRESS']}: phi-cluster starts a Ray of its own, since Serve's settings "
             "must be in all of its processes, and cannot join one that was started otherwise; unset RAY_ADDRESS"
         )
-    if config.server.host not in ("127.0.0.1", "localhost", "::1"):
+    if config.server.host not in LOOPBACK and config.server.keys is None:
         raise StartError(
             f"server.host: {config.server.host} would serve without API keys to everyone who can reach it; "
-            "use 127.0.0.1 and a reverse proxy that authenticates"
+            "make keys (phi-cluster keys new) and set server.keys, or use 127.0.0.1"
         )
+    if config.keys_path is not None:
+        # What is wrong with it is said here, in one sentence.
+        KeyFile(config.keys_path)
     if config.server.port == config.server.metrics_port:
         raise StartError(f"server.metrics_port: {config.server.metrics_port} is server.port too; choose another port")
-    for name, port in (("server.port", config.server.port), ("server.metrics_port", config.server.metrics_port)):
-        check_port(name, config.server.host, port)
+    server = config.server
+    for name, host, port in (
+        ("server.port", server.host, server.port),
+        ("server.metrics_port", server.metrics_host, server.metrics_port),
+    ):
+        check_port(name, host, port)
     for name, path in (("state_dir", config.state_path), ("cache_dir", config.cache_path)):
         check_folder(name, path)
     if not shm.is_dir():

@@ -1,7 +1,7 @@
 """Processes of this machine, as the kernel sees them: who they are, whether they live, what they cost, and their end.
 
-Owns: reading `/proc`, and killing one for sure. Knows nothing of sessions, engines or Ray: it is asked with pids and
-answers with facts. Linux only.
+Owns: reading `/proc`, killing one for sure, and that none leaves a core dump. Knows nothing of sessions, engines or
+Ray: it is asked with pids and answers with facts. Linux only.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import resource
 import signal
 from pathlib import Path
 
@@ -105,3 +106,13 @@ def _read(pid: int, name: str) -> bytes:
         return Path(f"/proc/{pid}/{name}").read_bytes()
     except (FileNotFoundError, ProcessLookupError):
         raise ProcessLookupError(f"no process {pid}") from None
+
+
+def forbid_core_dumps() -> None:
+    """This process, and all that it starts, leave no image of their memory: prompts and caches are in it.
+
+    Where the kernel hands images to a program, a limit of 0 does not stop it; but then there is nothing in them.
+    """
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    with contextlib.suppress(OSError):
+        Path("/proc/self/coredump_filter").write_text("0")

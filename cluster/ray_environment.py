@@ -6,6 +6,7 @@ it must not.
 
 from __future__ import annotations
 
+import math
 import os
 import secrets
 from pathlib import Path
@@ -41,6 +42,8 @@ def set_environment(config: Config, runtime_dir: Path) -> None:
             "RAY_SERVE_HAPROXY_METRICS_PORT": str(first_port + 901),
             "RAY_SERVE_HAPROXY_STATS_PORT": str(first_port + 902),
             "RAY_SERVE_HAPROXY_NBTHREAD": "1",
+            # A client that neither sends nor takes anything, when it is its turn to.
+            "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": str(math.ceil(config.server.write_timeout) + 60),
             "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(_LONGEST_STREAM_SECONDS),
             "RAY_SERVE_PORT_QUARANTINE_S": "60",
             "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",

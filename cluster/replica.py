@@ -22,6 +22,7 @@ from ray import serve
 from ray.exceptions import RayError
 
 from phi_cluster.cluster.actors import CONTROLLER, NAMESPACE, keeper_name
+from phi_cluster.cluster.admission import AdmittedTurns, UsageOfKeys
 from phi_cluster.cluster.config import Config
 from phi_cluster.cluster.engine_client import EngineClient
 from phi_cluster.cluster.engine_link import start_engine
@@ -29,7 +30,9 @@ from phi_cluster.cluster.engine_recycler import EngineReport
 from phi_cluster.cluster.errors import Unavailable
 from phi_cluster.cluster.http.edge import EdgeSettings
 from phi_cluster.cluster.http.server import build_app
+from phi_cluster.cluster.keys import KeyFile
 from phi_cluster.cluster.poison import PoisonList
+from phi_cluster.cluster.preflight import LOOPBACK
 from phi_cluster.cluster.processes import is_alive, process_id
 from phi_cluster.cluster.ray_engine import EngineSpawner
 from phi_cluster.cluster.responses.assembly import ResponseRoom
@@ -42,6 +45,7 @@ from phi_cluster.cluster.session.recycler import RecycleReason
 from phi_cluster.cluster.session.reports import private_or_zero
 from phi_cluster.cluster.standby import StandbyEngines
 from phi_cluster.cluster.turn import Turns
+from phi_cluster.cluster.turn_api import TurnRunner
 from phi_cluster.cluster.turn_attempt import TurnLimits
 from phi_cluster.model.tokenizer import Tokenizer
 from phi_cluster.monitoring.metrics import RequestMetrics
@@ -75,6 +79,7 @@ class Replica:
         self._engine_baseline = (0, 0)
         self._recycling: asyncio.Task[None] | None = None
         self._sessions = SessionDirectory(self._keeper)
+        self._keys = None if config.keys_path is None else KeyFile(config.keys_path)
         spawner = EngineSpawner(served, config, runtime_dir, num_threads, self._node_id)
         hang_timeout = config.engine.hang_timeout
         # Set once the server is up: nothing that is not needed for that is started before.
@@ -98,10 +103,14 @@ class Replica:
             process_id(),
             PoisonList(runtime_dir / "poison"),
         )
+        # What every endpoint runs turns with.
+        self._runner: TurnRunner = self._turns
+        if self._keys is not None:
+            self._runner = AdmittedTurns(self._turns, self._sessions, self._keys.limits_of, process_id())
         self._managed = _Sessions(self._sessions, self._engines)
         self._room = ResponseRoom(
             config.state_path,
-            Tools(self._turns, self._metrics, time),
+            Tools(self._runner, self._metrics, time),
             self._managed,
             MakerLimits(
                 retention=config.responses.retention,
@@ -122,12 +131,27 @@ class Replica:
             max_model_len=served.max_model_len,
             vocab_size=served.config.vocab_size,
             max_body_bytes=server.max_body,
+            body_seconds=server.body_timeout,
+            write_seconds=server.write_timeout,
+            session_headers=server.session_headers,
+            cors_origins=server.cors_origins,
+            # With keys it does not matter by which name a client calls; without, a browser must not be led here.
+            allowed_hosts=() if self._keys else (*LOOPBACK, *server.allowed_hosts),
             keep_alive_seconds=server.keep_alive,
             system_fingerprint=f"fp_{served.fingerprint[:12]}",
         )
-        room = self._room
+        room, keys = self._room, self._keys
         return build_app(
-            settings, self._turns, room.responses, room.conversations, self._managed, self, self, self._metrics
+            settings,
+            self._runner,
+            room.responses,
+            room.conversations,
+            self._managed,
+            self,
+            self,
+            self._metrics,
+            keys=keys,
+            usage=None if keys is None else UsageOfKeys(self._sessions, keys.limits_of),
         )
 
     async def __del__(self) -> None:
@@ -177,6 +201,8 @@ class Replica:
         """Sends the counters to the controller, once a second."""
         while True:
             self._observe_step()
+            if self._keys is not None and (told := await asyncio.to_thread(self._keys.refresh)):
+                logger.warning("%s", told)
             if time.monotonic() - self._started_at > _UNASKED_SECONDS and self._engines.ready:
                 self._started.set()
             engines, standby_pids = self._engines, self._standbys.pids

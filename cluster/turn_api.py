@@ -15,6 +15,9 @@ FinishReason: TypeAlias = Literal["stop", "length"]
 # How a request ended, for counting: as its turn did, or the client left, or it failed.
 Outcome: TypeAlias = Literal["stop", "length", "abort", "error"]
 Endpoint: TypeAlias = Literal["chat", "completions", "responses"]
+# What a key may still use, by what is counted ("requests", "tokens"): the limit a minute, what is left of it, and the
+# seconds until all of it is there again.
+Rates: TypeAlias = dict[str, tuple[int, int, float]]
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,9 @@ class TurnRequest:
     continue_final_message: bool = False
     resume_from: Position | None = None
     truncate: bool = False
+    # Of an unnamed session: of two conversations that the request continues equally, the one that had this hint before
+    # is meant.
+    cache_hint: str | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)
@@ -85,6 +91,8 @@ class TurnStarted:
 
     num_prompt_tokens: int
     num_cached_tokens: int
+    # Where keys have limits.
+    rates: Rates | None = None
 
 
 class TokenChoice(NamedTuple):
@@ -188,6 +196,34 @@ class SessionAdmin(Protocol):
         """A new session (None: under a name that is made for it) with the same conversation, as it was after the
         `turn`-th turn of those that it consists of (None: as it is), and a copy of its KV cache. Returns the new one's
         description. Raises `SessionExists`, and `InvalidRequest` if there are fewer turns."""
+        ...
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Who is asking. `scopes` say what is allowed beyond the tenant's own conversations: "admin" all of it, "engines"
+    looking after the engines."""
+
+    tenant: str
+    scopes: frozenset[str] = frozenset()
+
+    def has(self, scope: str) -> bool:
+        return scope in self.scopes or "admin" in self.scopes
+
+
+class Keys(Protocol):
+    """Knows the API keys."""
+
+    def identify(self, key: str) -> Identity:
+        """Takes as long for a wrong key as for a right one. Raises `Unauthorized`."""
+        ...
+
+
+class UsageBook(Protocol):
+    """What the holders of keys have used. Raises `Unavailable`."""
+
+    async def usage(self, tenant: str | None) -> Sequence[dict[str, Any]]:
+        """One JSON-able dict a tenant, in order of their names; None: of all."""
         ...
 
 

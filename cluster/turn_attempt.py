@@ -109,6 +109,7 @@ class TurnAttempt:
             writers=(around.process,) if engine is None else (around.process, engine.process),
             resume=request.resume_from is not None and carried.token_ids is None,
             claim=uuid.uuid4().hex,
+            cache_hint=request.cache_hint,
         )
         self.grant = await around.sessions.begin_turn(begin)
         self.reply = Reply(

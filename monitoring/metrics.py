@@ -259,6 +259,36 @@ def node_metrics(
     yield GaugeMetricFamily("phi_weights_bytes", "Weights in the object store, in bytes a node.", value=weights_nbytes)
 
 
+@dataclass(frozen=True)
+class KeyView:
+    """What the holder of API keys has used. `key` is its name in the file of keys, never a key."""
+
+    key: str
+    requests: int
+    refused: int
+    tokens_by_kind: dict[str, int]
+
+
+def key_metrics(keys: Iterable[KeyView]) -> Iterator[Metric]:
+    """Families by key, summed over nodes; as many labels as the file of keys has had names."""
+    requests = CounterMetricFamily("phi_key_requests", "Turns that were let in, by the key's name.", labels=["key"])
+    refused = CounterMetricFamily(
+        "phi_key_refused_requests", "Turns refused by the key's own limits, by its name.", labels=["key"]
+    )
+    tokens = CounterMetricFamily(
+        "phi_key_tokens", "Tokens by the key's name and kind (cached ones are prompt too).", labels=["key", "kind"]
+    )
+    summed: dict[str, list[KeyView]] = {}
+    for view in keys:
+        summed.setdefault(view.key, []).append(view)
+    for key, views in sorted(summed.items()):
+        requests.add_metric([key], sum(view.requests for view in views))
+        refused.add_metric([key], sum(view.refused for view in views))
+        for kind in sorted({kind for view in views for kind in view.tokens_by_kind}):
+            tokens.add_metric([key, kind], sum(view.tokens_by_kind.get(kind, 0) for view in views))
+    yield from (requests, refused, tokens)
+
+
 def _bytes_histogram(values: list[int]) -> HistogramMetricFamily:
     buckets = [(str(float(bound)), float(sum(v <= bound for v in values))) for bound in SESSION_BYTES_BUCKETS]
     buckets.append(("+Inf", float(len(values))))

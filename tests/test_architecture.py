@@ -25,6 +25,7 @@ ORDER = [
     ["cluster.replica"],
     ["cluster.http."],
     ["cluster.responses."],
+    ["cluster.admission"],
     ["cluster.turn"],
     ["cluster.engine_client"],
     ["cluster.standby"],
@@ -54,6 +55,8 @@ MAY_IMPORT_RAY = {
 }
 # What runs in processes that must stay small, or that must not crash with the model.
 NO_TORCH = [
+    "cluster.admission",
+    "cluster.keys",
     "cluster.turn",
     "cluster.engine_client",
     "cluster.engine_link",

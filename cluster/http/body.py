@@ -1,28 +1,31 @@
 """Reading a request's body: bounded, and as strict JSON.
 
-Owns: the size limit, the media type, and what counts as JSON (no NaN, no broken UTF-8, no lone surrogates, a
-bounded depth). Knows nothing of the fields in it.
+Owns: the limits of size and time, the media type, and what counts as JSON (no NaN, no broken UTF-8, no lone surrogates,
+a bounded depth; of a name that comes twice in an object the last one counts, as for most readers: nothing in a body
+decides who is asking). Knows nothing of the fields in it.
 """
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 from pydantic_core import from_json
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
-from phi_cluster.cluster.errors import BodyTooLarge, InvalidRequest
+from phi_cluster.cluster.errors import BodyTooLarge, InvalidRequest, RequestTimeout
+from phi_cluster.cluster.http.edge import EdgeSettings
 
 
-async def read_object(request: Request, max_bytes: int, *, may_be_empty: bool = False) -> dict[str, Any]:
+async def read_object(request: Request, settings: EdgeSettings, *, may_be_empty: bool = False) -> dict[str, Any]:
     """The body, which must be a JSON object; `{}` also for no body at all where that is allowed.
 
     Numbers too large for a float come out as infinity: fields must refuse that (`StrictModel` does).
-    Raises `BodyTooLarge` before the body is read to its end, `InvalidRequest` if it is not JSON, and
-    `HTTPException` 415 on another media type.
+    Raises `BodyTooLarge` before the body is read to its end, `RequestTimeout` if it does not come, `InvalidRequest` if
+    it is not JSON, and `HTTPException` 415 on another media type.
     """
-    raw = await read_bytes(request, max_bytes)
+    raw = await read_bytes(request, settings)
     if may_be_empty and not raw:
         return {}
     _check_media_type(request)
@@ -36,8 +39,15 @@ async def read_object(request: Request, max_bytes: int, *, may_be_empty: bool = 
     return given
 
 
-async def read_bytes(request: Request, max_bytes: int) -> bytes:
-    """The body as it came. Raises `BodyTooLarge` as soon as it is known to be larger than `max_bytes`."""
+async def read_bytes(request: Request, settings: EdgeSettings) -> bytes:
+    """The body as it came. Raises `BodyTooLarge` as soon as it is known to be too large, and `RequestTimeout`."""
+    try:
+        return await asyncio.wait_for(_read_up_to(request, settings.max_body_bytes), settings.body_seconds)
+    except asyncio.TimeoutError:
+        raise RequestTimeout(f"The body did not come within {settings.body_seconds:g} s") from None
+
+
+async def _read_up_to(request: Request, max_bytes: int) -> bytes:
     announced = request.headers.get("content-length", "")
     if announced.isdecimal() and (len(announced) > 18 or int(announced) > max_bytes):
         raise _too_large(max_bytes)

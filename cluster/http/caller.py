@@ -1,7 +1,7 @@
 """What the headers of a request say: tenant, session, and whether our own details are wanted.
 
-Owns: the names of the headers and what a session id may look like. Knows nothing of bodies and of sessions'
-existence.
+Owns: the names of the headers (those that name a session can be configured) and what a session id may look like. Knows
+nothing of bodies and of sessions' existence.
 """
 
 from __future__ import annotations
@@ -21,6 +21,10 @@ DETAILS_HEADER = "x-phi-details"
 RESUME_HEADER = "x-resume-from"
 
 SESSION_ID_RULE = "1 to 128 of the characters A-Z a-z 0-9 . _ : -, and neither . nor .. alone"
+# As JSON schemas have them.
+SESSION_ID_PATTERN = r"^(?!\.{1,2}$)[A-Za-z0-9._:-]{1,128}$"
+REQUEST_ID_PATTERN = "^[0-9a-f]{32}$"
+POSITION_PATTERN = "^(0|[0-9]{1,9}-[0-9a-f]{8})$"
 _REQUEST_ID = re.compile(r"[0-9a-f]{32}", re.ASCII)
 _POSITION = re.compile(r"([0-9]{1,9})-([0-9a-f]{8})", re.ASCII)
 _SESSION_ID = re.compile(r"(?!\.{1,2}\Z)[A-Za-z0-9._:-]{1,128}", re.ASCII)
@@ -40,15 +44,25 @@ class Caller:
 
 def caller_of(request: Request) -> Caller:
     """Raises `InvalidRequest` naming the header that is wrong."""
-    session_id = _only(request, SESSION_HEADER)
+    name, session_id = _session_id(request)
     resume_from = _resume_from(request)
     return Caller(
-        tenant=tenant_of(request.headers),
-        session_id=None if session_id is None else check_session_id(session_id, SESSION_HEADER),
+        tenant=tenant_of(request),
+        session_id=None if session_id is None else check_session_id(session_id, name),
         request_id=request.state.request_id,
         wants_details=request.headers.get(DETAILS_HEADER) == "1",
         resume_from=resume_from,
     )
+
+
+def _session_id(request: Request) -> tuple[str, str | None]:
+    """The session's id and the header that names it; clients that send several must mean one session."""
+    given = {name: _only(request, name) for name in request.state.session_headers}
+    named = {name: value for name, value in given.items() if value is not None}
+    if len(set(named.values())) > 1:
+        names = " and ".join(named)
+        raise InvalidRequest(f"{names} name different sessions: send one of them", param=next(iter(named)))
+    return next(iter(named.items()), (SESSION_HEADER, None))
 
 
 def check_resumable(caller: Caller, num_logprobs: int | None) -> None:

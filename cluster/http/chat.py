@@ -40,7 +40,7 @@ def chat_router(edge: Edge) -> APIRouter:
     async def create_chat_completion(request: Request) -> Response:
         """The assistant's next message."""
         caller = caller_of(request)
-        chat = validated(ChatRequest, await read_object(request, settings.max_body_bytes))
+        chat = validated(ChatRequest, await read_object(request, settings))
         check_model(chat.model, settings)
         check_resumable(caller, chat.num_logprobs)
         turn = TurnRequest(
@@ -54,6 +54,7 @@ def chat_router(edge: Edge) -> APIRouter:
             wanted_format=chat.wanted_format,
             add_generation_prompt=chat.add_generation_prompt and not chat.continue_final_message,
             continue_final_message=chat.continue_final_message,
+            cache_hint=chat.prompt_cache_key,
         )
         reply = ChatReply.begin(caller, edge)
         return TurnResponse(edge, caller, turn, reply, stream=chat.stream, include_usage=chat.include_usage)

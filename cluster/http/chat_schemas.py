@@ -120,7 +120,12 @@ class ChatRequest(GenerationFields):
     # Accepted, without effect.
     metadata: dict[str, str] | None = Field(None, description="accepted, without effect")
     parallel_tool_calls: bool | None = Field(None, description="accepted, without effect: there are no tools")
-    prompt_cache_key: str | None = Field(None, description="accepted, without effect")
+    prompt_cache_key: str | None = Field(
+        None,
+        max_length=512,
+        description="without a session's name: of two conversations that the messages continue equally, the one that "
+        "had this key before is meant",
+    )
     prompt_cache_retention: str | None = Field(None, description="accepted, without effect")
     safety_identifier: str | None = Field(None, description="accepted, without effect")
     service_tier: str | None = Field(None, description="accepted, without effect")

@@ -37,7 +37,7 @@ def completions_router(edge: Edge) -> APIRouter:
     async def create_completion(request: Request) -> Response:
         """Text that continues the prompt."""
         caller = caller_of(request)
-        completion = validated(CompletionRequest, await read_object(request, settings.max_body_bytes))
+        completion = validated(CompletionRequest, await read_object(request, settings))
         check_model(completion.model, settings)
         check_resumable(caller, completion.num_logprobs)
         turn = TurnRequest(

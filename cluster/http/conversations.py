@@ -61,16 +61,16 @@ class ConversationDeleted(BaseModel):
 def conversations_router(edge: Edge) -> APIRouter:
     """The endpoints, over `edge`. A key sees only its own conversations."""
     router = APIRouter(prefix="/v1/conversations", tags=["conversations"])
-    conversations, max_bytes = edge.conversations, edge.settings.max_body_bytes
+    conversations, settings = edge.conversations, edge.settings
 
     def tenant(request: Request) -> str:
         query_of(request, ())
-        return tenant_of(request.headers)
+        return tenant_of(request)
 
     @router.post("", **body_docs(NewConversation, ConversationObject))
     async def create_conversation(request: Request) -> Response:
         """A new conversation, empty or with messages."""
-        new = validated(NewConversation, await read_object(request, max_bytes, may_be_empty=True))
+        new = validated(NewConversation, await read_object(request, settings, may_be_empty=True))
         items = [item.as_item() for item in new.items]
         return _described(await conversations.create(tenant(request), items, new.metadata))
 
@@ -82,7 +82,7 @@ def conversations_router(edge: Edge) -> APIRouter:
     @router.post("/{conversation_id}", **body_docs(ConversationUpdate, ConversationObject, 404))
     async def update_conversation(request: Request, conversation_id: ConversationId) -> Response:
         """Replaces its metadata."""
-        update = validated(ConversationUpdate, await read_object(request, max_bytes))
+        update = validated(ConversationUpdate, await read_object(request, settings))
         return _described(await conversations.update(tenant(request), conversation_id, update.metadata))
 
     @router.delete("/{conversation_id}", **answer_docs(ConversationDeleted, 400, 404))
@@ -94,7 +94,7 @@ def conversations_router(edge: Edge) -> APIRouter:
     @router.post("/{conversation_id}/items", **body_docs(NewItems, ItemList, 404))
     async def create_items(request: Request, conversation_id: ConversationId) -> Response:
         """Adds messages at its end."""
-        new = validated(NewItems, await read_object(request, max_bytes))
+        new = validated(NewItems, await read_object(request, settings))
         items = [item.as_item() for item in new.items]
         await conversations.add_items(tenant(request), conversation_id, items)
         return Response(item_list(ItemPage(items, has_more=False)), media_type="application/json")
@@ -103,7 +103,7 @@ def conversations_router(edge: Edge) -> APIRouter:
     async def list_items(request: Request, conversation_id: ConversationId) -> Response:
         """Its messages, the last one first if nothing else is asked for."""
         page = page_of(request)
-        found = await conversations.items(tenant_of(request.headers), conversation_id, page)
+        found = await conversations.items(tenant_of(request), conversation_id, page)
         return Response(item_list(found), media_type="application/json")
 
     @router.get("/{conversation_id}/items/{item_id}", **answer_docs(MessageItem, 400, 404))

@@ -13,17 +13,23 @@ from starlette.types import Receive
 
 
 async def until_disconnect(
-    receive: Receive, work: Coroutine[Any, Any, None], *beside: Coroutine[Any, Any, None]
+    receive: Receive,
+    work: Coroutine[Any, Any, None],
+    *beside: Coroutine[Any, Any, None],
+    until: Coroutine[Any, Any, None] | None = None,
 ) -> None:
-    """Runs `work` with `beside` until it is done or the client has left; nothing of it runs on after that."""
+    """Runs `work` with `beside` until it is done, the client has left, or `until` is done; nothing of it runs on after
+    that."""
     main = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(_disconnected(receive))
+    ends = [asyncio.ensure_future(_disconnected(receive))]
+    if until is not None:
+        ends.append(asyncio.ensure_future(until))
     helpers = [asyncio.ensure_future(one) for one in beside]
     try:
-        await asyncio.wait({main, gone}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({main, *ends}, return_when=asyncio.FIRST_COMPLETED)
     finally:
         # Also when this task itself is cancelled, because the server stops.
-        tasks = [main, gone, *helpers]
+        tasks = [main, *ends, *helpers]
         for task in tasks:
             task.cancel()
         # Not gather: a second cancellation from outside must not disturb how the turn puts itself away.

@@ -8,7 +8,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from phi_cluster.cluster.response_api import Conversations, Responses
-from phi_cluster.cluster.turn_api import Clock, EngineAdmin, Health, RequestObserver, SessionAdmin, TurnRunner
+from phi_cluster.cluster.turn_api import (
+    Clock,
+    EngineAdmin,
+    Health,
+    RequestObserver,
+    SessionAdmin,
+    TurnRunner,
+    UsageBook,
+)
 
 
 @dataclass(frozen=True)
@@ -24,13 +32,29 @@ class EdgeSettings:
     max_body_bytes: int = 8 * 2**20
     # Seconds of silence after which a stream gets a comment line.
     keep_alive_seconds: float = 10.0
+    # A request's body must have come within so many seconds, and a client must take what is sent to it within so many.
+    body_seconds: float = 30.0
+    write_seconds: float = 60.0
+    # Headers that name a session, in lower case; whichever of them comes.
+    session_headers: tuple[str, ...] = ("x-session-id",)
+    # Origins of pages whose scripts may ask; "*" is any.
+    cors_origins: tuple[str, ...] = ()
+    # While no keys are set up: the names (of Host headers) under which this server answers; empty: any.
+    allowed_hosts: tuple[str, ...] = ()
     # Names model, weights and build in responses (OpenAI's `system_fingerprint`).
     system_fingerprint: str | None = None
 
     def __post_init__(self) -> None:
         if not self.served_model_names or not all(self.served_model_names):
             raise ValueError("served_model_names: at least one name, none of them empty")
-        for name in ("max_model_len", "vocab_size", "max_body_bytes", "keep_alive_seconds"):
+        for name in (
+            "max_model_len",
+            "vocab_size",
+            "max_body_bytes",
+            "keep_alive_seconds",
+            "body_seconds",
+            "write_seconds",
+        ):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name}: must be positive, not {getattr(self, name)}")
 
@@ -48,3 +72,5 @@ class Edge:
     health: Health
     observer: RequestObserver
     clock: Clock
+    # None while no keys are set up.
+    usage: UsageBook | None = None

@@ -20,8 +20,10 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from phi_cluster.cluster.errors import BodyTooLarge, PhiError
+from phi_cluster.cluster.errors import BodyTooLarge, LimitReached, PhiError, RequestTimeout, Unauthorized
 from phi_cluster.cluster.http.caller import REQUEST_ID_HEADER
+from phi_cluster.cluster.http.elsewhere import reason_for_absence
+from phi_cluster.cluster.http.rates import rate_headers
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +46,11 @@ def error_response(error: PhiError, headers: Mapping[str, str] | None = None) ->
     response = Response(to_json(error.body()), error.status, headers, media_type="application/json")
     if error.retry_after is not None:
         response.headers["retry-after"] = str(max(1, math.ceil(error.retry_after)))
-    if isinstance(error, BodyTooLarge):
+    if isinstance(error, LimitReached):
+        response.headers.update(rate_headers(error.rates))
+    if isinstance(error, Unauthorized):
+        response.headers["www-authenticate"] = "Bearer"
+    if isinstance(error, BodyTooLarge | RequestTimeout):
         # The rest of the body is not read, so the connection cannot be used again.
         response.headers["connection"] = "close"
     return response
@@ -57,15 +63,28 @@ def install_error_handling(app: FastAPI) -> None:
     app.add_middleware(RequestEnvelope)
 
 
+def log_for_operator(error: PhiError, request_id: str) -> None:
+    """What the client is not told goes to the log."""
+    if error.told is not None:
+        logger.error("request %s: %s", request_id, error.message)
+
+
 async def _on_phi_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, PhiError)
+    log_for_operator(error, request.state.request_id)
     return error_response(error)
 
 
 async def _on_http_exception(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    where = f"{request.method} {request.url.path[:200]}"
-    if error.status_code == 404:
+    # Not request.url, which is put together from the client's Host header.
+    path = request.scope["path"]
+    where = f"{request.method} {path[:200]}"
+    code = _CODES.get(error.status_code)
+    if error.status_code == 404 and (reason := reason_for_absence(path)):
+        code = "unsupported_endpoint"
+        message = f"{where} is not served here: {reason}. There are {', '.join(_collections(request.app))}"
+    elif error.status_code == 404:
         message = f"There is nothing at {where}"
     elif error.status_code == 405:
         message = f"The method does not fit: {where}; allowed: {(error.headers or {}).get('allow', 'others')}"
@@ -76,10 +95,15 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
             "message": message,
             "type": "invalid_request_error" if error.status_code < 500 else "server_error",
             "param": None,
-            "code": _CODES.get(error.status_code),
+            "code": code,
         }
     }
     return Response(to_json(body), error.status_code, error.headers, media_type="application/json")
+
+
+def _collections(app: FastAPI) -> list[str]:
+    """What can be asked for without naming one thing."""
+    return sorted(path for path in app.openapi()["paths"] if path.startswith("/v1/") and "{" not in path)
 
 
 class RequestEnvelope:

@@ -40,6 +40,21 @@ class EventStream:
         self._started = False
         self._ended = False
         self._last_write = asyncio.get_running_loop().time()
+        # Since when the client has not taken what is being sent.
+        self._stuck_since: float | None = None
+
+    def add_headers(self, headers: Mapping[str, str]) -> None:
+        """Of a response that has not started yet; later they have no effect."""
+        self._headers.update(headers)
+
+    async def stuck(self, seconds: float) -> None:
+        """Returns when the client has taken nothing for so long although there was something to send."""
+        now = asyncio.get_running_loop().time
+        while True:
+            waited = 0.0 if self._stuck_since is None else now() - self._stuck_since
+            if waited >= seconds:
+                return
+            await asyncio.sleep(seconds - waited)
 
     async def write(self, event: Mapping[str, Any], position: object = None) -> None:
         """Sends an event, with `position` as its id; the first call sends the status 200 and the headers."""
@@ -89,11 +104,13 @@ class EventStream:
             if self._ended:
                 return
             self._ended = last
+            self._stuck_since = asyncio.get_running_loop().time()
             if not self._started:
                 self._started = True
                 start = {"type": "http.response.start", "status": 200, "headers": self._start_headers()}
                 await self._send(start)
             await self._send({"type": "http.response.body", "body": body, "more_body": not last})
+            self._stuck_since = None
             self._last_write = asyncio.get_running_loop().time()
 
     def _block(self, event: Mapping[str, Any]) -> bytes:

@@ -14,14 +14,29 @@ from pydantic.json_schema import models_json_schema
 
 from phi_cluster.cluster.http.caller import (
     DETAILS_HEADER,
+    POSITION_PATTERN,
     REQUEST_ID_HEADER,
+    REQUEST_ID_PATTERN,
     RESUME_HEADER,
     SESSION_HEADER,
+    SESSION_ID_PATTERN,
     SESSION_ID_RULE,
 )
 from phi_cluster.cluster.http.schemas import ErrorBody
 
 _REF = "#/components/schemas/{model}"
+_ERROR_RESPONSE = {
+    status: {
+        "description": description,
+        "content": {"application/json": {"schema": {"$ref": _REF.format(model=ErrorBody.__name__)}}},
+    }
+    for status, description in (
+        (400, "Something is wrong with the headers"),
+        (401, "No valid API key"),
+        (403, "Not for this key, or not from this page"),
+        (500, "The server failed"),
+    )
+}
 
 
 def error_docs(*statuses: int) -> dict[int | str, dict[str, Any]]:
@@ -33,20 +48,21 @@ def generation_docs(request: type[BaseModel], whole: type[BaseModel], chunk: typ
     """Keyword arguments of a route that takes `request` and answers with `whole` or a stream of `chunk`s."""
     stream = {"schema": {"$ref": _REF.format(model=chunk.__name__)}}
     headers = [
-        _header(SESSION_HEADER, f"the conversation to continue: {SESSION_ID_RULE}"),
+        _header(SESSION_HEADER, f"the conversation to continue: {SESSION_ID_RULE}", SESSION_ID_PATTERN),
         _header(DETAILS_HEADER, "1: add serving details as the field `phi`"),
         _header(
             RESUME_HEADER,
             "read an interrupted reply on behind this position, the id of the last event that came; 0: all of it. With "
             f"{REQUEST_ID_HEADER} as the interrupted response had it, and the same body",
+            POSITION_PATTERN,
         ),
-        _header(REQUEST_ID_HEADER, f"with {RESUME_HEADER} only: the interrupted response's"),
+        _header(REQUEST_ID_HEADER, f"with {RESUME_HEADER} only: the interrupted response's", REQUEST_ID_PATTERN),
     ]
     return {
         "response_model": None,
         "responses": {
             200: {"model": whole, "content": {"text/event-stream": stream}},
-            **error_docs(400, 404, 409, 413, 415, 422, 429, 500, 503),
+            **error_docs(400, 404, 408, 409, 413, 415, 422, 429, 500, 503),
         },
         "openapi_extra": {
             "parameters": headers,
@@ -95,8 +111,11 @@ def stream_docs(
     return docs
 
 
-def install_openapi(app: FastAPI, requests: list[type[BaseModel]], chunks: list[type[BaseModel]]) -> None:
-    """Makes `app.openapi()` define the models that routes only refer to."""
+def install_openapi(
+    app: FastAPI, requests: list[type[BaseModel]], chunks: list[type[BaseModel]], open_paths: frozenset[str]
+) -> None:
+    """Makes `app.openapi()` define the models that routes only refer to, and what is true of all of them but
+    `open_paths`: what the door answers."""
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
@@ -108,11 +127,11 @@ def install_openapi(app: FastAPI, requests: list[type[BaseModel]], chunks: list[
                 ],
                 ref_template=_REF,
             )
-            # What FastAPI says of every route with a parameter; here nothing answers with 422.
-            for operations in document["paths"].values():
+            for path, operations in document["paths"].items():
                 for operation in operations.values():
-                    operation["responses"].pop("422", None)
-            components = document.setdefault("components", {}).setdefault("schemas", {})
+                    _complete(operation, path in open_paths)
+            document.setdefault("components", {})["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+            components = document["components"].setdefault("schemas", {})
             for name, schema in definitions["$defs"].items():
                 components.setdefault(name, schema)
             for unused in ("HTTPValidationError", "ValidationError"):
@@ -123,11 +142,24 @@ def install_openapi(app: FastAPI, requests: list[type[BaseModel]], chunks: list[
     app.openapi = openapi  # type: ignore[method-assign]
 
 
-def _header(name: str, description: str) -> dict[str, Any]:
+def _complete(operation: dict[str, Any], is_open: bool) -> None:
+    responses = operation["responses"]
+    # What FastAPI says of every route with a parameter. Where we answer so, the route has said it in its own words.
+    if "HTTPValidationError" in str(responses.get("422")):
+        del responses["422"]
+    errors = [500] if is_open else [400, 401, 403, 500]
+    for status in errors:
+        responses.setdefault(str(status), _ERROR_RESPONSE[status])
+    if not is_open:
+        # A server without keys asks for none.
+        operation["security"] = [{"key": []}, {}]
+
+
+def _header(name: str, description: str, pattern: str | None = None) -> dict[str, Any]:
     return {
         "name": name,
         "in": "header",
         "required": False,
         "description": description,
-        "schema": {"type": "string"},
+        "schema": {"type": "string"} | ({} if pattern is None else {"pattern": pattern}),
     }

@@ -17,7 +17,8 @@ from starlette.types import Receive, Scope, Send
 
 from phi_cluster.cluster.errors import PhiError
 from phi_cluster.cluster.http.disconnect import until_disconnect
-from phi_cluster.cluster.http.errors import error_response, internal_error, to_json
+from phi_cluster.cluster.http.edge import EdgeSettings
+from phi_cluster.cluster.http.errors import error_response, internal_error, log_for_operator, to_json
 from phi_cluster.cluster.http.event_stream import EventStream
 from phi_cluster.cluster.http.response_format import ResponseEvents, response_json
 from phi_cluster.cluster.response_api import Reading, Response
@@ -29,16 +30,21 @@ class ResponseStream(HTTPResponse):
     """The events of what `open_reading` gives, behind the one numbered `starting_after`."""
 
     def __init__(
-        self, open_reading: Callable[[], Awaitable[Reading]], *, keep_alive_seconds: float, starting_after: int = -1
+        self, open_reading: Callable[[], Awaitable[Reading]], settings: EdgeSettings, *, starting_after: int = -1
     ) -> None:
         super().__init__()
         self._open_reading = open_reading
-        self._keep_alive_seconds = keep_alive_seconds
+        self._settings = settings
         self._starting_after = starting_after
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         stream = EventStream(scope, receive, send, {}, is_typed=True)
-        await until_disconnect(receive, self._send(stream), stream.keep_alive(self._keep_alive_seconds))
+        await until_disconnect(
+            receive,
+            self._send(stream),
+            stream.keep_alive(self._settings.keep_alive_seconds),
+            until=stream.stuck(self._settings.write_seconds),
+        )
 
     async def _send(self, stream: EventStream) -> None:
         reading: Reading | None = None
@@ -58,7 +64,7 @@ class ResponseStream(HTTPResponse):
         except Exception as error:
             told = _told(error, reading)
             if stream.has_started and events is not None:
-                await stream.end(events.error(told.message, told.code, told.param))
+                await stream.end(events.error(told.message_told, told.code, told.param))
             else:
                 await stream.fail(told)
         finally:
@@ -107,8 +113,9 @@ class WholeResponse(HTTPResponse):
 
 def _told(error: Exception, reading: Reading | None) -> PhiError:
     """What the client is told about `error`; what nobody expected goes to the log instead."""
-    if isinstance(error, PhiError):
-        return error
     name = "a response" if reading is None else reading.response.id
+    if isinstance(error, PhiError):
+        log_for_operator(error, name)
+        return error
     logger.error("%s failed unexpectedly", name, exc_info=error)
     return internal_error()

@@ -63,13 +63,13 @@ def responses_router(edge: Edge) -> APIRouter:
 
     def tenant(request: Request, known: tuple[str, ...] = ()) -> str:
         query_of(request, known)
-        return tenant_of(request.headers)
+        return tenant_of(request)
 
     @router.post("", **stream_docs(ResponseRequest, ResponseObject, ResponseEvent))
     async def create_response(request: Request) -> Response:
         """The model's next message."""
         caller = _checked_caller(request)
-        fields = validated(ResponseRequest, await read_object(request, settings.max_body_bytes))
+        fields = validated(ResponseRequest, await read_object(request, settings))
         check_model(fields.model, settings)
         if fields.max_output_tokens is not None and fields.max_output_tokens > settings.max_model_len:
             raise ContextOverflow(
@@ -80,7 +80,7 @@ def responses_router(edge: Edge) -> APIRouter:
         new = new_response(fields, settings, sampling_of(fields, settings), caller.tenant, caller.request_id)
         create = partial(responses.create, new)
         if fields.stream:
-            return ResponseStream(create, keep_alive_seconds=settings.keep_alive_seconds)
+            return ResponseStream(create, settings)
         return WholeResponse(create)
 
     @router.get(
@@ -90,11 +90,11 @@ def responses_router(edge: Edge) -> APIRouter:
         """As it stands; with `stream`, its events from the beginning, or behind `starting_after`."""
         given = query_of(request, ("stream", "starting_after", "include_obfuscation"))
         flag_of(given, "include_obfuscation")
-        owner = tenant_of(request.headers)
+        owner = tenant_of(request)
         if flag_of(given, "stream"):
             return ResponseStream(
                 partial(responses.read, owner, response_id),
-                keep_alive_seconds=settings.keep_alive_seconds,
+                settings,
                 starting_after=_starting_after(given),
             )
         if "starting_after" in given:
@@ -104,7 +104,7 @@ def responses_router(edge: Edge) -> APIRouter:
     @router.post("/{response_id}/cancel", **body_docs(None, ResponseObject, 404))
     async def cancel_response(request: Request, response_id: ResponseId) -> Response:
         """Ends a response in the background, with what has been said."""
-        if await read_object(request, settings.max_body_bytes, may_be_empty=True):
+        if await read_object(request, settings, may_be_empty=True):
             raise InvalidRequest("this takes no fields: send no body, or {}")
         return _json(response_json(await responses.cancel(tenant(request), response_id)))
 
@@ -118,7 +118,7 @@ def responses_router(edge: Edge) -> APIRouter:
     async def list_input_items(request: Request, response_id: ResponseId) -> Response:
         """The messages that were its input, without those of responses before it."""
         page = page_of(request)
-        found = await responses.input_items(tenant_of(request.headers), response_id, page)
+        found = await responses.input_items(tenant_of(request), response_id, page)
         return Response(item_list(found), media_type="application/json")
 
     return router
@@ -126,7 +126,8 @@ def responses_router(edge: Edge) -> APIRouter:
 
 def _checked_caller(request: Request) -> Caller:
     caller = caller_of(request)
-    if caller.session_id is not None:
+    # Other headers that may name a session are sent by clients that do so everywhere.
+    if SESSION_HEADER in request.headers:
         raise InvalidRequest(
             f"{SESSION_HEADER}: a response's session is that of its conversation, or of previous_response_id: leave "
             "the header out",

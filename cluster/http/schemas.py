@@ -109,7 +109,8 @@ class GenerationFields(StructuredFields):
     min_p: float = Field(0.0, ge=0, le=1)
     presence_penalty: float = Field(0.0, ge=-2, le=2)
     frequency_penalty: float = Field(0.0, ge=-2, le=2)
-    repetition_penalty: float = Field(1.0, gt=0, le=10)
+    # Logits are divided by it, and must stay finite.
+    repetition_penalty: float = Field(1.0, ge=0.01, le=10)
     seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1, description="left out: one is chosen")
     stop: Stops = Field(default_factory=list, description="the reply ends before any of these strings")
     stop_token_ids: list[Annotated[int, Field(ge=0)]] = Field(default_factory=list, max_length=MAX_IDS)

@@ -11,9 +11,11 @@ from typing import Any
 
 from fastapi import APIRouter, FastAPI
 from pydantic import BaseModel
+from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
 from phi_cluster.cluster.errors import Unavailable
+from phi_cluster.cluster.http.caller import DETAILS_HEADER, REQUEST_ID_HEADER, RESUME_HEADER, SESSION_HEADER
 from phi_cluster.cluster.http.chat import chat_router
 from phi_cluster.cluster.http.chat_schemas import ChatCompletionChunk, ChatRequest
 from phi_cluster.cluster.http.completion_schemas import CompletionRequest
@@ -24,18 +26,31 @@ from phi_cluster.cluster.http.conversations import (
     NewItems,
     conversations_router,
 )
+from phi_cluster.cluster.http.door import OPEN_PATHS, Door
 from phi_cluster.cluster.http.edge import Edge, EdgeSettings
 from phi_cluster.cluster.http.engines import engines_router
 from phi_cluster.cluster.http.errors import install_error_handling, to_json
 from phi_cluster.cluster.http.models import models_router
 from phi_cluster.cluster.http.openapi import error_docs, install_openapi
+from phi_cluster.cluster.http.rates import RATE_HEADERS
 from phi_cluster.cluster.http.response_schemas import ResponseEvent, ResponseRequest
 from phi_cluster.cluster.http.responses import responses_router
 from phi_cluster.cluster.http.sessions import sessions_router
+from phi_cluster.cluster.http.usage import usage_router
 from phi_cluster.cluster.response_api import Conversations, Responses
-from phi_cluster.cluster.turn_api import Clock, EngineAdmin, Health, RequestObserver, SessionAdmin, TurnRunner
+from phi_cluster.cluster.turn_api import (
+    Clock,
+    EngineAdmin,
+    Health,
+    Keys,
+    RequestObserver,
+    SessionAdmin,
+    TurnRunner,
+    UsageBook,
+)
 
 API_VERSION = "1"
+_OWN_HEADERS = (DETAILS_HEADER, RESUME_HEADER, REQUEST_ID_HEADER)
 
 
 def build_app(
@@ -48,9 +63,11 @@ def build_app(
     health: Health,
     observer: RequestObserver,
     clock: Clock = time,
+    keys: Keys | None = None,
+    usage: UsageBook | None = None,
 ) -> FastAPI:
-    """A new app over these objects; several may live in one process."""
-    edge = Edge(settings, turns, responses, conversations, sessions, engines, health, observer, clock)
+    """A new app over these objects; several may live in one process. Without `keys` everybody may come in."""
+    edge = Edge(settings, turns, responses, conversations, sessions, engines, health, observer, clock, usage)
     app = FastAPI(
         title="phi-cluster",
         version=API_VERSION,
@@ -68,9 +85,14 @@ def build_app(
         models_router(edge),
         sessions_router(edge),
         engines_router(edge),
+        usage_router(edge),
         _health_router(edge),
     ):
         app.include_router(router)
+    # The first is the innermost.
+    app.add_middleware(Door, keys, settings)
+    if settings.cors_origins:
+        _allow_origins(app, settings)
     install_error_handling(app)
     requests: list[type[BaseModel]] = [
         ChatRequest,
@@ -80,8 +102,19 @@ def build_app(
         ConversationUpdate,
         NewItems,
     ]
-    install_openapi(app, requests, [ChatCompletionChunk, ResponseEvent])
+    install_openapi(app, requests, [ChatCompletionChunk, ResponseEvent], OPEN_PATHS)
     return app
+
+
+def _allow_origins(app: FastAPI, settings: EdgeSettings) -> None:
+    """Outside of the door: a browser asks whether it may ask without the key."""
+    app.add_middleware(
+        CORSMiddleware,
+        allow_origins=settings.cors_origins,
+        allow_methods=("GET", "POST", "DELETE"),
+        allow_headers=("authorization", "content-type", *_OWN_HEADERS, *settings.session_headers),
+        expose_headers=(REQUEST_ID_HEADER, SESSION_HEADER, "retry-after", *RATE_HEADERS),
+    )
 
 
 def _health_router(edge: Edge) -> APIRouter:

@@ -15,9 +15,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from phi_cluster.cluster.errors import InvalidRequest
-from phi_cluster.cluster.http.auth import tenant_of
+from phi_cluster.cluster.http.auth import ADMIN_SCOPE, require, tenant_of
 from phi_cluster.cluster.http.body import read_bytes, read_object
-from phi_cluster.cluster.http.caller import SESSION_ID_RULE, check_session_id
+from phi_cluster.cluster.http.caller import SESSION_ID_PATTERN, SESSION_ID_RULE, check_session_id
 from phi_cluster.cluster.http.edge import Edge
 from phi_cluster.cluster.http.errors import to_json
 from phi_cluster.cluster.http.openapi import error_docs
@@ -25,7 +25,7 @@ from phi_cluster.cluster.http.openapi import error_docs
 DEFAULT_LIMIT = 100
 MAX_LIMIT = 1000
 
-SessionId = Annotated[str, Path(description=SESSION_ID_RULE)]
+SessionId = Annotated[str, Path(description=SESSION_ID_RULE, json_schema_extra={"pattern": SESSION_ID_PATTERN})]
 
 
 class SessionStats(BaseModel):
@@ -66,15 +66,18 @@ class SessionDeleted(BaseModel):
 
 
 def sessions_router(edge: Edge) -> APIRouter:
-    """The endpoints, over `edge`. A key sees only its own sessions."""
+    """The endpoints, over `edge`. A key sees only its own sessions; an admin may list all."""
     router = APIRouter(prefix="/v1/sessions", tags=["sessions"])
     sessions = edge.sessions
 
-    @router.get("", response_model=None, openapi_extra=_PAGE_PARAMETERS, responses=_docs(SessionPage, 400))
+    @router.get("", response_model=None, openapi_extra=_PAGE_PARAMETERS, responses=_docs(SessionPage, 400, 403))
     async def list_sessions(request: Request) -> Response:
-        """Sessions in order of their ids; `after` the last id of a page comes the next page."""
-        limit, after = _page_of(request)
-        found = await sessions.list(tenant_of(request.headers), limit + 1, after)
+        """Sessions in order of their ids; `after` the last id of a page comes the next page. `tenant`: those of another
+        key, by its name; wants the scope admin."""
+        limit, after, tenant = _page_of(request)
+        if tenant is not None:
+            require(request, ADMIN_SCOPE)
+        found = await sessions.list(tenant or tenant_of(request), limit + 1, after)
         page = [_described(one) for one in found[:limit]]
         return _json(
             {
@@ -90,35 +93,35 @@ def sessions_router(edge: Edge) -> APIRouter:
     async def import_session(request: Request) -> Response:
         """A session of what an export gave, under the id in the query, or one that is made."""
         new_id = _import_id(request)
-        data = await read_bytes(request, edge.settings.max_body_bytes)
-        tenant, vocab_size = tenant_of(request.headers), edge.settings.vocab_size
+        data = await read_bytes(request, edge.settings)
+        tenant, vocab_size = tenant_of(request), edge.settings.vocab_size
         return _json(_described(await sessions.import_session(tenant, new_id, data, vocab_size)))
 
     @router.get("/{session_id}/export", response_class=Response, responses=_EXPORT | error_docs(400, 404, 500, 503))
     async def export_session(request: Request, session_id: SessionId) -> Response:
         """The session's turns as a file that `import` takes."""
         check_session_id(session_id, "session_id")
-        data = await sessions.export(tenant_of(request.headers), session_id)
+        data = await sessions.export(tenant_of(request), session_id)
         return Response(data, media_type="application/octet-stream")
 
     @router.get("/{session_id}", response_model=None, responses=_docs(SessionStats, 400, 404))
     async def get_session(request: Request, session_id: SessionId) -> Response:
         """One session's state."""
         check_session_id(session_id, "session_id")
-        return _json(_described(await sessions.get(tenant_of(request.headers), session_id)))
+        return _json(_described(await sessions.get(tenant_of(request), session_id)))
 
     @router.delete("/{session_id}", response_model=None, responses=_docs(SessionDeleted, 400, 404, 409))
     async def delete_session(request: Request, session_id: SessionId) -> Response:
         """Forget the session, its KV cache and its journal."""
         check_session_id(session_id, "session_id")
-        await sessions.delete(tenant_of(request.headers), session_id)
+        await sessions.delete(tenant_of(request), session_id)
         return _json({"id": session_id, "object": "session.deleted", "deleted": True})
 
     @router.post("/{session_id}/clear", response_model=None, responses=_docs(SessionStats, 400, 404, 409))
     async def clear_session(request: Request, session_id: SessionId) -> Response:
         """Forget the conversation and its KV cache; the session stays."""
         await _check_action(request, session_id, edge)
-        return _json(_described(await sessions.clear(tenant_of(request.headers), session_id)))
+        return _json(_described(await sessions.clear(tenant_of(request), session_id)))
 
     @router.post(
         "/{session_id}/fork",
@@ -129,20 +132,20 @@ def sessions_router(edge: Edge) -> APIRouter:
     async def fork_session(request: Request, session_id: SessionId) -> Response:
         """A new session with the same conversation, and a copy of its KV cache."""
         check_session_id(session_id, "session_id")
-        new_id, turn = _fork_of(await read_object(request, edge.settings.max_body_bytes, may_be_empty=True))
-        return _json(_described(await sessions.fork(tenant_of(request.headers), session_id, new_id, turn)))
+        new_id, turn = _fork_of(await read_object(request, edge.settings, may_be_empty=True))
+        return _json(_described(await sessions.fork(tenant_of(request), session_id, new_id, turn)))
 
     @router.post("/{session_id}/hibernate", response_model=None, responses=_docs(SessionStats, 400, 404, 409, 507))
     async def hibernate_session(request: Request, session_id: SessionId) -> Response:
         """Give the session's memory back and keep its KV cache on the disk; the next turn wakes it."""
         await _check_action(request, session_id, edge)
-        return _json(_described(await sessions.hibernate(tenant_of(request.headers), session_id)))
+        return _json(_described(await sessions.hibernate(tenant_of(request), session_id)))
 
     @router.post("/{session_id}/recycle", response_model=None, responses=_docs(SessionStats, 400, 404, 409))
     async def recycle_session(request: Request, session_id: SessionId) -> Response:
         """Renew the session's actor; memory and conversation stay."""
         await _check_action(request, session_id, edge)
-        return _json(_described(await sessions.recycle(tenant_of(request.headers), session_id)))
+        return _json(_described(await sessions.recycle(tenant_of(request), session_id)))
 
     return router
 
@@ -162,7 +165,7 @@ def _described(session: Mapping[str, Any]) -> dict[str, Any]:
 async def _check_action(request: Request, session_id: str, edge: Edge) -> None:
     """The actions take no parameters; `{}` is what clients send that cannot send nothing."""
     check_session_id(session_id, "session_id")
-    given = await read_object(request, edge.settings.max_body_bytes, may_be_empty=True)
+    given = await read_object(request, edge.settings, may_be_empty=True)
     if given:
         param = next(iter(given))[:64]
         raise InvalidRequest(f"{param} is not a field here: send no body, or {{}}", param=param)
@@ -236,22 +239,37 @@ _PAGE_PARAMETERS: dict[str, Any] = {
             "required": False,
             "schema": {"type": "integer", "minimum": 1, "maximum": MAX_LIMIT, "default": DEFAULT_LIMIT},
         },
-        {"name": "after", "in": "query", "required": False, "schema": {"type": "string"}},
+        {
+            "name": "after",
+            "in": "query",
+            "required": False,
+            "schema": {"type": "string", "pattern": SESSION_ID_PATTERN},
+        },
+        {
+            "name": "tenant",
+            "in": "query",
+            "required": False,
+            "schema": {"type": "string", "minLength": 1, "maxLength": 64},
+        },
     ]
 }
 
 
-def _page_of(request: Request) -> tuple[int, str | None]:
-    """`limit` and `after`. Raises `InvalidRequest` naming a parameter that is wrong, unknown or repeated."""
+def _page_of(request: Request) -> tuple[int, str | None, str | None]:
+    """`limit`, `after` and `tenant`. Raises `InvalidRequest` naming a parameter that is wrong, unknown or repeated."""
     given: dict[str, str] = {}
     for name, value in request.query_params.multi_items():
-        if name not in ("limit", "after"):
-            raise InvalidRequest(f"{name[:64]} is not a parameter here: there are limit and after", param=name[:64])
+        if name not in ("limit", "after", "tenant"):
+            raise InvalidRequest(
+                f"{name[:64]} is not a parameter here: there are limit, after and tenant", param=name[:64]
+            )
         if name in given:
             raise InvalidRequest(f"{name}: send this parameter once", param=name)
         given[name] = value
     limit = given.get("limit", str(DEFAULT_LIMIT))
     if not re.fullmatch("[0-9]{1,4}", limit, re.ASCII) or not 1 <= int(limit) <= MAX_LIMIT:
         raise InvalidRequest(f"limit must be an integer from 1 to {MAX_LIMIT}", param="limit")
-    after = given.get("after")
-    return int(limit), None if after is None else check_session_id(after, "after")
+    after, tenant = given.get("after"), given.get("tenant")
+    if tenant is not None and not 1 <= len(tenant) <= 64:
+        raise InvalidRequest("tenant must be the name of a key", param="tenant")
+    return int(limit), None if after is None else check_session_id(after, "after"), tenant

@@ -7,6 +7,7 @@ runs.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
@@ -20,8 +21,9 @@ from phi_cluster.cluster.errors import PhiError
 from phi_cluster.cluster.http.caller import SESSION_HEADER, Caller
 from phi_cluster.cluster.http.disconnect import until_disconnect
 from phi_cluster.cluster.http.edge import Edge
-from phi_cluster.cluster.http.errors import error_response, internal_error, to_json
+from phi_cluster.cluster.http.errors import error_response, internal_error, log_for_operator, to_json
 from phi_cluster.cluster.http.event_stream import EventStream
+from phi_cluster.cluster.http.rates import rate_headers
 from phi_cluster.cluster.observation import Observation
 from phi_cluster.cluster.turn_api import (
     Endpoint,
@@ -97,6 +99,8 @@ class TurnResponse(Response):
                     receive,
                     self._send_stream(stream, observation),
                     stream.keep_alive(self._edge.settings.keep_alive_seconds),
+                    # Who does not read is as good as gone: neither the turn nor what it brought waits for him.
+                    until=stream.stuck(self._edge.settings.write_seconds),
                 )
             else:
                 await until_disconnect(receive, self._send_whole(scope, receive, send, observation))
@@ -117,6 +121,7 @@ class TurnResponse(Response):
                             await stream.write(self._format.delta(event.text, self._told_of(logprobs)), event.position)
                             logprobs = []
                     elif isinstance(event, TurnStarted):
+                        stream.add_headers(self._extra_headers)
                         opening = self._format.opening()
                         if opening is not None:
                             await stream.write(opening)
@@ -156,7 +161,10 @@ class TurnResponse(Response):
             observation.finish(finished.finish_reason)
         except Exception as error:
             response = error_response(self._told(error, observation), self._extra_headers)
-        await response(scope, receive, send)
+        try:
+            await asyncio.wait_for(response(scope, receive, send), self._edge.settings.write_seconds)
+        except asyncio.TimeoutError:
+            raise ClientDisconnect from None
 
     async def _events(self, observation: Observation) -> AsyncGenerator[TurnEvent, None]:
         """The runner's events, observed, and checked: the last one is `TurnFinished`."""
@@ -166,6 +174,7 @@ class TurnResponse(Response):
                 if isinstance(event, TextDelta):
                     observation.tokens(event.num_tokens)
                 elif isinstance(event, TurnStarted):
+                    self._extra_headers.update(rate_headers(event.rates))
                     observation.started(event)
                 else:
                     observation.totals(event)
@@ -181,6 +190,7 @@ class TurnResponse(Response):
         """What the client is told about `error`; what nobody expected goes to the log instead."""
         observation.finish("error")
         if isinstance(error, PhiError):
+            log_for_operator(error, self._request.request_id)
             return error
         logger.error("request %s failed unexpectedly", self._request.request_id, exc_info=error)
         return internal_error()

@@ -11,7 +11,15 @@ import logging
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, replace
 
-from phi_cluster.cluster.errors import InvalidRequest, Overloaded, PhiError, ReplyGone, SessionBusy, Unavailable
+from phi_cluster.cluster.errors import (
+    InvalidRequest,
+    LimitReached,
+    Overloaded,
+    PhiError,
+    ReplyGone,
+    SessionBusy,
+    Unavailable,
+)
 from phi_cluster.cluster.observation import Observation
 from phi_cluster.cluster.response_api import Response, ResponseFault, ResponseStatus, ResponseUsage
 from phi_cluster.cluster.responses.messages_of import messages_of
@@ -208,11 +216,11 @@ class Run:
 def fault_of(error: PhiError) -> ResponseFault:
     """As OpenAI's kinds go."""
     kind = "server_error"
-    if isinstance(error, Overloaded):
+    if isinstance(error, Overloaded | LimitReached):
         kind = "rate_limit_exceeded"
     elif isinstance(error, InvalidRequest):
         kind = "invalid_prompt"
-    return ResponseFault(kind, error.message)
+    return ResponseFault(kind, error.message_told)
 
 
 def _another() -> ReplyGone:

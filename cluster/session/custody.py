@@ -181,9 +181,10 @@ class Custody:
         if not stats.in_turn and self.roster.find(entry.key) is entry:
             self.leases.settle(entry.key.digest, stats.kv_cache_bytes)
 
-    async def make_room(self, nbytes: int) -> bool:
-        """Ends idle unnamed conversations, then has idle named ones give theirs back; whether any byte came free."""
-        entries = {entry.key.digest: entry for entry in self.roster}
+    async def make_room(self, nbytes: int, tenant: str | None = None) -> bool:
+        """Ends idle unnamed conversations, then has idle named ones, of one tenant or of all, give theirs back; whether
+        any byte came free."""
+        entries = {entry.key.digest: entry for entry in self.roster if tenant in (None, entry.key.tenant)}
         stats = [await self.stats(entry) for entry in entries.values()]
         freed = False
         for digest in self.ledger.pick_victims(nbytes, stats):

@@ -17,10 +17,11 @@ from typing import Any
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from phi_cluster.cluster.errors import PhiError, SessionExists, StaleEpoch, Unavailable
-from phi_cluster.cluster.messages import BeginTurn, CommitTurn, Moved, SessionKey, TurnGrant
+from phi_cluster.cluster.messages import AdmitTurn, BeginTurn, CommitTurn, Moved, SessionKey, TurnGrant, TurnUsage
 from phi_cluster.cluster.session.keeper import HeldBy
 from phi_cluster.cluster.session.recycler import RecycleReason
 from phi_cluster.cluster.session.session import SessionStats
+from phi_cluster.cluster.turn_api import Rates
 
 _REMEMBERED_HOLDERS = 4096
 # A keeper that was killed is back in seconds, on a busy machine in tens of them.
@@ -67,7 +68,18 @@ class SessionDirectory:
     async def abandon(self, key: SessionKey, epoch: int) -> None:
         await self._settle(key, await self._call(key, "abandon", key, epoch))
 
+    async def admit(self, ask: AdmitTurn) -> Rates:
+        """Raises LimitReached."""
+        return await self._ask_keeper("admit", ask)
+
+    async def charge(self, usage: TurnUsage) -> None:
+        await self._ask_keeper("charge", usage)
+
     # What an administrator asks.
+
+    async def usage(self, tenant: str | None) -> list[dict[str, Any]]:
+        """See turn_api.UsageBook."""
+        return await self._ask_keeper("usage", tenant)
 
     async def list(self, tenant: str, limit: int, after: str | None) -> list[dict[str, Any]]:
         return await self._ask_keeper("list", tenant, limit, after)

@@ -26,18 +26,21 @@ class JournalCorrupt(PhiError):
     """The journal's file is damaged, or is something else: the conversation cannot be read."""
 
     code = "journal_corrupt"
+    told = "this session's record is damaged; the server's log says more. Delete the session to begin anew"
 
 
 class JournalTooNew(PhiError):
     """A later version of this program wrote the journal: this one would damage it."""
 
     code = "journal_too_new"
+    told = "a later version of this server wrote the session's record; this one cannot go on with it"
 
 
 class JournalFull(Unavailable):
     """The disk is full: nothing was written."""
 
     code = "journal_full"
+    told = "the server's disk is full: the turn was not recorded; try again later"
 
 
 class JournalUnavailable(Unavailable):
@@ -45,6 +48,7 @@ class JournalUnavailable(Unavailable):
     permissions)."""
 
     code = "journal_unavailable"
+    told = "the session's record cannot be read or written just now; try again"
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -22,11 +23,13 @@ import ray
 
 from phi_cluster.cluster.config import KVConfig, SessionsConfig
 from phi_cluster.cluster.errors import Overloaded
-from phi_cluster.cluster.messages import BeginTurn, CommitTurn, Moved, SessionKey, TurnGrant
+from phi_cluster.cluster.messages import AdmitTurn, BeginTurn, CommitTurn, Moved, SessionKey, TurnGrant, TurnUsage
 from phi_cluster.cluster.processes import private_bytes, process_id
+from phi_cluster.cluster.session.accounts import Accounts, ForgetfulStore, UsageStore
 from phi_cluster.cluster.session.actor import session_settings
 from phi_cluster.cluster.session.actor_pool import RayActors
 from phi_cluster.cluster.session.administration import Administration
+from phi_cluster.cluster.session.conversation import name_digest
 from phi_cluster.cluster.session.custody import Custody, Journals
 from phi_cluster.cluster.session.forks import Forks
 from phi_cluster.cluster.session.hibernation import Hibernation
@@ -37,12 +40,18 @@ from phi_cluster.cluster.session.reports import (
     KeeperReport,
     SessionReport,
     private_or_zero,
+    public_usage,
 )
 from phi_cluster.cluster.session.retention import Retention
 from phi_cluster.cluster.session.roster import Entry
 from phi_cluster.cluster.session.segment_layout import SegmentLayout
 from phi_cluster.cluster.session.session import SessionSettings, SessionStats
 from phi_cluster.cluster.session.sqlite_journal import SQLiteJournal, last_used, list_sessions
+from phi_cluster.cluster.session.tenant_memory import TenantMemory
+from phi_cluster.cluster.session.usage_file import UsageFile
+from phi_cluster.cluster.turn_api import Rates
+
+logger = logging.getLogger(__name__)
 
 # A session that the keeper holds closes its journal's file after so long without a turn.
 _REST_SECONDS = 30.0
@@ -68,8 +77,10 @@ class NodeSessions:
         kv: KVConfig,
         budget_nbytes: int,
         store: HibernationStore | None,
+        usage: UsageStore | None = None,
     ):
-        """`store` None: no session hibernates."""
+        """`store` None: no session hibernates; `usage` None: the tenants' totals end with this object. Raises OSError
+        if they cannot be read."""
         self._layout = settings.layout
         self._node_id = node_id
         self._process = process_id()
@@ -79,6 +90,10 @@ class NodeSessions:
         self._administration = Administration(self._custody, self._hibernation, node_id)
         self._forks = Forks(self._custody)
         self._retention = Retention(self._custody, self._administration, self._hibernation, sessions.retention)
+        self._accounts = Accounts(usage or ForgetfulStore(), settings.clock, settings.is_alive)
+        self._memory = TenantMemory(
+            self._custody, lambda tenant: self._accounts.limits_of(tenant).kv_bytes, kv.reserve_wait
+        )
         self._starting: asyncio.Task[None] | None = None
 
     async def start(self) -> int:
@@ -104,7 +119,7 @@ class NodeSessions:
         while True:
             if request.key.ephemeral and not request.key.session_id:
                 left = self._roster.left_by(request.key.tenant, request.request_id) if request.resume else None
-                entry = left or self._roster.continue_or_open(request.key.tenant, request.text)
+                entry = left or self._continue_or_open(request)
             else:
                 await self._hibernation.wake(request.key)
                 entry = self._roster.open(request.key)
@@ -160,9 +175,9 @@ class NodeSessions:
         return entry.session.withdraw(claim) if entry.session else HeldBy(entry.actor.handle)
 
     async def reserve(self, key: SessionKey, num_tokens: int) -> None:
-        """Leases memory for the session to hold `num_tokens`. Raises Overloaded."""
+        """Leases memory for the session to hold `num_tokens`. Raises Overloaded and LimitReached."""
         await self.start()
-        await self._custody.leases.reserve(key.digest, self._layout.nbytes_used(num_tokens))
+        await self._memory.reserve(key, self._layout.nbytes_used(num_tokens))
         if self._roster.find(key) is None:
             # Its client left while it waited, and the session went: nobody would ever give this back.
             self._custody.leases.release(key.digest)
@@ -177,6 +192,30 @@ class NodeSessions:
         """A replica could not reach the session's actor: if it is dead, the session goes on here, in its memory."""
         await self.start()
         await self._custody.actor_died(key)
+
+    # What tenants may use.
+
+    async def admit(self, ask: AdmitTurn) -> Rates:
+        """Before each turn of a tenant with a key. Raises LimitReached."""
+        await self.start()
+        return self._accounts.admit(ask, self._roster.named(ask.key.tenant))
+
+    async def charge(self, usage: TurnUsage) -> None:
+        """After it, however it ended."""
+        self._accounts.charge(usage)
+
+    async def usage(self, tenant: str | None) -> list[dict[str, Any]]:
+        """Under the names of the HTTP API; None: of all tenants that have used anything."""
+        await self.start()
+        return [
+            public_usage(
+                totals,
+                num_turns=self._accounts.num_turns(totals.tenant),
+                num_sessions=len(self._roster.named(totals.tenant)),
+                kv_cache_nbytes=self._memory.usage(totals.tenant),
+            )
+            for totals in self._accounts.totals(tenant)
+        ]
 
     # Administration.
 
@@ -228,14 +267,17 @@ class NodeSessions:
     async def import_session(self, key: SessionKey, data: bytes, vocab_size: int) -> dict[str, Any]:
         """Makes a session of such a file. Raises SessionExists and BadExport."""
         await self.start()
+        self._accounts.check_new_session(key, self._roster.named(key.tenant))
         return await self._administration.import_session(key, data, vocab_size)
 
     async def fork(self, key: SessionKey, new: SessionKey, turn: int | None) -> dict[str, Any]:
-        """See `Forks.fork`; returns the new session's description."""
+        """See `Forks.fork`; returns the new session's description. Raises LimitReached too."""
         await self.start()
+        self._accounts.check_new_session(new, self._roster.named(new.tenant))
         with contextlib.suppress(Overloaded):
             # Its cache is worth copying.
             await self._hibernation.wake(key)
+        await self._memory.come_within(key.tenant, self._custody.ledger.lease(key.digest))
         await self._forks.fork(key, new, turn)
         return await self._administration.describe(new)
 
@@ -250,6 +292,7 @@ class NodeSessions:
                 self._custody.settle(entry, s)
             if entry.session is not None and not entry.session.in_turn and s.idle_seconds > _REST_SECONDS:
                 entry.session.rest()
+        await self._save_usage()
         in_memory = {entry.key.digest for entry in entries}
         on_disk = [key for key in self._roster.stored_keys() if key.digest not in in_memory]
         asleep = [nbytes for key in on_disk if (nbytes := self._hibernation.nbytes(key)) is not None]
@@ -266,14 +309,28 @@ class NodeSessions:
             activations=self._custody.hands.activations,
             recycles=dict(self._custody.hands.recycles),
             private_nbytes=private_bytes(),
+            usage=self._accounts.totals(),
             counts={"forks": self._forks.made, "deletions": self._retention.deleted, **self._hibernation.counts},
         )
 
     async def close(self) -> int:
         """Ends all actors; conversations stay in their journals. Returns how many named sessions there are."""
         await self.start()
+        await self._save_usage()
         self._custody.hands.close()
         return sum(1 for _ in self._roster.stored_keys())
+
+    def _continue_or_open(self, request: BeginTurn) -> Entry:
+        # Strangers' strings are no keys here.
+        hint = None if request.cache_hint is None else name_digest(request.cache_hint).hex()
+        return self._roster.continue_or_open(request.key.tenant, request.text, hint)
+
+    async def _save_usage(self) -> None:
+        try:
+            await self._accounts.save()
+        except OSError as error:
+            # No turn fails for it; the next round tries again.
+            logger.warning("what tenants have used was not stored: %s", error)
 
     def _reported(self, entry: Entry, stats: SessionStats) -> SessionReport:
         pid = None if entry.actor is None else entry.actor.process.pid
@@ -313,9 +370,9 @@ class Keeper(NodeSessions):
         settings = session_settings(layout, fingerprint)
         node_id = ray.get_runtime_context().get_node_id()
         actors = RayActors(layout, fingerprint, state_path, node_id)
-        journals = _SQLiteJournals(state_path, settings)
+        journals, usage = _SQLiteJournals(state_path, settings), UsageFile(state_path / "usage.sqlite")
         store = None
         if kv.hibernate_quota:
             key = read_key(kv.hibernate_key_file) if kv.hibernate_key_file else None
             store = FileHibernationStore(state_path, kv.hibernate_quota, key)
-        super().__init__(settings, journals, actors, node_id, sessions, kv, budget_nbytes, store)
+        super().__init__(settings, journals, actors, node_id, sessions, kv, budget_nbytes, store, usage)

@@ -5,11 +5,12 @@ Owns: these shapes. Knows nothing of Ray, or of how the numbers are found.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from phi_cluster.cluster.messages import ProcessId
 from phi_cluster.cluster.processes import private_bytes
+from phi_cluster.cluster.session.accounts import UsageTotals
 from phi_cluster.cluster.session.journal import JournalInfo
 from phi_cluster.cluster.session.session import SessionStats
 
@@ -43,6 +44,23 @@ class KeeperReport:
     recycles: dict[str, int]
     private_nbytes: int
     counts: dict[str, int]
+    usage: list[UsageTotals] = field(default_factory=list)
+
+
+def public_usage(totals: UsageTotals, *, num_turns: int, num_sessions: int, kv_cache_nbytes: int) -> dict[str, Any]:
+    """What a tenant has used and uses now, under the names of the HTTP API."""
+    return {
+        "name": totals.tenant,
+        "since": round(totals.since, 3),
+        "requests": totals.requests,
+        "refused": totals.refused,
+        "prompt_tokens": totals.prompt_tokens,
+        "cached_tokens": totals.cached_tokens,
+        "completion_tokens": totals.completion_tokens,
+        "turns_running": num_turns,
+        "sessions": num_sessions,
+        "kv_cache_bytes": kv_cache_nbytes,
+    }
 
 
 def public_description(stats: SessionStats, actor_pid: int | None, node_id: str) -> dict[str, Any]:

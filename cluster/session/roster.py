@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,6 +37,8 @@ class Entry:
     memory: HeldMemory | None = None
     silent_since: float | None = None
     turn_began: float = 0.0
+    # Of an unnamed conversation's last turn, as a digest: see turn_api.TurnRequest.
+    cache_hint: str | None = None
 
     def hold(self, memory: HeldMemory | None) -> None:
         """The actor's memory is this one; None: there is no actor, or it cannot be held."""
@@ -81,6 +83,10 @@ class Roster:
         """Names of a tenant's sessions, sorted."""
         return sorted(self._named.get(tenant, ()))
 
+    def named(self, tenant: str) -> Mapping[str, SessionKey]:
+        """A tenant's sessions by name, in memory or on disk; a view, not to be kept."""
+        return self._named.get(tenant, {})
+
     def stored_keys(self) -> Iterator[SessionKey]:
         for names in list(self._named.values()):
             yield from list(names.values())
@@ -102,23 +108,25 @@ class Roster:
                 return entry
         return None
 
-    def continue_or_open(self, tenant: str, text: str) -> Entry:
+    def continue_or_open(self, tenant: str, text: str, hint: str | None = None) -> Entry:
         """The tenant's idle unnamed conversation that `text` goes on with, else a new one.
 
         It goes on with a conversation if it repeats all of it, at least up to the last reply: whoever shares no more
-        than a beginning must not take another's cache away.
+        than a beginning must not take another's cache away. Of two that it repeats equally it is the one whose last
+        turn had the same hint.
         """
-        best: tuple[int, Entry] | None = None
+        best: tuple[tuple[int, bool], Entry] | None = None
         for entry in self._entries.values():
             session = entry.session
             if session is None or not entry.key.ephemeral or entry.key.tenant != tenant or session.in_turn:
                 continue
             kept = session.match(text).num_kept_chars
-            if kept > 0 and kept >= session.last_prompt_chars and (best is None or kept > best[0]):
-                best = (kept, entry)
-        if best is not None:
-            return best[1]
-        return self.open(SessionKey(tenant, uuid.uuid4().hex, ephemeral=True))
+            rank = (kept, hint is not None and entry.cache_hint == hint)
+            if kept > 0 and kept >= session.last_prompt_chars and (best is None or rank > best[0]):
+                best = (rank, entry)
+        found = self.open(SessionKey(tenant, uuid.uuid4().hex, ephemeral=True)) if best is None else best[1]
+        found.cache_hint = hint
+        return found
 
     def surplus_ephemeral(self) -> list[Entry]:
         """Unnamed conversations beyond the number to keep, longest idle first; never one in a turn."""

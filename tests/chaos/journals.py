@@ -12,7 +12,7 @@ from pathlib import Path
 
 from starlette.datastructures import Headers
 
-from phi_cluster.cluster.http.auth import tenant_of
+from phi_cluster.cluster.http.auth import anonymous_tenant
 from phi_cluster.cluster.messages import SessionKey
 from phi_cluster.cluster.session.sqlite_journal import journal_path
 from tests.chaos.history import JournalCopy, JournalRow
@@ -29,7 +29,7 @@ _TURNS = """
 def key_of(talk: Conversation) -> SessionKey:
     """Its session's full name."""
     assert talk.session is not None
-    return SessionKey(tenant_of(Headers(talk.headers)), talk.session)
+    return SessionKey(anonymous_tenant(Headers(talk.headers)), talk.session)
 
 
 def copy_journal(state_dir: Path, talk: Conversation, *, after_kill: bool = False) -> JournalCopy:

@@ -16,6 +16,8 @@ import pytest
 
 from phi_cluster.cluster.cli import main
 from phi_cluster.cluster.config import Config, load_config
+from phi_cluster.cluster.keys import KeyFile
+from phi_cluster.cluster.turn_api import Identity
 
 
 class Server(ThreadingHTTPServer):
@@ -263,3 +265,18 @@ def test_a_reader_that_leaves_is_no_error(server: Server) -> None:
     )
     os.close(write)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_new_key_is_shown_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "keys.yaml"
+    assert main(["keys", "new", "alice", "--admin", "--append", str(path)]) == 0
+    shown = capsys.readouterr()
+    key = shown.out.strip()
+    assert KeyFile(path).identify(key) == Identity("alice", frozenset({"admin"}))
+    assert key not in shown.err + path.read_text()
+    assert main(["keys", "new", "bob"]) == 0
+    shown = capsys.readouterr()
+    path.write_text("keys:\n" + shown.err.partition("under keys:\n\n")[2])
+    assert KeyFile(path).identify(shown.out.strip()) == Identity("bob")
+    assert main(["keys", "new", "a b"]) == 1
+    assert "cannot be the name of a key" in capsys.readouterr().err

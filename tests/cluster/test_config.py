@@ -200,3 +200,29 @@ def test_shipped_configurations_load() -> None:
         config = load_config(path, {})
         # Nothing in it is there without effect or against the documented names.
         assert set(yaml.safe_load(path.read_text())) <= set(type(config).model_fields)
+
+
+@pytest.mark.parametrize(
+    ("field", "written", "told"),
+    [
+        ("session_headers", "[]", "at least 1"),
+        ("session_headers", "[a b]", "a header's name is expected"),
+        ("session_headers", "[Authorization]", "authorization means something else already"),
+        ("session_headers", "[x-request-id]", "means something else already"),
+        ("cors_origins", "[app.example.com]", "'app.example.com' is not an origin"),
+        ("cors_origins", "['https://app.example.com/']", "is not an origin"),
+        ("body_timeout", "0", "greater than 0"),
+        ("write_timeout", "10ms", "greater than or equal to 1"),
+        ("max_body", "0", "greater than or equal to 1"),
+    ],
+)
+def test_the_edge_of_the_server(tmp_path: Path, field: str, written: str, told: str) -> None:
+    assert told in refusal(tmp_path, f"server: {{{field}: {written}}}")
+
+
+def test_headers_are_lower_case(tmp_path: Path) -> None:
+    config = load_config(
+        write(tmp_path, "server: {session_headers: [X-Session-Id, Session-ID], cors_origins: ['*']}"), {}
+    )
+    assert config.server.session_headers == ("x-session-id", "session-id")
+    assert config.keys_path is None

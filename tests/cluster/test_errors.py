@@ -10,7 +10,7 @@ import pytest
 
 from phi_cluster.cluster import errors
 from phi_cluster.cluster.engine_client import EngineFailed
-from phi_cluster.cluster.errors import ContextOverflow, Overloaded, PhiError
+from phi_cluster.cluster.errors import ContextOverflow, LimitReached, Overloaded, PhiError
 from phi_cluster.cluster.session.journal import JournalCorrupt, JournalFull
 
 
@@ -40,6 +40,20 @@ def test_every_error_has_a_status_and_a_type(cls: type[PhiError]) -> None:
     assert 400 <= cls.status < 600
     assert cls.type.endswith("_error")
     assert inspect.getdoc(cls)
+
+
+def test_what_is_for_the_operator_is_not_told() -> None:
+    error = JournalCorrupt("the journal /var/lib/x/session.db cannot be read")
+    assert "/var" not in str(error.body())
+    assert error.body()["error"]["code"] == "journal_corrupt"
+    assert "/var" in str(pickle.loads(pickle.dumps(error)))
+
+
+def test_a_limits_rates_survive_pickling() -> None:
+    error = LimitReached("enough", code="c", retry_after=1.5, rates={"requests": (5, 0, 12.0)})
+    copy = pickle.loads(pickle.dumps(error))
+    assert vars(copy) == vars(error)
+    assert copy.rates == {"requests": (5, 0, 12.0)}
 
 
 def test_a_class_has_its_code_unless_another_is_given() -> None:

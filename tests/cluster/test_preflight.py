@@ -195,6 +195,16 @@ def test_without_keys_only_loopback_is_served(host: str, config: Config) -> None
     assert told.startswith(f"server.host: {host} would serve without API keys")
 
 
+def test_with_keys_others_are_served(config: Config, tmp_path: Path) -> None:
+    keys = tmp_path / "keys.yaml"
+    keys.write_text("keys: []")
+    check_config(with_server(config, host="0.0.0.0", keys=keys), MACHINE)
+    keys.write_text("keys: [{name: a}]")
+    told = refusal(with_server(config, host="0.0.0.0", keys=keys))
+    assert told == f"{keys}: keys.0.hash: Field required"
+    assert refusal(with_server(config, keys=tmp_path / "none")).startswith("cannot read the keys in ")
+
+
 def test_a_taken_port_is_named(config: Config, listener: socket.socket) -> None:
     port = listener.getsockname()[1]
     assert refusal(with_server(config, port=port)).startswith(f"server.port: cannot listen on 127.0.0.1:{port} (Addre")

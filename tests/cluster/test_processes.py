@@ -126,3 +126,14 @@ async def test_whoever_has_the_pid_of_a_dead_process_is_not_killed() -> None:
         await kill_for_sure(ProcessId(identity.pid, identity.start_ticks - 1))
         await asyncio.sleep(0.01)
         assert is_alive(identity)
+
+
+def test_core_dumps_are_forbidden_for_all_that_is_started() -> None:
+    code = (
+        "import subprocess, sys; from phi_cluster.cluster.processes import forbid_core_dumps; forbid_core_dumps();"
+        "print(subprocess.check_output(['cat', '/proc/self/limits', '/proc/self/coredump_filter'], text=True))"
+    )
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=True).stdout
+    [line] = [line for line in told.splitlines() if line.startswith("Max core file size")]
+    assert line.split()[4:6] == ["0", "0"]
+    assert int(told.split()[-1], 16) == 0

@@ -12,8 +12,10 @@ from prometheus_client.parser import text_string_to_metric_families
 from phi_cluster.monitoring.metrics import (
     SESSION_BYTES_BUCKETS,
     FamilySnapshot,
+    KeyView,
     NodeView,
     RequestMetrics,
+    key_metrics,
     merge_snapshots,
     node_metrics,
     without_gauges,
@@ -294,3 +296,17 @@ def test_renewed_engines_are_counted_by_why() -> None:
     samples = [sample for family in metrics.registry.collect() for sample in family.samples]
     counted = {s.labels["reason"]: s.value for s in samples if s.name == "phi_engine_recycles_total"}
     assert counted == {"max_age": 1, "leak": 2}
+
+
+def test_keys_are_summed_over_nodes_by_name() -> None:
+    views = [
+        KeyView("bob", 1, 0, {"prompt": 5}),
+        KeyView("alice", 2, 1, {"prompt": 7, "cached": 3}),
+        KeyView("alice", 3, 1, {"prompt": 1, "generation": 4}),
+    ]
+    exporter = Exporter(key_metrics(views))
+    assert exporter.value("phi_key_requests_total", key="alice") == 5
+    assert exporter.value("phi_key_refused_requests_total", key="alice") == 2
+    assert exporter.value("phi_key_tokens_total", key="alice", kind="prompt") == 8
+    assert exporter.value("phi_key_tokens_total", key="alice", kind="generation") == 4
+    assert exporter.value("phi_key_requests_total", key="bob") == 1

@@ -14,7 +14,7 @@ import openai
 import pytest
 from fastapi import FastAPI
 
-from phi_cluster.cluster.errors import InvalidRequest, NotFound, SessionExists
+from phi_cluster.cluster.errors import InvalidRequest, NotFound, SessionExists, Unauthorized
 from phi_cluster.cluster.http.edge import EdgeSettings
 from phi_cluster.cluster.http.server import build_app
 from phi_cluster.cluster.messages import ProcessId
@@ -23,7 +23,15 @@ from phi_cluster.cluster.responses.making import MakerLimits
 from phi_cluster.cluster.responses.run import Tools
 from phi_cluster.cluster.responses.store import Branch
 from phi_cluster.cluster.responses.workshop import Rhythm
-from phi_cluster.cluster.turn_api import Position, TextDelta, TurnEvent, TurnFinished, TurnRequest, TurnStarted
+from phi_cluster.cluster.turn_api import (
+    Identity,
+    Position,
+    TextDelta,
+    TurnEvent,
+    TurnFinished,
+    TurnRequest,
+    TurnStarted,
+)
 
 BASE_URL = "http://edge.test"
 # Far longer than anything here takes: only a hang ends in it.
@@ -163,6 +171,29 @@ class FakeEngines:
         return self.answer
 
 
+class FakeKeys:
+    """Two tenants with one key each; alice is an admin."""
+
+    def identify(self, key: str) -> Identity:
+        known = {"phi-alice": Identity("alice", frozenset({"admin"})), "phi-bob": Identity("bob")}
+        if key not in known:
+            raise Unauthorized("This API key is not valid here")
+        return known[key]
+
+
+class FakeUsage:
+    def __init__(self) -> None:
+        self.asked: list[str | None] = []
+
+    async def usage(self, tenant: str | None) -> Sequence[dict[str, Any]]:
+        self.asked.append(tenant)
+        numbers = ("requests", "refused", "prompt_tokens", "cached_tokens", "completion_tokens")
+        numbers += ("turns_running", "sessions", "kv_cache_bytes")
+        limits = ("requests_per_minute", "tokens_per_minute", "concurrent_turns", "sessions", "kv_bytes")
+        one = {"name": tenant or "alice", "since": 1.5, "limits": dict.fromkeys(limits)}
+        return [one | dict.fromkeys(numbers, 1)]
+
+
 class FakeHealth:
     def __init__(self) -> None:
         self.is_live = True
@@ -293,6 +324,16 @@ def engines() -> FakeEngines:
 
 
 @pytest.fixture
+def keys() -> FakeKeys:
+    return FakeKeys()
+
+
+@pytest.fixture
+def usage() -> FakeUsage:
+    return FakeUsage()
+
+
+@pytest.fixture
 def observer() -> RecordingObserver:
     return RecordingObserver()
 
@@ -347,14 +388,16 @@ def make_app(
     health: FakeHealth,
     observer: RecordingObserver,
     room: ResponseRoom,
-) -> Callable[[EdgeSettings], FastAPI]:
-    return lambda settings: build_app(
-        settings, turns, room.responses, room.conversations, sessions, engines, health, observer, FakeClock()
-    )
+) -> Callable[..., FastAPI]:
+    def make_app(settings: EdgeSettings, **keys_and_usage: Any) -> FastAPI:
+        parts = turns, room.responses, room.conversations, sessions, engines, health, observer, FakeClock()
+        return build_app(settings, *parts, **keys_and_usage)
+
+    return make_app
 
 
 @pytest.fixture
-def app(make_app: Callable[[EdgeSettings], FastAPI], settings: EdgeSettings) -> FastAPI:
+def app(make_app: Callable[..., FastAPI], settings: EdgeSettings) -> FastAPI:
     return make_app(settings)
 
 

@@ -1,6 +1,7 @@
 """What is wrong gets an OpenAI-style error that names the field, and the server lives."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -66,7 +67,8 @@ CASES = {
     "top_k of minus two": (chat(top_k=-2), 400, "top_k", "at least -1"),
     "min_p above one": (chat(min_p=1.5), 400, "min_p", "at most 1"),
     "penalty out of range": (chat(presence_penalty=2.1), 400, "presence_penalty", "at most 2"),
-    "repetition_penalty of zero": (chat(repetition_penalty=0), 400, "repetition_penalty", "greater than 0"),
+    "repetition_penalty of zero": (chat(repetition_penalty=0), 400, "repetition_penalty", "at least 0.01, not 0"),
+    "denormal repetition_penalty": (chat(repetition_penalty=5e-324), 400, "repetition_penalty", "at least 0.01"),
     "max_tokens of zero": (chat(max_tokens=0), 400, "max_tokens", "at least 1"),
     "negative max_tokens": (chat(max_tokens=-5), 400, "max_tokens", "at least 1, not -5"),
     "huge max_tokens": (chat(max_tokens=10**18), 400, "max_tokens", "at most"),
@@ -332,3 +334,82 @@ async def test_routes_that_are_not(client, method, path, status):
     assert error["message"]
     assert response.headers["x-request-id"]
     assert ("allow" in response.headers) == (status == 405)
+
+
+@pytest.fixture
+def app(make_app, settings):
+    return make_app(replace(settings, session_headers=("x-session-id", "x-correlation-id")))
+
+
+@pytest.mark.parametrize(
+    ("headers", "status", "session"),
+    [
+        ({"x-correlation-id": "c"}, 200, "c"),
+        ({"x-session-id": "s"}, 200, "s"),
+        ({"X-Correlation-Id": "s", "x-session-id": "s"}, 200, "s"),
+        ({"session-id": "other"}, 200, None),
+        ({"x-correlation-id": "c", "x-session-id": "s"}, 400, "x-session-id"),
+        ({"x-correlation-id": "a b"}, 400, "x-correlation-id"),
+        ({"x-correlation-id": ""}, 400, "x-correlation-id"),
+    ],
+)
+async def test_other_headers_may_name_a_session(client, turns, headers, status, session):
+    response = await client.post(CHAT, json={"messages": HELLO}, headers=headers)
+    assert response.status_code == status
+    if status == 200:
+        assert [turn.session_id for turn in turns.requests] == [session]
+        assert response.headers.get("x-session-id") == session
+    else:
+        assert response.json()["error"]["param"] == session
+
+
+async def test_of_a_name_that_comes_twice_the_last_one_counts(client, turns):
+    body = b'{"max_tokens": 5, "messages": [{"role": "user", "content": "a", "content": "b"}], "max_tokens": 7}'
+    assert (await client.post(CHAT, content=body)).status_code == 200
+    [turn] = turns.requests
+    assert (turn.sampling["max_tokens"], turn.messages) == (7, [{"role": "user", "content": "b"}])
+    doubled = b'{"messages": [{"role": "user", "content": "a"}], "temperature": "x", "temperature": 1}'
+    assert (await client.post(CHAT, content=doubled)).status_code == 200
+
+
+async def test_a_hint_is_passed_on(client, turns):
+    for key in ("mine", None):
+        await client.post(CHAT, json={"messages": HELLO, "prompt_cache_key": key})
+    assert [turn.cache_hint for turn in turns.requests] == ["mine", None]
+    assert "mine" not in repr(turns.requests)
+    long = await client.post(CHAT, json={"messages": HELLO, "prompt_cache_key": "x" * 513})
+    assert (long.status_code, long.json()["error"]["param"]) == (400, "prompt_cache_key")
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("POST", "/v1/embeddings"),
+        ("POST", "/v1/audio/speech"),
+        ("POST", "/v1/images/generations"),
+        ("GET", "/v1/files"),
+        ("POST", "/v1/fine_tuning/jobs"),
+        ("GET", "/v1/assistants"),
+        ("POST", "/v1/threads/runs"),
+        ("POST", "/v1/batches"),
+        ("POST", "/v1/moderations"),
+        ("GET", "/v1/vector_stores/x/files"),
+        ("POST", "/v1/uploads"),
+        ("GET", "/v1/engines"),
+    ],
+)
+async def test_what_openai_has_and_we_have_not_is_said(client, method, path):
+    response = await client.request(method, path, content=b"x")
+    assert response.status_code == 404
+    error = response.json()["error"]
+    assert error["code"] == "unsupported_endpoint"
+    assert f"{method} {path} is not served here: " in error["message"]
+    assert "/v1/chat/completions, /v1/completions" in error["message"]
+    assert len(error["message"]) < 400
+
+
+@pytest.mark.parametrize("host", ["[", "[::1", "a b", "evil.test/v1/models?", "\u00e9", "a@b:c:d", "x" * 5000, ""])
+async def test_hosts_that_are_none_change_nothing(connect, host):
+    for path, status in ((CHAT, 200), ("/v1/none", 404), ("/v1/embeddings", 404)):
+        connection = connect(path, {"messages": HELLO}, headers={"host": host})
+        assert (await connection.next())["status"] == status

@@ -3,14 +3,14 @@
 import pytest
 from starlette.datastructures import Headers
 
-from phi_cluster.cluster.http.auth import tenant_of
+from phi_cluster.cluster.http.auth import anonymous_tenant
 
 
 @pytest.fixture
 def named(sessions):
     for session_id in "abcde":
         sessions.add("default", session_id)
-    sessions.add(tenant_of(Headers({"authorization": "Bearer other"})), "theirs")
+    sessions.add(anonymous_tenant(Headers({"authorization": "Bearer other"})), "theirs")
     return sessions
 
 

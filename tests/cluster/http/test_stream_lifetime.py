@@ -230,3 +230,41 @@ async def test_observer_counts_a_failed_turn_as_far_as_it_went(connect, turns, o
     connection = connect(PATH, WHOLE)
     await connection.finished()
     assert observer.calls[-1] == ("finish", "chat", "error", 2.0, 7, 3, 2)
+
+
+@pytest.mark.parametrize("body", [STREAM, WHOLE])
+async def test_a_client_that_does_not_read_is_taken_for_gone(connect, make_app, settings, turns, observer, body):
+    """Neither its turn nor what the turn brought is kept for it for ever."""
+    hasty = make_app(replace(settings, write_seconds=0.02))
+    connection = connect(PATH, body, over=hasty)
+    connection.reading.clear()
+    await connection.finished()
+    assert turns.ends == ["closed" if body is STREAM else "completed"]
+    assert observer.calls[-1][:3] == ("finish", "chat", "abort" if body is STREAM else "stop")
+
+
+async def test_a_client_that_reads_slowly_is_not(connect, make_app, settings, turns):
+    """The limit is for each write, not for the reply; silence of ours is none of its."""
+    patient = make_app(replace(settings, write_seconds=0.03, keep_alive_seconds=0.01))
+    stepped = asyncio.Event()
+    turns.script.insert(2, stepped)
+    connection = connect(PATH, STREAM, over=patient)
+    await connection.until(COMMENT * 6)
+    stepped.set()
+    await connection.until(b"[DONE]")
+    await connection.finished()
+    assert turns.ends == ["completed"]
+
+
+@pytest.mark.parametrize("sent", [None, b'{"messages": '])
+async def test_a_body_that_does_not_come_is_not_waited_for(connect, make_app, settings, turns, sent):
+    connection = connect(PATH, over=make_app(replace(settings, body_seconds=0.01)))
+    if sent is not None:
+        connection.feed(sent, more=True)
+    start = await connection.next()
+    assert start["status"] == 408
+    assert (b"connection", b"close") in start["headers"]
+    body = await connection.next()
+    assert b'"request_timeout"' in body["body"]
+    await connection.finished()
+    assert turns.requests == []

@@ -215,3 +215,19 @@ async def test_a_request_that_reads_on_finds_its_conversation(roster: Roster, tu
     assert roster.left_by("t", "a") is first
     assert roster.left_by("t", "c") is None
     assert roster.left_by("other", "a") is None
+
+
+async def test_of_two_that_fit_equally_the_one_with_the_same_hint_goes_on(
+    roster: Roster, say: Callable[..., Any]
+) -> None:
+    """Two identical conversations at once: each client comes back to its own."""
+    entries = []
+    for hint in ("one", "two", None):
+        entries.append(roster.open(SessionKey("a", f"c{hint}", ephemeral=True)))
+        entries[-1].cache_hint = hint
+        await say(entries[-1], "hello you>I am")
+    for hint, entry in (("two", entries[1]), ("one", entries[0]), ("two", entries[1])):
+        assert roster.continue_or_open("a", "hello you>I am and more", hint) is entry
+    # A hint alone finds nothing, and it is not another tenant's.
+    assert roster.continue_or_open("a", "goodbye>", "two") not in entries
+    assert roster.continue_or_open("b", "hello you>I am and more", "two") not in entries
