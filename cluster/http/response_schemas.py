@@ -15,6 +15,7 @@ from phi_cluster.cluster.http.item_schemas import MAX_ITEMS, InputItem, MessageI
 from phi_cluster.cluster.http.schemas import NOT_SUPPORTED, GenerationFields
 from phi_cluster.cluster.http.strict_model import StrictModel, refusal
 from phi_cluster.cluster.response_api import NewResponse
+from phi_cluster.cluster.turn_api import WantedFormat
 
 
 def _input_items(given: Any) -> Any:
@@ -26,13 +27,6 @@ def _conversation_id(given: Any) -> Any:
         if given.keys() != {"id"}:
             raise refusal('must be a conversation\'s id, or {"id": ...}')
         return given["id"]
-    return given
-
-
-def _text_format(given: Any) -> Any:
-    kind = given.get("type") if isinstance(given, dict) else None
-    if isinstance(kind, str) and kind != "text":
-        raise refusal(f"the type {kind[:32]} is not supported yet: replies are plain text")
     return given
 
 
@@ -63,13 +57,46 @@ _CONVERSATION_SCHEMA = {
 
 
 class TextFormat(StrictModel):
-    type: Literal["text"]
+    """What the reply has to look like."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    name: str | None = Field(None, min_length=1, max_length=64, pattern="^[a-zA-Z0-9_-]+$")
+    description: str | None = Field(None, description="accepted, without effect")
+    schema_: Annotated[dict[str, Any] | None, WithJsonSchema({"type": "object", "description": "a JSON schema"})] = (
+        Field(None, alias="schema")
+    )
+    strict: bool | None = Field(None, description="replies follow the schema with and without it")
+
+    @model_validator(mode="after")
+    def _check_schema(self) -> TextFormat:
+        is_schema = self.type == "json_schema"
+        for param, value, is_needed in (
+            ("name", self.name, True),
+            ("schema", self.schema_, True),
+            ("strict", self.strict, False),
+        ):
+            if is_schema and is_needed and value is None:
+                raise refusal("{param} is required with type json_schema", param)
+            if not is_schema and value is not None:
+                raise refusal('{param} belongs to type "json_schema"', param)
+        return self
+
+    def wanted(self) -> WantedFormat | None:
+        """None: free text."""
+        if self.type == "json_schema":
+            return WantedFormat("text.format.schema", "json_schema", self.schema_)
+        return None if self.type == "text" else WantedFormat("text.format", "json_object")
 
 
 class TextConfig(StrictModel):
     not_supported: ClassVar[dict[str, tuple[Any, ...]]] = {"verbosity": ("medium",)}
 
-    format: Annotated[TextFormat | None, BeforeValidator(_text_format)] = None
+    format: TextFormat | None = None
+
+    def described(self) -> dict[str, Any]:
+        """As it was given."""
+        given = self.format or TextFormat(type="text")
+        return {"format": given.model_dump(by_alias=True, exclude_none=True)}
 
 
 class ResponseRequest(GenerationFields):
@@ -104,7 +131,7 @@ class ResponseRequest(GenerationFields):
     )
     max_output_tokens: int | None = Field(None, ge=1, le=2**31 - 1, description="most tokens in the reply")
     metadata: Metadata = Field(default_factory=dict, description="up to 16 texts, given back with the response")
-    text: TextConfig | None = Field(None, description="plain text is the only format")
+    text: TextConfig | None = Field(None, description="the reply's format; left out: plain text")
     include: Annotated[list[str], BeforeValidator(_no_includes)] = Field(default_factory=list)
     tool_choice: Annotated[Literal["none", "auto"], BeforeValidator(_tool_choice)] = "auto"
     parallel_tool_calls: bool = Field(True, description="accepted, without effect: there are no tools")
@@ -118,6 +145,8 @@ class ResponseRequest(GenerationFields):
     def _check_response(self) -> ResponseRequest:
         if self.max_tokens is not None:
             raise refusal("{param} is not a field here: did you mean max_output_tokens?", "max_tokens")
+        if self.response_format is not None:
+            raise refusal("{param} is not a field here: did you mean text.format?", "response_format")
         if self.conversation is not None and self.previous_response_id is not None:
             raise refusal("{param} excludes conversation: send one of them", "previous_response_id")
         if not self.store and self.background:
@@ -133,6 +162,15 @@ class ResponseRequest(GenerationFields):
     def reply_limit(self) -> int | None:
         return self.max_output_tokens
 
+    @property
+    def wanted_format(self) -> WantedFormat | None:
+        """As StructuredFields', with text.format for response_format."""
+        others = super().wanted_format
+        own = None if self.text is None or self.text.format is None else self.text.format.wanted()
+        if own is not None and others is not None:
+            raise refusal(f"{{param}} and {own.param} both say what the reply looks like: send one", others.param)
+        return own or others
+
     def described(self, settings: EdgeSettings) -> dict[str, object]:
         """`NewResponse.settings`: what a response tells of its request."""
         return {
@@ -146,6 +184,7 @@ class ResponseRequest(GenerationFields):
             "prompt_cache_retention": self.prompt_cache_retention,
             "safety_identifier": self.safety_identifier,
             "temperature": self.temperature,
+            "text": (self.text or TextConfig()).described(),
             "tool_choice": self.tool_choice,
             "top_p": self.top_p,
             "truncation": self.truncation,
@@ -164,6 +203,7 @@ def new_response(
         settings=fields.described(settings),
         sampling=sampling,
         stop=tuple(fields.stop),
+        wanted_format=fields.wanted_format,
         truncate=fields.truncation == "auto",
         background=fields.background,
         store=fields.store,

@@ -196,6 +196,30 @@ async def test_everything_given_reaches_the_runner(client, turns):
     assert {name: body[name] for name in given} == given
 
 
+SCHEMA = {"type": "object", "properties": {"a": {"maximum": 10**40}}}
+
+
+@pytest.mark.parametrize("background", [False, True])
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ({"format": {"type": "text"}}, None),
+        ({"format": {"type": "json_object"}}, ("text.format", "json_object", None)),
+        (
+            {"format": {"type": "json_schema", "name": "n", "schema": SCHEMA, "strict": True}},
+            ("text.format.schema", "json_schema", SCHEMA),
+        ),
+    ],
+)
+async def test_a_format_reaches_the_runner(client, turns, text, wanted, background):
+    body = await create(client, text=text, background=background)
+    assert body["text"] == text
+    assert (await client.get(f"{RESPONSES}/{body['id']}")).json()["text"] == text
+    await asyncio.wait_for(turns.begun.wait(), 5)
+    found = turns.requests[0].wanted_format
+    assert (found and (found.param, found.kind, found.value)) == wanted
+
+
 async def test_length_is_incomplete(client, turns):
     turns.script[-1] = TurnFinished("length", 7, 3, 5)
     body = await create(client)
@@ -461,8 +485,14 @@ async def test_only_the_background_can_be_cancelled(client):
         ({"tools": [{"type": "function", "name": "f"}]}, "tools"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"tool_choice": {"type": "function", "name": "f"}}, "tool_choice"),
-        ({"text": {"format": {"type": "json_schema", "name": "n", "schema": {}}}}, "text.format"),
-        ({"text": {"format": {"type": "json_object"}}}, "text.format"),
+        ({"text": {"format": {"type": "json_schema", "name": "n"}}}, "text.format.schema"),
+        ({"text": {"format": {"type": "json_schema", "schema": {}}}}, "text.format.name"),
+        ({"text": {"format": {"type": "json_schema", "name": "n", "schema": []}}}, "text.format.schema"),
+        ({"text": {"format": {"type": "json_object", "schema": {}}}}, "text.format.schema"),
+        ({"text": {"format": {"type": "grammar"}}}, "text.format.type"),
+        ({"text": {"format": {"type": "json_object"}}, "guided_regex": "a+"}, "guided_regex"),
+        ({"text": {"format": {"type": "json_object"}}, "ignore_eos": True}, "ignore_eos"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
         ({"text": {"verbosity": "low"}}, "text.verbosity"),
         ({"reasoning": {"effort": "high"}}, "reasoning"),
         ({"include": ["reasoning.encrypted_content"]}, "include"),
