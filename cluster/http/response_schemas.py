@@ -14,6 +14,7 @@ from phi_cluster.cluster.http.edge import EdgeSettings
 from phi_cluster.cluster.http.item_schemas import MAX_ITEMS, InputItem, MessageItem, Metadata
 from phi_cluster.cluster.http.schemas import NOT_SUPPORTED, GenerationFields
 from phi_cluster.cluster.http.strict_model import StrictModel, refusal
+from phi_cluster.cluster.http.structured_output import Schema, SchemaName
 from phi_cluster.cluster.response_api import NewResponse
 from phi_cluster.cluster.turn_api import WantedFormat
 
@@ -57,46 +58,33 @@ _CONVERSATION_SCHEMA = {
 
 
 class TextFormat(StrictModel):
-    """What the reply has to look like."""
+    """Chat's response_format without its inner object."""
 
     type: Literal["text", "json_object", "json_schema"]
-    name: str | None = Field(None, min_length=1, max_length=64, pattern="^[a-zA-Z0-9_-]+$")
+    name: SchemaName | None = None
     description: str | None = Field(None, description="accepted, without effect")
-    schema_: Annotated[dict[str, Any] | None, WithJsonSchema({"type": "object", "description": "a JSON schema"})] = (
-        Field(None, alias="schema")
-    )
+    schema_: Schema | None = Field(None, alias="schema")
     strict: bool | None = Field(None, description="replies follow the schema with and without it")
 
     @model_validator(mode="after")
     def _check_schema(self) -> TextFormat:
-        is_schema = self.type == "json_schema"
-        for param, value, is_needed in (
-            ("name", self.name, True),
-            ("schema", self.schema_, True),
-            ("strict", self.strict, False),
-        ):
-            if is_schema and is_needed and value is None:
-                raise refusal("{param} is required with type json_schema", param)
-            if not is_schema and value is not None:
+        for param, value in (("name", self.name), ("schema", self.schema_)):
+            if (self.type == "json_schema") != (value is not None):
                 raise refusal('{param} belongs to type "json_schema"', param)
         return self
 
-    def wanted(self) -> WantedFormat | None:
-        """None: free text."""
-        if self.type == "json_schema":
-            return WantedFormat("text.format.schema", "json_schema", self.schema_)
-        return None if self.type == "text" else WantedFormat("text.format", "json_object")
+    def described(self) -> dict[str, Any]:
+        """As a response tells of it."""
+        if self.type != "json_schema":
+            return {"type": self.type}
+        given = {"name": self.name, "schema": self.schema_, "description": self.description, "strict": self.strict}
+        return {"type": self.type, **given}
 
 
 class TextConfig(StrictModel):
     not_supported: ClassVar[dict[str, tuple[Any, ...]]] = {"verbosity": ("medium",)}
 
     format: TextFormat | None = None
-
-    def described(self) -> dict[str, Any]:
-        """As it was given."""
-        given = self.format or TextFormat(type="text")
-        return {"format": given.model_dump(by_alias=True, exclude_none=True)}
 
 
 class ResponseRequest(GenerationFields):
@@ -131,7 +119,7 @@ class ResponseRequest(GenerationFields):
     )
     max_output_tokens: int | None = Field(None, ge=1, le=2**31 - 1, description="most tokens in the reply")
     metadata: Metadata = Field(default_factory=dict, description="up to 16 texts, given back with the response")
-    text: TextConfig | None = Field(None, description="the reply's format; left out: plain text")
+    text: TextConfig | None = Field(None, description="what the reply looks like: text, JSON, or JSON by a schema")
     include: Annotated[list[str], BeforeValidator(_no_includes)] = Field(default_factory=list)
     tool_choice: Annotated[Literal["none", "auto"], BeforeValidator(_tool_choice)] = "auto"
     parallel_tool_calls: bool = Field(True, description="accepted, without effect: there are no tools")
@@ -162,17 +150,17 @@ class ResponseRequest(GenerationFields):
     def reply_limit(self) -> int | None:
         return self.max_output_tokens
 
-    @property
-    def wanted_format(self) -> WantedFormat | None:
-        """As StructuredFields', with text.format for response_format."""
-        others = super().wanted_format
-        own = None if self.text is None or self.text.format is None else self.text.format.wanted()
-        if own is not None and others is not None:
-            raise refusal(f"{{param}} and {own.param} both say what the reply looks like: send one", others.param)
-        return own or others
+    def formats(self) -> list[WantedFormat]:
+        wanted = None if self.text is None else self.text.format
+        if wanted is None or wanted.type == "text":
+            return super().formats()
+        if wanted.type == "json_object":
+            return [WantedFormat("text.format", "json_object"), *super().formats()]
+        return [WantedFormat("text.format.schema", "json_schema", wanted.schema_), *super().formats()]
 
     def described(self, settings: EdgeSettings) -> dict[str, object]:
         """`NewResponse.settings`: what a response tells of its request."""
+        wanted = None if self.text is None else self.text.format
         return {
             "model": settings.served_model_names[0],
             "instructions": self.instructions,
@@ -184,7 +172,7 @@ class ResponseRequest(GenerationFields):
             "prompt_cache_retention": self.prompt_cache_retention,
             "safety_identifier": self.safety_identifier,
             "temperature": self.temperature,
-            "text": (self.text or TextConfig()).described(),
+            "text": {"format": wanted.described() if wanted is not None else {"type": "text"}},
             "tool_choice": self.tool_choice,
             "top_p": self.top_p,
             "truncation": self.truncation,
