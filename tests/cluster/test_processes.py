@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import pytest
 
 from phi_cluster.cluster.messages import ProcessId
-from phi_cluster.cluster.processes import is_alive, kill_for_sure, private_bytes, process_id
+from phi_cluster.cluster.processes import boot_id, is_alive, kill_for_sure, private_bytes, process_id
 
 
 @contextlib.contextmanager
@@ -126,3 +126,10 @@ async def test_whoever_has_the_pid_of_a_dead_process_is_not_killed() -> None:
         await kill_for_sure(ProcessId(identity.pid, identity.start_ticks - 1))
         await asyncio.sleep(0.01)
         assert is_alive(identity)
+
+
+def test_the_boot_has_an_id_that_all_processes_see():
+    code = "from phi_cluster.cluster.processes import boot_id; print(boot_id())"
+    seen = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert seen.stdout.strip() == boot_id()
+    assert len(boot_id()) == 36
