@@ -60,6 +60,7 @@ MIGRATIONS: tuple[str, ...] = (
         tenant TEXT NOT NULL, holder TEXT NOT NULL, id TEXT NOT NULL, body BLOB NOT NULL,
         UNIQUE (tenant, holder, id)
     );
+    CREATE INDEX items_by_id ON items (tenant, id);
     CREATE INDEX items_in_order ON items (tenant, holder, number);
     CREATE TABLE conversations (
         tenant TEXT NOT NULL, id TEXT NOT NULL, created_at REAL NOT NULL, used_at REAL NOT NULL, metadata BLOB NOT NULL,
