@@ -33,7 +33,7 @@ from phi_cluster.cluster.http.server import build_app
 from phi_cluster.cluster.keys import KeyFile
 from phi_cluster.cluster.poison import PoisonList
 from phi_cluster.cluster.preflight import LOOPBACK
-from phi_cluster.cluster.processes import is_alive, process_id
+from phi_cluster.cluster.processes import boot_id, is_alive, process_id
 from phi_cluster.cluster.ray_engine import EngineSpawner
 from phi_cluster.cluster.responses.assembly import ResponseRoom
 from phi_cluster.cluster.responses.making import MakerLimits
@@ -120,6 +120,7 @@ class Replica:
             ),
             process_id(),
             is_alive,
+            boot_id(),
         )
         self._room.start()
         self._reporting = asyncio.get_running_loop().create_task(self._report())

@@ -29,9 +29,9 @@ class NewResponse:
     """A response that is asked for. `request_id` is the request's, 32 hex digits; the response is named by it.
 
     `settings` are what the response will be described by (OpenAI's fields, JSON-able); `sampling`, `stop`,
-    `wanted_format` and `truncate` are as in `TurnRequest`. `input` has items with ids. At most one of
-    `previous_response_id` and `conversation_id` is given. `store` False: nothing of it is kept; then it is not in the
-    background.
+    `wanted_format` and `truncate` are as in `TurnRequest`. `input` has items with ids, and perhaps references to items
+    that are kept, with `type` ("item_reference") and `id` only. At most one of `previous_response_id` and
+    `conversation_id` is given. `store` False: nothing of it is kept; then it is not in the background.
     """
 
     tenant: str

@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 
 from phi_cluster.cluster.http.edge import EdgeSettings
-from phi_cluster.cluster.http.item_schemas import MAX_ITEMS, InputItem, MessageItem, Metadata
+from phi_cluster.cluster.http.item_schemas import MAX_ITEMS, AnyItem, MessageItem, Metadata
 from phi_cluster.cluster.http.schemas import NOT_SUPPORTED, GenerationFields
 from phi_cluster.cluster.http.strict_model import StrictModel, refusal
 from phi_cluster.cluster.http.structured_output import Schema, SchemaName
@@ -46,7 +46,21 @@ def _tool_choice(given: Any) -> Any:
 _INPUT_SCHEMA = {
     "anyOf": [
         {"type": "string"},
-        {"type": "array", "maxItems": MAX_ITEMS, "items": {"$ref": "#/components/schemas/InputItem"}},
+        {
+            "type": "array",
+            "maxItems": MAX_ITEMS,
+            "items": {
+                "anyOf": [
+                    {"$ref": "#/components/schemas/InputItem"},
+                    {
+                        "type": "object",
+                        "properties": {"type": {"const": "item_reference"}, "id": {"type": "string"}},
+                        "required": ["type", "id"],
+                        "additionalProperties": False,
+                    },
+                ]
+            },
+        },
     ]
 }
 _CONVERSATION_SCHEMA = {
@@ -105,7 +119,7 @@ class ResponseRequest(GenerationFields):
     }
 
     input: Annotated[
-        list[InputItem], BeforeValidator(_input_items), Field(max_length=MAX_ITEMS), WithJsonSchema(_INPUT_SCHEMA)
+        list[AnyItem], BeforeValidator(_input_items), Field(max_length=MAX_ITEMS), WithJsonSchema(_INPUT_SCHEMA)
     ] = Field(default_factory=list, description="text, or messages")
     instructions: str | None = Field(None, description="a system message before everything, for this response only")
     previous_response_id: str | None = Field(None, description="go on from this response")

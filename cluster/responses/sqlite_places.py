@@ -1,11 +1,14 @@
 """Where a new response belongs: the session that it goes on with, or a new one, and what was said before it.
 
-Owns: the rule that a session goes on from its last response only. Knows nothing of what the sessions hold.
+Owns: the rule that a session goes on from its last response only, and what references to items mean. Knows nothing of
+what the sessions hold.
 """
 
 from __future__ import annotations
 
 import sqlite3
+import uuid
+from dataclasses import replace
 
 from phi_cluster.cluster.errors import NotFound
 from phi_cluster.cluster.response_api import OPEN, Item, NewResponse
@@ -62,6 +65,25 @@ def _num_turns(connection: sqlite3.Connection, last: Row) -> int:
         num_turns += row.status != "failed" or row is last
         row = None if row.context_id is None else find_row(connection, row.tenant, row.context_id)
     return num_turns
+
+
+def resolved(connection: sqlite3.Connection, new: NewResponse) -> NewResponse:
+    """With the items themselves for references. Raises NotFound."""
+    return replace(new, input=[_resolved(connection, new.tenant, index, one) for index, one in enumerate(new.input)])
+
+
+def _resolved(connection: sqlite3.Connection, tenant: str, index: int, item: Item) -> Item:
+    if item["type"] != "item_reference":
+        return item
+    item_id: str = item["id"]
+    found = sqlite_items.find_anywhere(connection, tenant, item_id)
+    # What a response said is in no list of items, but it is named like it.
+    row = find_row(connection, tenant, f"resp_{item_id.removeprefix('msg_')}") if found is None else None
+    if row is not None and (output := response_of(connection, row).output()):
+        found = output[0]
+    if found is None:
+        raise NotFound(f"There is no item {item_id!r}", param=f"input[{index}].id")
+    return {**found, "id": f"msg_{uuid.uuid4().hex}"}
 
 
 def context_of(

@@ -5,6 +5,7 @@ Owns: the columns, how a response becomes a row and a row a response. Knows noth
 
 from __future__ import annotations
 
+import json
 import sqlite3
 from dataclasses import dataclass
 from typing import Any
@@ -112,10 +113,11 @@ def _asked(new: NewResponse) -> dict[str, Any]:
     wanted = new.wanted_format
     return {
         "request_id": new.request_id,
-        "settings": new.settings,
+        "settings": json.dumps(new.settings),
         "sampling": new.sampling,
         "stop": new.stop,
-        "wanted_format": wanted and (wanted.param, wanted.kind, wanted.value),
+        # As JSON: a schema's numbers may be of any size.
+        "wanted_format": wanted and (wanted.param, wanted.kind, json.dumps(wanted.value)),
         "truncate": new.truncate,
         "background": new.background,
         "previous_response_id": new.previous_response_id,
@@ -124,14 +126,11 @@ def _asked(new: NewResponse) -> dict[str, Any]:
 
 def _asked_for(row: Row) -> NewResponse:
     asked = unpack(row.asked)
-    wanted = asked.pop("wanted_format", None)
-    return NewResponse(
-        tenant=row.tenant,
-        input=[],
-        conversation_id=row.conversation_id,
-        wanted_format=None if wanted is None else WantedFormat(*wanted),
-        **{**asked, "stop": tuple(asked["stop"])},
-    )
+    asked["settings"] = json.loads(asked["settings"])
+    asked["stop"] = tuple(asked["stop"])
+    if (wanted := asked.get("wanted_format")) is not None:
+        asked["wanted_format"] = WantedFormat(wanted[0], wanted[1], json.loads(wanted[2]))
+    return NewResponse(tenant=row.tenant, input=[], conversation_id=row.conversation_id, **asked)
 
 
 def outcome_of(response: Response) -> bytes:

@@ -55,9 +55,10 @@ class Surroundings:
 class Workshop:
     """For one event loop. `runs` by tenant and id."""
 
-    def __init__(self, around: Surroundings, max_background: int):
-        """So many in the background run at once."""
+    def __init__(self, around: Surroundings, max_background: int, era: str):
+        """`max_background` run at once. `era`: claims of another one are nobody's, whatever processes there are."""
         self._around = around
+        self._era = era
         self._places = asyncio.Semaphore(max_background)
         # Of responses that are made here, also before there is a run.
         self._claims: set[str] = set()
@@ -71,13 +72,17 @@ class Workshop:
 
     def new_claim(self) -> str:
         """For a response that is about to be made here; then `make` or `drop_claim`."""
-        claim = uuid.uuid4().hex
+        claim = f"{self._era}/{uuid.uuid4().hex}"
         self._claims.add(claim)
         return claim
 
     def holds(self, claim: str) -> bool:
         """Whether what is owned under this claim is being made here."""
         return claim in self._claims
+
+    def is_of_now(self, claim: str) -> bool:
+        """Whether whoever made this claim may live."""
+        return claim.startswith(f"{self._era}/")
 
     def drop_claim(self, claim: str) -> None:
         self._claims.discard(claim)

@@ -15,6 +15,7 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
+from pydantic import BaseModel
 
 pytestmark = [pytest.mark.clients, pytest.mark.cluster, pytest.mark.slow]
 
@@ -127,6 +128,19 @@ def test_events_come_one_by_one(official, model):
     assert "Paris" in response.output_text
     assert sum(event.type == "response.output_text.delta" for event in events) > 3
     assert events[-1].type == "response.completed"
+
+
+class City(BaseModel):
+    name: str
+    country: str
+
+
+def test_a_reply_follows_a_schema(official, model):
+    response = official.responses.parse(
+        model=model, input="Lima is in Peru. Describe Lima.", text_format=City, temperature=0, max_output_tokens=100
+    )
+    assert isinstance(response.output_parsed, City)
+    assert response.output_parsed.model_dump() == json.loads(response.output_text)
 
 
 def test_instructions_are_for_one_response(official, model):

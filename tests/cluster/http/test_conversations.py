@@ -194,6 +194,7 @@ async def test_another_key_finds_nothing(client):
         ("POST", "", {"name": "x"}, "name"),
         ("POST", "/NAME", {}, "metadata"),
         ("POST", "/NAME/items", {"items": []}, "items"),
+        ("POST", "/NAME/items", {"items": [{"type": "item_reference", "id": "msg_1"}]}, "items[0].type"),
         (
             "POST",
             "/NAME/items",

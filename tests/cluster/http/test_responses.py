@@ -202,8 +202,8 @@ async def test_everything_given_reaches_the_runner(client, turns):
         ({"type": "text"}, None),
         ({"type": "json_object"}, ("text.format", "json_object", None)),
         (
-            {"type": "json_schema", "name": "n", "schema": {"type": "integer"}, "strict": True},
-            ("text.format.schema", "json_schema", {"type": "integer"}),
+            {"type": "json_schema", "name": "n", "schema": {"type": "integer", "maximum": 10**40}, "strict": True},
+            ("text.format.schema", "json_schema", {"type": "integer", "maximum": 10**40}),
         ),
     ],
 )
@@ -295,6 +295,28 @@ async def test_without_store_nothing_is_kept(client, turns, tmp_path):
     assert b"canary one" in files
     assert b"canary two" not in files
     assert body["id"].encode() not in files
+
+
+async def test_messages_may_be_named_instead_of_sent(client, turns):
+    """As some clients do with all that they have got before."""
+    first = await create(client, input="One")
+    asked = (await client.get(f"{RESPONSES}/{first['id']}/input_items")).json()["first_id"]
+    references = [{"type": "item_reference", "id": one} for one in (asked, first["output"][0]["id"], asked)]
+    second = await create(client, input=[*references, {"role": "user", "content": "Two"}])
+    expected = [("user", "One"), ("assistant", "Hello, wörld"), ("user", "One"), ("user", "Two")]
+    assert said(turns.requests[1]) == expected
+    items = (await client.get(f"{RESPONSES}/{second['id']}/input_items", params={"order": "asc"})).json()["data"]
+    assert [(item["role"], item["content"][0]["text"]) for item in items] == expected
+    assert len({item["id"] for item in items}) == 4
+    # Copies: they stay.
+    await client.delete(f"{RESPONSES}/{first['id']}")
+    await create(client, input="Three", previous_response_id=second["id"], store=False)
+    assert said(turns.requests[2])[:4] == expected
+    for name, headers in (("msg_nothing", {}), (second["output"][0]["id"], {"authorization": "Bearer other"})):
+        given = {**ASK, "input": ["x", {"type": "item_reference", "id": name}]}
+        given["input"][0] = {"role": "user", "content": "x"}
+        answer = await client.post(RESPONSES, json=given, headers=headers)
+        assert (answer.status_code, answer.json()["error"]["param"]) == (404, "input[1].id")
 
 
 # What goes wrong.
@@ -477,7 +499,9 @@ async def test_only_the_background_can_be_cancelled(client):
         ({"input": [{"role": "user", "content": [{"type": "input_file"}]}]}, "input[0].content"),
         ({"input": [{"role": "user", "content": [{"type": "input_text", "text": 5}]}]}, "input[0].content"),
         ({"input": [{"type": "function_call_output", "call_id": "c", "output": "x"}]}, "input[0].type"),
-        ({"input": [{"type": "item_reference", "id": "msg_1"}]}, "input[0].type"),
+        ({"input": [{"type": "item_reference"}]}, "input[0]"),
+        ({"input": [{"type": "item_reference", "id": 5}]}, "input[0]"),
+        ({"input": [{"type": "item_reference", "id": "msg_1", "role": "user"}]}, "input[0]"),
         ({"input": ["x"] * 3}, "input[0]"),
         ({"tools": [{"type": "function", "name": "f"}]}, "tools"),
         ({"tool_choice": "required"}, "tool_choice"),
