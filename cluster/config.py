@@ -159,6 +159,22 @@ class ServerConfig(_Section):
     drain: Seconds = Field(30.0, description="how long running streams may go on after Ctrl-C")
 
 
+class ResponsesConfig(_Section):
+    """Stored responses and conversations (/v1/responses, /v1/conversations)."""
+
+    retention: Seconds = Field(
+        30 * 86400.0,
+        description="a response is kept for so long after it, or one that goes on from it, was made; a conversation "
+        "after its last use",
+    )
+    max_background: int = Field(
+        16, ge=1, le=4096, description="responses in the background that run at once in one replica"
+    )
+    max_queued: int = Field(
+        1000, ge=0, le=100_000, description="more of them that may wait in one replica; beyond that there is 429"
+    )
+
+
 class RecyclerConfig(_Section):
     """The controller's rhythm."""
 
@@ -192,6 +208,9 @@ class Config(_Section):
     engine: EngineConfig = Field(default_factory=EngineConfig, description="the engine")
     sessions: SessionsConfig = Field(default_factory=SessionsConfig, description="sessions and their actors")
     kv: KVConfig = Field(default_factory=KVConfig, description="KV memory")
+    responses: ResponsesConfig = Field(
+        default_factory=ResponsesConfig, description="stored responses and conversations"
+    )
     server: ServerConfig = Field(default_factory=ServerConfig, description="HTTP")
     recycler: RecyclerConfig = Field(default_factory=RecyclerConfig, description="the controller")
 

@@ -17,8 +17,10 @@ from dataclasses import replace
 from phi_cluster.cluster.engine_link import EngineHandle, EngineLink, EngineLost
 from phi_cluster.cluster.errors import PhiError, Unavailable
 from phi_cluster.cluster.messages import (
+    NO_TOTALS,
     AbortSequence,
     AddSequence,
+    EngineTotals,
     ExtendSequence,
     Frame,
     SequenceOutput,
@@ -90,7 +92,8 @@ class EngineClient:
     """Keeps one engine serving. All methods belong to one event loop.
 
     Attributes: `recoveries`, how many engines were lost while they served, by how; `recycles`, how many were renewed,
-    by why; `serving_since` (monotonic seconds); `last_step`, the last step's frame.
+    by why; `serving_since` (monotonic seconds); `last_step`, the last step's frame; `totals`, what the engines that
+    served have counted, all together.
     """
 
     def __init__(
@@ -121,6 +124,8 @@ class EngineClient:
         self.recycles: Counter[str] = Counter()
         self.serving_since = time.monotonic()
         self.last_step = StepFrame(0, [], 0, 0)
+        self.totals = NO_TOTALS
+        self._engine_totals = NO_TOTALS
         self.last_error: str | None = None
 
     def start(self) -> None:
@@ -250,6 +255,8 @@ class EngineClient:
             link, self._successor = self._successor or await self._standbys.take(), None
             is_standby = link is not None
             link = link or await self._start_engine()
+            # Of this engine: its first frame is its answer.
+            self._engine_totals = NO_TOTALS
             try:
                 await link.take_over(self._take_step)
                 return link
@@ -279,6 +286,8 @@ class EngineClient:
     def _take_step(self, frame: StepFrame) -> None:
         """Hands a step's outputs out."""
         self.last_step = frame
+        before, self._engine_totals = self._engine_totals, frame.totals
+        self.totals = EngineTotals(*map(lambda all_, now, old: all_ + now - old, self.totals, frame.totals, before))
         for output in frame.outputs:
             stream = self._streams.get(output.sequence_id)
             if stream is None:

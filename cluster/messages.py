@@ -7,8 +7,8 @@ no torch, no HTTP. Text and token ids are kept out of every `repr`, because fram
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple, TypeAlias
 
 import msgpack
 
@@ -169,28 +169,50 @@ class StepDown:
     the last one brought."""
 
 
+class TokenLogprobs(NamedTuple):
+    """A token's log probability, and ids and log probabilities of the likeliest in its place, in descending order."""
+
+    logprob: float
+    top_ids: list[int]
+    top_logprobs: list[float]
+
+
 @dataclass(frozen=True)
 class SequenceOutput:
     """One sequence's part of a step. After `released` the engine never touches its segment again."""
 
     sequence_id: int
     token_ids: list[int] = field(repr=False)
-    # stop | length | abort | error | gone (there is no memory where the segment should be), once
+    # stop | length | abort | error | gone (there is no memory where the segment should be) | bad_grammar, once
     finish_reason: str | None = None
     released: bool = False
     # In the first output only: how many prompt tokens the cache saved.
     num_cached_tokens: int | None = None
     error: str | None = None
+    # One for each token, if the sequence's parameters ask for them.
+    logprobs: list[TokenLogprobs] | None = field(default=None, repr=False)
+
+
+class EngineTotals(NamedTuple):
+    """What an engine has counted: preempted sequences, guesses computed, and those of them that were right."""
+
+    num_preemptions: int = 0
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
+
+
+NO_TOTALS = EngineTotals()
 
 
 @dataclass(frozen=True)
 class StepFrame:
-    """Frame engine -> replica: all that one step brought, and the engine's counters."""
+    """Frame engine -> replica: all that one step brought, and the engine's counters (`totals`: since its start)."""
 
     step: int
     outputs: list[SequenceOutput]
     num_running: int
     num_waiting: int
+    totals: EngineTotals = NO_TOTALS
 
 
 @dataclass(frozen=True)
@@ -233,10 +255,10 @@ def encode_frame(message: Frame) -> bytes:
         body = ["heartbeat", message.progress, message.busy]
     else:
         outputs = [
-            [o.sequence_id, o.token_ids, o.finish_reason, o.released, o.num_cached_tokens, o.error]
+            [o.sequence_id, o.token_ids, o.finish_reason, o.released, o.num_cached_tokens, o.error, o.logprobs]
             for o in message.outputs
         ]
-        body = ["step", message.step, outputs, message.num_running, message.num_waiting]
+        body = ["step", message.step, outputs, message.num_running, message.num_waiting, message.totals]
     packed = msgpack.packb(body)
     return len(packed).to_bytes(4, "big") + packed
 
@@ -258,6 +280,12 @@ def decode_frame(packed: bytes) -> Frame:
     if kind == "heartbeat":
         return Heartbeat(*fields)
     if kind == "step":
-        step, outputs, num_running, num_waiting = fields
-        return StepFrame(step, [SequenceOutput(*o) for o in outputs], num_running, num_waiting)
+        step, outputs, num_running, num_waiting, totals = fields
+        read = [_read_output(*fields) for fields in outputs]
+        return StepFrame(step, read, num_running, num_waiting, EngineTotals(*totals))
     raise ValueError(f"unknown frame kind {kind!r}")
+
+
+def _read_output(*fields: Any) -> SequenceOutput:
+    *rest, logprobs = fields
+    return replace(SequenceOutput(*rest), logprobs=logprobs and [TokenLogprobs(*one) for one in logprobs])

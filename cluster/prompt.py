@@ -7,15 +7,20 @@ whereabouts, engines or Ray.
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from typing import Any
 
 from phi_cluster.cluster.errors import ContextOverflow, InvalidRequest
 from phi_cluster.cluster.messages import TurnGrant
+from phi_cluster.cluster.truncation import fewest_to_remove, num_removable, without_oldest
 from phi_cluster.cluster.turn_api import TurnRequest
 from phi_cluster.model.tokenizer import TemplateError, Tokenizer
 
 # Prompts given as ids are "rendered" as digits behind this noncharacter, so that they match only their like.
 _IDS_MARK = "\ufdd1"
+# Room for a reply whose length nobody limits, in tokens: where the oldest turns are left out, one of a single token
+# would fit too early. At most a quarter of the context.
+_REPLY_ROOM = 512
 
 
 class PromptReader:
@@ -40,6 +45,26 @@ class PromptReader:
         if isinstance(request.prompt, str):
             return self._tokenizer.sanitize(request.prompt)
         return _IDS_MARK + "".join(f"{token_id} " for token_id in request.prompt)
+
+    def truncated(self, request: TurnRequest) -> TurnRequest:
+        """The request without the oldest turns that do not fit with a reply. Takes milliseconds per thousand tokens;
+        raises InvalidRequest as `render` does."""
+        assert request.messages is not None
+        wanted: int | None = request.sampling["max_tokens"]
+        room = self._max_model_len - (min(_REPLY_ROOM, self._max_model_len // 4) if wanted is None else wanted)
+
+        def fits(messages: list[dict[str, Any]]) -> bool:
+            text = self.render(replace(request, messages=messages))
+            # No token is shorter than a byte.
+            return len(text.encode("utf-8", "replace")) <= room or len(self._tokenizer.encode(text)) <= room
+
+        return self.without_oldest(request, fewest_to_remove(request.messages, fits))
+
+    def without_oldest(self, request: TurnRequest, num_turns: int = 1) -> TurnRequest:
+        """The request without so many turns, or without fewer if there are not so many to leave out."""
+        assert request.messages is not None
+        num_turns = min(num_turns, num_removable(request.messages))
+        return replace(request, messages=without_oldest(request.messages, num_turns))
 
     def encode(self, request: TurnRequest, grant: TurnGrant, text: str) -> tuple[int, int, list[int]]:
         """Returns (num_kept_tokens, num_kept_chars, new ids). Takes milliseconds per thousand tokens.
@@ -78,13 +103,18 @@ class PromptReader:
         # The engine knows one list of stop ids: with ignore_eos the model's own end tokens are not on it.
         ends = () if request.sampling["ignore_eos"] else self._tokenizer.eos_token_ids
         stops = (*request.sampling["stop_token_ids"], *ends)
-        return request.sampling | {
-            "seed": _seed_of(request.request_id) if seed is None else seed,
-            "max_tokens": max_tokens,
-            "ignore_eos": False,
-            "stop_token_ids": list(dict.fromkeys(stops)),
-            "logit_bias": [[token_id, bias] for token_id, bias in request.sampling["logit_bias"].items()],
-        }
+        grammar = {} if request.sampling.get("grammar") is None else {"grammar_end_ids": list(ends)}
+        return (
+            request.sampling
+            | grammar
+            | {
+                "seed": _seed_of(request.request_id) if seed is None else seed,
+                "max_tokens": max_tokens,
+                "ignore_eos": False,
+                "stop_token_ids": list(dict.fromkeys(stops)),
+                "logit_bias": [[token_id, bias] for token_id, bias in request.sampling["logit_bias"].items()],
+            }
+        )
 
 
 def _seed_of(request_id: str) -> int:

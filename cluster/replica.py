@@ -30,8 +30,12 @@ from phi_cluster.cluster.errors import Unavailable
 from phi_cluster.cluster.http.edge import EdgeSettings
 from phi_cluster.cluster.http.server import build_app
 from phi_cluster.cluster.poison import PoisonList
-from phi_cluster.cluster.processes import process_id
+from phi_cluster.cluster.processes import is_alive, process_id
 from phi_cluster.cluster.ray_engine import EngineSpawner
+from phi_cluster.cluster.responses.assembly import ResponseRoom
+from phi_cluster.cluster.responses.making import MakerLimits
+from phi_cluster.cluster.responses.run import Tools
+from phi_cluster.cluster.responses.store import Branch
 from phi_cluster.cluster.served_model import ServedModel
 from phi_cluster.cluster.session.directory import SessionDirectory
 from phi_cluster.cluster.session.recycler import RecycleReason
@@ -94,6 +98,21 @@ class Replica:
             process_id(),
             PoisonList(runtime_dir / "poison"),
         )
+        self._managed = _Sessions(self._sessions, self._engines)
+        self._room = ResponseRoom(
+            config.state_path,
+            Tools(self._turns, self._metrics, time),
+            self._managed,
+            MakerLimits(
+                retention=config.responses.retention,
+                wait=config.sessions.turn_wait,
+                max_background=config.responses.max_background,
+                max_queued=config.responses.max_queued,
+            ),
+            process_id(),
+            is_alive,
+        )
+        self._room.start()
         self._reporting = asyncio.get_running_loop().create_task(self._report())
 
     def __serve_build_asgi_app__(self) -> Any:
@@ -106,11 +125,14 @@ class Replica:
             keep_alive_seconds=server.keep_alive,
             system_fingerprint=f"fp_{served.fingerprint[:12]}",
         )
-        sessions = _Sessions(self._sessions, self._engines)
-        return build_app(settings, self._turns, sessions, self, self, self._metrics)
+        room = self._room
+        return build_app(
+            settings, self._turns, room.responses, room.conversations, self._managed, self, self, self._metrics
+        )
 
     async def __del__(self) -> None:
         """Serve calls this at the end, when all answers are given: turns whose client had left may still commit."""
+        await self._room.close()
         deadline = time.monotonic() + _LAST_COMMITS_SECONDS
         while self._turns.num_running and time.monotonic() < deadline:  # noqa: ASYNC110 -- for a moment, once
             await asyncio.sleep(0.02)
@@ -160,6 +182,7 @@ class Replica:
             engines, standby_pids = self._engines, self._standbys.pids
             recoveries = {"engine": engines.recoveries, "standby_engine": self._standbys.losses}
             self._metrics.on_engine(engines.last_step.num_running, recoveries, len(standby_pids), engines.recycles)
+            self._metrics.on_totals(engines.totals._asdict())
             with contextlib.suppress(ValueError, RayError):
                 controller = ray.get_actor(CONTROLLER, namespace=NAMESPACE)
                 reason = await controller.report_replica.remote(
@@ -209,7 +232,8 @@ def _log_to_ray() -> None:
 
 
 class _Sessions:
-    """Adds to sessions' descriptions which engine serves them here (implements turn_api.SessionAdmin)."""
+    """Adds to sessions' descriptions which engine serves them here (implements turn_api.SessionAdmin, and what
+    responses ask of sessions)."""
 
     def __init__(self, directory: SessionDirectory, engines: EngineClient):
         self._directory = directory
@@ -243,6 +267,10 @@ class _Sessions:
 
     async def recycle(self, tenant: str, session_id: str) -> dict[str, Any]:
         return self._with_engine(await self._directory.recycle(tenant, session_id))
+
+    async def branch(self, tenant: str, origin: Branch, session_id: str) -> None:
+        """See store.SessionKeeping."""
+        await self._directory.fork(tenant, origin.session_id, session_id, origin.num_turns)
 
     def _with_engine(self, description: dict[str, Any]) -> dict[str, Any]:
         engine = self._engines.engine

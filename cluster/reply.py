@@ -45,6 +45,7 @@ class Reply:
         self._stops = StopStrings(list(stops))
         self._given = given
         self._is_known = is_known
+        self._fresh: list[str] = []
 
     @property
     def position(self) -> Position:
@@ -58,6 +59,12 @@ class Reply:
     def is_cut(self) -> bool:
         """Whether a stop string has ended it."""
         return self.finish_reason == "stop_string"
+
+    def take_pieces(self) -> tuple[str, ...]:
+        """The pieces of what `push` and `end` have returned since this was asked last."""
+        pieces = tuple(self._fresh)
+        self._fresh.clear()
+        return pieces
 
     def push(self, token_ids: Sequence[int]) -> str:
         """Takes tokens in, up to a stop string; returns the text that the client has not got yet. Raises ReplyGone if
@@ -94,7 +101,11 @@ class Reply:
         is_other = self._count == self._given.count and self._checksum != self._given.checksum
         if is_other and not self._is_known:
             raise _other()
-        return piece if self._count > self._given.count else ""
+        if self._count <= self._given.count:
+            return ""
+        if piece:
+            self._fresh.append(piece)
+        return piece
 
 
 def _add(checksum: int, token_ids: Sequence[int]) -> int:

@@ -18,9 +18,10 @@ import logging
 from collections import OrderedDict
 from collections.abc import AsyncGenerator
 from contextlib import aclosing, suppress
+from dataclasses import replace
 
 from phi_cluster.cluster.engine_client import EngineClient, EngineHandle, SequenceStream
-from phi_cluster.cluster.errors import Overloaded, PhiError, Unavailable
+from phi_cluster.cluster.errors import ContextOverflow, Overloaded, PhiError, Unavailable
 from phi_cluster.cluster.messages import ProcessId, SessionKey
 from phi_cluster.cluster.prompt import PromptReader
 from phi_cluster.cluster.turn_api import BEGINNING, TextDelta, TurnEvent, TurnFinished, TurnRequest
@@ -34,6 +35,7 @@ from phi_cluster.cluster.turn_attempt import (
     TurnLimits,
     poisonous,
 )
+from phi_cluster.cluster.wanted_format import grammar_of
 from phi_cluster.model.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -83,7 +85,26 @@ class Turns:
             self._running -= 1
 
     async def _run(self, request: TurnRequest) -> AsyncGenerator[TurnEvent, None]:
+        prompts = self._around.prompts
+        if request.truncate:
+            request = await asyncio.to_thread(prompts.truncated, request)
+        while True:
+            try:
+                async with aclosing(self._run_as_it_is(request)) as events:
+                    async for event in events:
+                        yield event
+                return
+            except ContextOverflow:
+                # Stored ids may be more than those that the same text is encoded to.
+                shorter = prompts.without_oldest(request) if request.truncate else request
+                if shorter.messages == request.messages:
+                    raise
+                request = shorter
+
+    async def _run_as_it_is(self, request: TurnRequest) -> AsyncGenerator[TurnEvent, None]:
         text = self._around.prompts.render(request)
+        if request.wanted_format is not None:
+            request = replace(request, sampling=request.sampling | {"grammar": await grammar_of(request.wanted_format)})
         if self._around.poison.holds(request):
             raise poisonous()
         engines = self._around.engines

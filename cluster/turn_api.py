@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
 FinishReason: TypeAlias = Literal["stop", "length"]
 # How a request ended, for counting: as its turn did, or the client left, or it failed.
 Outcome: TypeAlias = Literal["stop", "length", "abort", "error"]
-Endpoint: TypeAlias = Literal["chat", "completions"]
+Endpoint: TypeAlias = Literal["chat", "completions", "responses"]
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,16 @@ BEGINNING = Position(0, 0)
 
 
 @dataclass(frozen=True)
+class WantedFormat:
+    """What a reply has to look like, and the field that said so. `value` is a JSON schema (dict), a regular expression,
+    a grammar (str) or a list of choices, by `kind`; None for any JSON object."""
+
+    param: str
+    kind: Literal["json_schema", "json_object", "regex", "choice", "grammar"]
+    value: Any = field(default=None, repr=False)
+
+
+@dataclass(frozen=True)
 class TurnRequest:
     """One turn, validated as far as that is possible without a tokenizer.
 
@@ -45,11 +55,14 @@ class TurnRequest:
     min_p, repetition_penalty, presence_penalty, frequency_penalty, seed (int | None: choose one; signed, 64
     bits), max_tokens (int | None: as many as the context has room for; at most max_model_len), min_tokens,
     ignore_eos, logit_bias (dict[int, float]) and stop_token_ids (tuple[int, ...]); ids are below the
-    vocabulary's size.
+    vocabulary's size. `logprobs` (how many of the likeliest tokens to tell) may be there; None means the same as its
+    absence.
 
     `tenant` is derived from the client's key; two tenants share nothing. `session_id` None: an unnamed
     session. `request_id` is ours, never the client's: also with `resume_from`, which means that this request came
     before, was interrupted, and is to be read on behind that position of its reply (see `TextDelta.position`).
+
+    `truncate`: where the messages do not fit, the oldest turns are left out instead of refusing the request.
     """
 
     tenant: str
@@ -59,9 +72,11 @@ class TurnRequest:
     messages: list[dict[str, Any]] | None = field(default=None, repr=False)
     prompt: str | list[int] | None = field(default=None, repr=False)
     stop: tuple[str, ...] = field(default=(), repr=False)
+    wanted_format: WantedFormat | None = None
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     resume_from: Position | None = None
+    truncate: bool = False
 
 
 @dataclass(frozen=True)
@@ -72,16 +87,35 @@ class TurnStarted:
     num_cached_tokens: int
 
 
+class TokenChoice(NamedTuple):
+    """A token, as the bytes of its text, and its log probability (natural logarithm)."""
+
+    token: bytes
+    logprob: float
+
+
+class TokenLogprob(NamedTuple):
+    """A token of the reply, and the likeliest in its place, in descending order."""
+
+    token: bytes
+    logprob: float
+    top: tuple[TokenChoice, ...]
+
+
 @dataclass(frozen=True)
 class TextDelta:
     """Text that is final, and how many new tokens this event stands for. `text` may be empty (held back).
 
-    `position` is where in the reply the text ends.
+    `position` is where in the reply the text ends. `logprobs`, if they were asked for, are the new tokens', without
+    those that have no text. `pieces` are the parts of `text`, none of them empty: the same reply has the same pieces,
+    however its tokens come together in events.
     """
 
     text: str = field(repr=False)
     num_tokens: int
     position: Position
+    pieces: tuple[str, ...] = field(default=(), repr=False)
+    logprobs: tuple[TokenLogprob, ...] = field(default=(), repr=False)
 
 
 @dataclass(frozen=True)

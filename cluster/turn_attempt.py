@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from typing import NoReturn, Protocol
 
 from phi_cluster.cluster.engine_client import EngineClient, EngineFailed, SequenceStream
-from phi_cluster.cluster.errors import PoisonousRequest, ReadElsewhere
-from phi_cluster.cluster.messages import AddSequence, BeginTurn, ProcessId, SessionKey, TurnGrant
+from phi_cluster.cluster.errors import InvalidRequest, PoisonousRequest, ReadElsewhere
+from phi_cluster.cluster.messages import AddSequence, BeginTurn, ProcessId, SequenceOutput, SessionKey, TurnGrant
 from phi_cluster.cluster.prompt import PromptReader
 from phi_cluster.cluster.reply import Reply
-from phi_cluster.cluster.turn_api import Position, TextDelta, TurnRequest, TurnStarted
+from phi_cluster.cluster.turn_api import Position, TextDelta, TokenChoice, TokenLogprob, TurnRequest, TurnStarted
 from phi_cluster.cluster.turn_lease import Lessor, TurnLease
 from phi_cluster.cluster.turn_record import Recorder, TurnRecord
 from phi_cluster.model.sampling_params import SamplingParams
@@ -177,6 +177,9 @@ class TurnAttempt:
                 raise MemoryLost
             if output.finish_reason == "error":
                 self._give_up(stream, output.error)
+            if output.finish_reason == "bad_grammar":
+                param = None if request.wanted_format is None else request.wanted_format.param
+                raise InvalidRequest(f"{param} cannot be followed: {output.error}", param=param)
             if output.finish_reason == "abort" and not reply.is_cut:
                 raise lease.refusal or ReadElsewhere("this reply is being read on by a later connection")
             lease.follow(num_there + len(stream.received))
@@ -195,13 +198,29 @@ class TurnAttempt:
             text = reply.push(output.token_ids)
             taken = len(reply.token_ids) - before
             if text or taken:
-                yield TextDelta(text, taken, reply.position)
+                pieces = reply.take_pieces()
+                yield TextDelta(text, taken, reply.position, pieces, self._logprobs(output, taken))
             if reply.is_cut:
                 around.engines.abort(stream)
             elif output.finish_reason is not None:
                 text = reply.end(output.finish_reason)
                 if text:
-                    yield TextDelta(text, 0, reply.position)
+                    yield TextDelta(text, 0, reply.position, reply.take_pieces())
+
+    def _logprobs(self, output: SequenceOutput, num_tokens: int) -> tuple[TokenLogprob, ...]:
+        """Of the first `num_tokens` tokens of an output, as far as they have text."""
+        tokenizer = self._around.tokenizer
+
+        def choice(token_id: int, logprob: float) -> TokenChoice:
+            return TokenChoice(tokenizer.token_bytes(token_id), logprob)
+
+        return tuple(
+            TokenLogprob(*choice(token_id, logprob), tuple(map(choice, top_ids, top_logprobs)))
+            for token_id, (logprob, top_ids, top_logprobs) in zip(
+                output.token_ids[:num_tokens], output.logprobs or (), strict=False
+            )
+            if not tokenizer.is_special(token_id)
+        )
 
     def _begin(self, num_cached: int) -> list[TurnStarted | TextDelta]:
         """What is told first: once that the turn has started, and the text that was there already."""
@@ -212,7 +231,7 @@ class TurnAttempt:
             told.append(carried.started)
         reply.num_cached_tokens = carried.started.num_cached_tokens
         if self._fresh:
-            told.append(TextDelta(self._fresh, 0, reply.position))
+            told.append(TextDelta(self._fresh, 0, reply.position, reply.take_pieces()))
         return told
 
     def _give_up(self, stream: SequenceStream, error: str | None) -> NoReturn:

@@ -6,6 +6,7 @@ Owns: a turn's record in the journal. Knows nothing of engines, HTTP or Ray.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import time
 from array import array
 from contextlib import suppress
@@ -86,7 +87,7 @@ class TurnRecord:
             num_cached_tokens=reply.num_cached_tokens,
             num_completion_tokens=len(reply.token_ids),
             finish_reason=reply.finish_reason,
-            sampling=self.sampling,
+            sampling=_without_grammar(self.sampling),
             committed_at=time.time(),
         )
 
@@ -109,3 +110,11 @@ class TurnRecord:
             marker = self._tokenizer.token_text(last)
             return text + marker, ((end[0], end[1] - 1), (end[0] + len(marker), end[1]))
         return text, (end,)
+
+
+def _without_grammar(sampling: dict[str, Any]) -> dict[str, Any]:
+    """A grammar may be larger than the turn: its digest says as much."""
+    grammar = sampling.get("grammar")
+    if grammar is None:
+        return sampling
+    return sampling | {"grammar": "blake2b:" + hashlib.blake2b(grammar.encode(), digest_size=16).hexdigest()}

@@ -56,15 +56,23 @@ class QuantizedPhi3ForCausalLM:
         # Whatever the description points to.
         self._kept: list[object] = [weights]
         description = self._describe(config, weights, kv_layout, kv_cache_dtype)
-        self._network = ops.c.phi_network_create(ctypes.byref(description), ops.isa.encode(), num_threads)
-        if not self._network:
+        self._handle: int | None = ops.c.phi_network_create(ctypes.byref(description), ops.isa.encode(), num_threads)
+        if self._handle is None:
             raise MemoryError("no memory for the network's workspace")
-        self._finalizer = weakref.finalize(self, ops.c.phi_network_destroy, self._network)
+        self._finalizer = weakref.finalize(self, ops.c.phi_network_destroy, self._handle)
         self._logits: NDArray[np.float32] = np.empty((0, config.vocab_size), np.float32)
 
     def close(self) -> None:
-        """Ends the threads. The network cannot be used any more."""
+        """Ends the threads. Whoever uses the network after that gets RuntimeError. Idempotent."""
         self._finalizer()
+        self._handle = None
+
+    @property
+    def _network(self) -> int:
+        """The kernels' network; its memory is gone once it is closed."""
+        if self._handle is None:
+            raise RuntimeError("the network is closed")
+        return self._handle
 
     @property
     def progress(self) -> int:

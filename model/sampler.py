@@ -80,12 +80,15 @@ class SamplingRequest:
     # penalties.
     prompt_ids: Collection[int] = field(default=(), repr=False)
     generated_counts: Mapping[int, int] = field(default_factory=dict, repr=False)
+    # uint32 [V / 32 rounded up]: bit i % 32 of word i / 32 says whether token i may be chosen; None: all may.
+    allowed: NDArray[np.uint32] | None = field(default=None, repr=False)
 
     @property
     def needs_processing(self) -> bool:
         """Whether any logit is changed before the choice."""
         params = self.params
-        return bool(params.logit_bias) or params.has_penalties or self.masks_stop_tokens
+        masked = self.masks_stop_tokens or self.allowed is not None
+        return bool(params.logit_bias) or params.has_penalties or masked
 
     @property
     def masks_stop_tokens(self) -> bool:
@@ -104,9 +107,9 @@ def sample(logits: torch.Tensor, requests: Sequence[SamplingRequest], draw: Draw
     """One token id for each row of `logits` ([B, V], any float dtype and device; read as float32, not changed).
 
     Order and meaning are vLLM's: logit_bias, min_tokens mask, repetition penalty (over prompt and reply),
-    frequency and presence penalty (over the reply); then the argmax at temperature 0, else temperature, min_p,
-    top_k, top_p and the draw. Of equal logits the lower id comes first, also at the edge of top_k and top_p.
-    `draw` makes argmax and draw; None: numpy does.
+    frequency and presence penalty (over the reply), what `allowed` leaves; then the argmax at temperature 0, else
+    temperature, min_p, top_k, top_p and the draw. Of equal logits the lower id comes first, also at the edge of top_k
+    and top_p. `draw` makes argmax and draw; None: numpy does.
 
     Raises SamplingError for rows whose largest logit is NaN, infinite, or masked.
     """
@@ -228,6 +231,9 @@ def _process(row: NDArray[np.float32], request: SamplingRequest) -> NDArray[np.f
             row[seen] = np.where(values > 0, values / penalty, values * penalty)
         counts = np.fromiter(request.generated_counts.values(), np.float64, len(generated))
         row[generated] -= params.frequency_penalty * counts + params.presence_penalty * (counts > 0)
+    if request.allowed is not None:
+        bits = np.unpackbits(request.allowed.view(np.uint8), count=len(row), bitorder="little")
+        row[bits == 0] = -np.inf
     return row
 
 

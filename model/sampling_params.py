@@ -17,6 +17,8 @@ GREEDY_BELOW = 1e-5
 # The range of OpenAI's API for presence_penalty and frequency_penalty, and for logit_bias.
 MAX_PENALTY = 2.0
 MAX_LOGIT_BIAS = 100.0
+# OpenAI's for top_logprobs.
+MAX_LOGPROBS = 20
 # What msgpack can carry; a negative seed is one of its own (two's complement).
 MIN_SEED, MAX_SEED = -(2**63), 2**64 - 1
 
@@ -50,6 +52,12 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     # Added to the logits of these token ids.
     logit_bias: Mapping[int, float] = field(default_factory=dict)
+    # The reply follows this grammar (as grammar.py's functions write it), and may end with one of `grammar_end_ids`
+    # where it is complete.
+    grammar: str | None = field(default=None, repr=False)
+    grammar_end_ids: tuple[int, ...] = ()
+    # Each token comes with its log probability, and those of so many of the likeliest in its place.
+    logprobs: int | None = None
 
     def __post_init__(self) -> None:
         _integer("seed", self.seed, MIN_SEED, MAX_SEED)
@@ -75,8 +83,15 @@ class SamplingParams:
         for token_id, bias in self.logit_bias.items():
             _integer("logit_bias", token_id, 0)
             _number(f"logit_bias[{token_id}]", bias, low=-MAX_LOGIT_BIAS, high=MAX_LOGIT_BIAS)
+        if self.grammar is not None and not isinstance(self.grammar, str):
+            raise ValueError(f"grammar must be a string, got {type(self.grammar).__name__}")
+        for token_id in self.grammar_end_ids:
+            _integer("grammar_end_ids", token_id, 0)
+        if self.logprobs is not None:
+            _integer("logprobs", self.logprobs, 0, MAX_LOGPROBS)
         # Own copies: neither the caller's list nor his dictionary can change a running sequence.
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        object.__setattr__(self, "grammar_end_ids", tuple(self.grammar_end_ids))
         object.__setattr__(self, "logit_bias", dict(self.logit_bias))
 
     @property
@@ -100,6 +115,7 @@ class SamplingParams:
         """Plain values that msgpack and JSON keep as they are; `logit_bias` becomes a list of [id, bias]."""
         values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
         values["stop_token_ids"] = list(self.stop_token_ids)
+        values["grammar_end_ids"] = list(self.grammar_end_ids)
         values["logit_bias"] = [[token_id, bias] for token_id, bias in self.logit_bias.items()]
         return values
 

@@ -76,6 +76,14 @@ class RequestMetrics:
         self._standbys = Gauge(
             "phi_standby_engines", "Engines that are up and wait to take over.", registry=self.registry
         )
+        self._engine_totals = {
+            name: Counter(f"phi_{metric}", text, registry=self.registry)
+            for name, metric, text in (
+                ("num_preemptions", "num_preemptions", "Sequences whose memory was taken from them for others."),
+                ("num_draft_tokens", "spec_decode_num_draft_tokens", "Guesses that were computed."),
+                ("num_accepted_tokens", "spec_decode_num_accepted_tokens", "Guesses that were right."),
+            )
+        }
         self._open = 0
         self._engine_running = 0
         self._totals: dict[tuple[str, str], int] = {}
@@ -87,7 +95,9 @@ class RequestMetrics:
         self._time_to_first_token.observe(seconds)
 
     def on_token(self, endpoint: str, num_tokens: int, seconds: float) -> None:
-        self._inter_token.observe(seconds / max(num_tokens, 1))
+        # Each token counts, also where a step brought several.
+        for _ in range(num_tokens):
+            self._inter_token.observe(seconds / num_tokens)
 
     def on_finish(
         self,
@@ -121,6 +131,11 @@ class RequestMetrics:
                 self._raise_to(self._recoveries.labels(component, reason), (component, reason), count)
         for reason, count in recycles.items():
             self._raise_to(self._engine_recycles.labels(reason), ("recycled", reason), count)
+
+    def on_totals(self, totals: Mapping[str, int]) -> None:
+        """What this replica's engines have counted so far, by the names in messages.EngineTotals."""
+        for name, total in totals.items():
+            self._raise_to(self._engine_totals[name], ("engine", name), total)
 
     def _raise_to(self, counter: Counter, name: tuple[str, str], total: int) -> None:
         """A counter whose total is counted elsewhere."""

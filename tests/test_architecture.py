@@ -24,13 +24,14 @@ ORDER = [
     ["cluster.app"],
     ["cluster.replica"],
     ["cluster.http."],
+    ["cluster.responses."],
     ["cluster.turn"],
     ["cluster.engine_client"],
     ["cluster.standby"],
     ["cluster.engine_link"],
     ["cluster.controller"],
     ["cluster.session."],
-    ["cluster.messages", "cluster.errors", "cluster.turn_api"],
+    ["cluster.messages", "cluster.errors", "cluster.turn_api", "cluster.response_api"],
 ]
 MAY_IMPORT_RAY = {
     "cluster.engine.actor",
@@ -60,6 +61,7 @@ NO_TORCH = [
     "cluster.ray_engine",
     "cluster.http.",
     "cluster.session.",
+    "cluster.responses.",
     "cluster.replica",
     "cluster.controller",
     "cluster.client",
@@ -228,9 +230,20 @@ def test_only_these_files_know_ray() -> None:
 
 
 def test_the_edge_knows_only_its_protocols() -> None:
-    allowed = ["cluster.http.", "cluster.turn_api", "cluster.errors", "cluster.http", "model.sampling_params"]
+    protocols = ["cluster.turn_api", "cluster.response_api", "cluster.observation"]
+    allowed = ["cluster.http.", *protocols, "cluster.errors", "cluster.http", "model.sampling_params"]
     for module in MODULES:
         if is_in(module, ["cluster.http."]):
+            ours = [one.module for one in imports_of(module) if one.module.partition(".")[0] in PACKAGES]
+            assert not [one for one in ours if not is_in(one, allowed)], module
+
+
+def test_responses_know_turns_by_their_protocol_only() -> None:
+    """And of sessions only how a file of SQLite's is made."""
+    allowed = ["cluster.responses.", "cluster.turn_api", "cluster.response_api", "cluster.messages", "cluster.errors"]
+    allowed += ["cluster.observation", "cluster.session.sqlite_file", "cluster.responses"]
+    for module in MODULES:
+        if is_in(module, ["cluster.responses."]):
             ours = [one.module for one in imports_of(module) if one.module.partition(".")[0] in PACKAGES]
             assert not [one for one in ours if not is_in(one, allowed)], module
 

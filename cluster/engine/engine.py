@@ -15,7 +15,7 @@ from phi_cluster.cluster.engine.model_runner import StepOutcome
 from phi_cluster.cluster.engine.scheduler import EngineLimits, ScheduledSequence, Scheduler
 from phi_cluster.cluster.engine.sequence import Sequence, SequenceStatus
 from phi_cluster.cluster.engine.settings import Speculation
-from phi_cluster.cluster.messages import SequenceOutput
+from phi_cluster.cluster.messages import SequenceOutput, TokenLogprobs
 
 __all__ = ["Engine", "EngineLimits"]
 
@@ -163,10 +163,10 @@ class Engine:
         if isinstance(outcome, Exception):
             self._fail(sequence, outcome)
             return
-        if outcome is None or bool(outcome) != (num == sequence.num_uncomputed_tokens):
+        if outcome is None or bool(outcome.token_ids) != (num == sequence.num_uncomputed_tokens):
             self._fail(sequence, RuntimeError("the runner drew no token, or one too early"))
             return
-        right = tuple(outcome[:-1])
+        right = tuple(outcome.token_ids[:-1])
         if right != draft_ids[: len(right)]:
             self._fail(sequence, RuntimeError("the runner drew a token behind a wrong draft"))
             return
@@ -174,7 +174,7 @@ class Engine:
         reason: str | None = None
         try:
             self._mark_computed(sequence, num)
-            for token_id in outcome:
+            for token_id in outcome.token_ids:
                 if taken:
                     # The token before was a draft, whose row is there already.
                     self._mark_computed(sequence, 1)
@@ -187,13 +187,16 @@ class Engine:
         except Exception as error:
             self._fail(sequence, error, taken)
             return
+        logprobs = None if outcome.logprobs is None else outcome.logprobs[: len(taken)]
         self.num_draft_tokens += len(draft_ids)
         self.num_accepted_tokens += max(len(taken) - 1, 0)
         if reason is not None:
-            self._finish(sequence, reason, taken)
+            self._finish(sequence, reason, taken, logprobs=logprobs)
         elif taken:
             self._outputs.append(
-                SequenceOutput(sequence.sequence_id, taken, num_cached_tokens=self._announce(sequence))
+                SequenceOutput(
+                    sequence.sequence_id, taken, num_cached_tokens=self._announce(sequence), logprobs=logprobs
+                )
             )
 
     def _mark_computed(self, sequence: Sequence, num: int) -> None:
@@ -213,7 +216,12 @@ class Engine:
         self._finish(sequence, "error", token_ids, error=f"{type(error).__name__}: {error}")
 
     def _finish(
-        self, sequence: Sequence, reason: str, token_ids: list[int] | None = None, error: str | None = None
+        self,
+        sequence: Sequence,
+        reason: str,
+        token_ids: list[int] | None = None,
+        error: str | None = None,
+        logprobs: list[TokenLogprobs] | None = None,
     ) -> None:
         """The one place where a sequence ends: out of the scheduler, memory closed, then released."""
         self._scheduler.remove(sequence)
@@ -233,6 +241,7 @@ class Engine:
                 released=True,
                 num_cached_tokens=num_cached_tokens,
                 error=error,
+                logprobs=logprobs,
             )
         )
 

@@ -1,26 +1,41 @@
 """Does what the scheduler decided: one forward pass over all chunks, then tokens for whoever is due some.
 
 Owns: building the network's input, verifying drafts, and the check that ids fit the network. Knows nothing of budgets,
-queues, where drafts come from, the order in which memory is marked as written, or of messages.
+queues, where drafts come from, the order in which memory is marked as written, or of frames.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from collections.abc import Sequence as AbstractSequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from itertools import islice
 from typing import Protocol, TypeAlias
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from phi_cluster.cluster.engine.scheduler import ScheduledSequence
 from phi_cluster.cluster.engine.sequence import Sequence
+from phi_cluster.cluster.messages import TokenLogprobs
+from phi_cluster.model.logprobs import token_logprobs
 from phi_cluster.model.phi3 import SequenceChunk
 from phi_cluster.model.sampler import DrawRows, SamplingError, SamplingRequest, sample
 
-# What a step brought to a sequence: its next tokens, all but the last equal to the drafts (none: its tokens are not
-# all computed yet); or why there is none.
-StepOutcome: TypeAlias = list[int] | Exception
+
+@dataclass(frozen=True)
+class Drawn:
+    """What a step brought to a sequence: its next tokens, all but the last equal to the drafts (none: its tokens are
+    not all computed yet), and their log probabilities where those are wanted."""
+
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs] | None = None
+
+
+# Or why there is none.
+StepOutcome: TypeAlias = Drawn | Exception
 
 
 class Rope(Protocol):
@@ -48,13 +63,15 @@ class ModelConfig(Protocol):
 
 
 class ModelRunner:
-    """Runs a network; keeps nothing between two steps."""
+    """Runs a network; keeps nothing between two steps but a thread, which finds out what grammars allow while the
+    network computes."""
 
     def __init__(self, model: Model, config: ModelConfig, draw: DrawRows | None = None):
         """`draw`: the sampler's draws, if not numpy's."""
         self._model = model
         self._draw = draw
         self._vocab_size = config.vocab_size
+        self._beside = ThreadPoolExecutor(1, thread_name_prefix="grammars")
 
     def long_rope_for(self, num_tokens: int) -> bool:
         """Whether a sequence of `num_tokens` tokens is computed in LongRoPE's long regime."""
@@ -75,25 +92,67 @@ class ModelRunner:
         Writes rows of the KV caches and nothing else, so a step that raises may be repeated. A row of logits that
         no token can be drawn from (NaN) fails its own sequence only.
         """
-        chunks = []
-        requests: list[SamplingRequest] = []
-        for sequence, num, draft_ids in scheduled:
-            start = sequence.num_computed_tokens
-            ids = [*sequence.token_ids[start : start + num], *draft_ids]
-            due = 1 + len(draft_ids) if start + num == sequence.num_tokens else 0
-            # All rows at once. Whether a row counts turns out later, but what it would be drawn with is known: it
-            # counts only if all drafts before it were right.
-            requests += [sequence.sampling_request(draft_ids[:i]) for i in range(due)]
-            chunk_ids = torch.tensor(ids, dtype=torch.int64)
-            chunks.append(SequenceChunk(chunk_ids, start, sequence.kv.cache, sequence.long_rope, due))
-        logits = self._model.forward(chunks)
+        chunks = [_chunk(one) for one in scheduled]
+        constrained = [
+            one for one, chunk in zip(scheduled, chunks, strict=True) if one.sequence.matcher and chunk.num_logits
+        ]
+        masks = self._beside.submit(_masks, constrained) if constrained else None
+        try:
+            logits = self._model.forward(chunks)
+        finally:
+            # Nobody may look at a matcher while it is at work.
+            allowed = {} if masks is None else masks.result()
+        # All rows at once. Whether a row counts turns out later, but what it would be drawn with is known: it counts
+        # only if all drafts before it were right.
+        requests = [
+            sequence.sampling_request(draft_ids[:i], _row(allowed.get(sequence.sequence_id), i))
+            for (sequence, _, draft_ids), chunk in zip(scheduled, chunks, strict=True)
+            for i in range(chunk.num_logits)
+        ]
         if logits.shape != (len(requests), self._vocab_size):
             raise RuntimeError(f"logits of shape {tuple(logits.shape)}, {len(requests)} rows were asked for")
         drawn = iter(_sample(logits, requests, self._draw))
-        return {
-            one.sequence.sequence_id: _verify(list(islice(drawn, chunk.num_logits)), one.draft_ids)
-            for one, chunk in zip(scheduled, chunks, strict=True)
-        }
+        outcomes: dict[int, StepOutcome] = {}
+        first = 0
+        for one, chunk in zip(scheduled, chunks, strict=True):
+            sequence = one.sequence
+            outcome = _verify(list(islice(drawn, chunk.num_logits)), one.draft_ids)
+            if isinstance(broken := allowed.get(sequence.sequence_id), Exception):
+                outcome = broken
+            elif isinstance(outcome, Drawn) and outcome.token_ids and sequence.params.logprobs is not None:
+                outcome = _with_logprobs(outcome, logits[first:], sequence.params.logprobs)
+            outcomes[sequence.sequence_id] = outcome
+            first += chunk.num_logits
+        return outcomes
+
+
+def _chunk(one: ScheduledSequence) -> SequenceChunk:
+    sequence, num, draft_ids = one
+    start = sequence.num_computed_tokens
+    ids = torch.tensor([*sequence.token_ids[start : start + num], *draft_ids], dtype=torch.int64)
+    due = 1 + len(draft_ids) if start + num == sequence.num_tokens else 0
+    return SequenceChunk(ids, start, sequence.kv.cache, sequence.long_rope, due)
+
+
+def _masks(scheduled: list[ScheduledSequence]) -> dict[int, NDArray[np.uint32] | Exception]:
+    """What the grammar of each allows in its next place and behind each draft, or why that is not known."""
+    masks: dict[int, NDArray[np.uint32] | Exception] = {}
+    for sequence, _, draft_ids in scheduled:
+        assert sequence.matcher is not None
+        try:
+            masks[sequence.sequence_id] = sequence.matcher.masks(draft_ids)
+        except Exception as error:
+            masks[sequence.sequence_id] = error
+    return masks
+
+
+def _row(masks: NDArray[np.uint32] | Exception | None, i: int) -> NDArray[np.uint32] | None:
+    return masks[i] if isinstance(masks, np.ndarray) else None
+
+
+def _with_logprobs(drawn: Drawn, logits: torch.Tensor, num_top: int) -> Drawn:
+    rows = logits[: len(drawn.token_ids)].detach().to("cpu", torch.float32).numpy()
+    return Drawn(drawn.token_ids, [TokenLogprobs(*found) for found in token_logprobs(rows, drawn.token_ids, num_top)])
 
 
 def _verify(drawn: list[int | Exception], draft_ids: AbstractSequence[int]) -> StepOutcome:
@@ -106,11 +165,11 @@ def _verify(drawn: list[int | Exception], draft_ids: AbstractSequence[int]) -> S
     for i, token_id in enumerate(drawn):
         if isinstance(token_id, Exception):
             # With tokens before it, these count; the next step meets the same row and fails.
-            return accepted or token_id
+            return Drawn(accepted) if accepted else token_id
         accepted.append(token_id)
         if i == len(draft_ids) or token_id != draft_ids[i]:
             break
-    return accepted
+    return Drawn(accepted)
 
 
 def _sample(logits: torch.Tensor, requests: list[SamplingRequest], draw: DrawRows | None) -> list[int | Exception]:

@@ -133,7 +133,7 @@ class Scheduler:
     def _draft(self, shares: list[tuple[Sequence, int]]) -> dict[int, tuple[int, ...]]:
         """Guesses, by sequence id, for sequences that lack one token, from what is left of the step's budget."""
         budget = self._limits.max_num_batched_tokens - sum(num for _, num in shares)
-        if not self._speculation.num_tokens or budget <= 0 or not self._all_can_grow(self.running):
+        if budget <= 0 or not self._all_can_grow(self.running):
             return {}
         proposals: dict[int, list[int]] = {}
         for sequence, _ in shares:
@@ -144,8 +144,11 @@ class Scheduler:
     def _propose(self, sequence: Sequence) -> list[int]:
         """Guesses that could become tokens, all of them with one more behind: within every limit of the sequence."""
         params, num_tokens = sequence.params, sequence.num_tokens
+        matcher = sequence.matcher
+        # Where a grammar leaves no choice, what must come is guessed whether speculation is on or not.
+        num_forced = 0 if matcher is None else MAX_DRAFT_TOKENS
         most = min(
-            self._speculation.num_tokens,
+            max(self._speculation.num_tokens, num_forced),
             params.max_tokens - sequence.num_generated_tokens - 1,
             self._limits.max_model_len - num_tokens - 1,
             sequence.max_num_tokens - num_tokens - 1,
@@ -155,16 +158,23 @@ class Scheduler:
             most -= 1
         if most <= 0:
             return []
-        ngrams = self._ngrams.get(sequence.sequence_id)
-        if ngrams is None:
-            ngrams = NgramIndex(self._speculation.min_match, self._speculation.max_match)
-            self._ngrams[sequence.sequence_id] = ngrams
-        draft_ids = ngrams.propose(sequence.token_ids, most)
+        draft_ids = [] if matcher is None else matcher.forced()[:most]
+        if not draft_ids and self._speculation.num_tokens:
+            draft_ids = self._look_up(sequence, min(most, self._speculation.num_tokens))
+            if matcher is not None:
+                draft_ids = draft_ids[: matcher.num_allowed(draft_ids)]
         if not params.ignore_eos:
             # A stop token is the end, or masked (min_tokens): neither has anything behind it.
             stop = next((i for i, token_id in enumerate(draft_ids) if token_id in params.stop_token_ids), None)
             draft_ids = draft_ids[:stop]
         return draft_ids
+
+    def _look_up(self, sequence: Sequence, most: int) -> list[int]:
+        ngrams = self._ngrams.get(sequence.sequence_id)
+        if ngrams is None:
+            ngrams = NgramIndex(self._speculation.min_match, self._speculation.max_match)
+            self._ngrams[sequence.sequence_id] = ngrams
+        return ngrams.propose(sequence.token_ids, most)
 
     # KV bytes. A running sequence is charged for all of its present tokens, computed or not, so that bytes never
     # run out in the middle of a prefill and nothing but a drawn token makes the sum grow.

@@ -64,6 +64,18 @@ class SequenceKV(Protocol):
         """Let go: after this the memory is never touched again from here."""
 
 
+class ReplyMatcher(Protocol):
+    """Of model/grammar.py's Matcher, what is needed here. All raise ValueError."""
+
+    def consume(self, token_ids: AbstractSequence[int]) -> None: ...
+
+    def masks(self, draft_ids: AbstractSequence[int] = ()) -> NDArray[np.uint32]: ...
+
+    def forced(self) -> list[int]: ...
+
+    def num_allowed(self, token_ids: AbstractSequence[int]) -> int: ...
+
+
 class Sequence:
     """A generation: `num_computed_tokens` chases `num_tokens`, and at the end of each chase a token is drawn.
 
@@ -71,7 +83,7 @@ class Sequence:
     reply that is taken over in its middle. The sequence never has more than `max_num_tokens` tokens (what its
     lease of memory covers): there it pauses until that number is raised.
 
-    Raises ValueError if the numbers do not fit together.
+    Raises ValueError if the numbers do not fit together, or the reply so far not to its grammar.
     """
 
     def __init__(
@@ -82,6 +94,7 @@ class Sequence:
         num_prompt_tokens: int,
         params: SamplingParams,
         max_num_tokens: int,
+        matcher: ReplyMatcher | None = None,
     ):
         if kv.num_tokens != len(token_ids):
             raise ValueError(f"the KV segment holds {kv.num_tokens} tokens, the sequence has {len(token_ids)}")
@@ -97,6 +110,10 @@ class Sequence:
         self.token_ids = list(token_ids)
         self.num_prompt_tokens = num_prompt_tokens
         self.params = params
+        # Of a reply that follows a grammar: it has taken in all of the reply that is there.
+        self.matcher = matcher
+        if matcher is not None:
+            matcher.consume(token_ids[num_prompt_tokens:])
         self.max_num_tokens = max_num_tokens
         self.status = SequenceStatus.WAITING
         # Older sequences have lower numbers; the scheduler gives them.
@@ -138,8 +155,10 @@ class Sequence:
         self.num_cached_tokens = 0
 
     def append(self, token_id: int) -> None:
-        """Take a drawn token in."""
+        """Take a drawn token in. Raises ValueError if its grammar does not allow it."""
         self.token_ids.append(token_id)
+        if self.matcher is not None and token_id not in self.params.stop_token_ids:
+            self.matcher.consume([token_id])
         if self._generated_counts is not None:
             self._generated_counts[token_id] += 1
 
@@ -148,12 +167,15 @@ class Sequence:
         reason = self.params.finish_reason(self.num_generated_tokens, self.token_ids[-1])
         return "length" if reason is None and self.num_tokens >= max_model_len else reason
 
-    def sampling_request(self, draft_ids: AbstractSequence[int] = ()) -> SamplingRequest:
-        """What the sampler needs for the token behind `draft_ids`, as if these had been drawn already."""
+    def sampling_request(
+        self, draft_ids: AbstractSequence[int] = (), allowed: NDArray[np.uint32] | None = None
+    ) -> SamplingRequest:
+        """What the sampler needs for the token behind `draft_ids`, as if these had been drawn already; `allowed`: see
+        there."""
         position = self.num_tokens + len(draft_ids)
         num_generated = self.num_generated_tokens + len(draft_ids)
         if not self.params.has_penalties:
-            return SamplingRequest(self.params, position, num_generated)
+            return SamplingRequest(self.params, position, num_generated, allowed=allowed)
         if self._prompt_ids is None or self._generated_counts is None:
             self._prompt_ids = np.unique(np.asarray(self.token_ids[: self.num_prompt_tokens], np.int64))
             self._generated_counts = Counter(self.token_ids[self.num_prompt_tokens :])
@@ -161,4 +183,4 @@ class Sequence:
         if draft_ids:
             counts = counts.copy()
             counts.update(draft_ids)
-        return SamplingRequest(self.params, position, num_generated, self._prompt_ids, counts)
+        return SamplingRequest(self.params, position, num_generated, self._prompt_ids, counts, allowed)

@@ -1,7 +1,7 @@
 """An engine behind a Unix socket, for one replica.
 
-Owns: the socket, the loop, the self-test, and mapping the segments that sequences bring. Knows nothing of Ray, text,
-HTTP or who owns a session.
+Owns: the socket, the loop and the self-test. Knows nothing of Ray, text, HTTP, who owns a session, or how a sequence
+begins (admission.py's).
 
 One thread does everything: read frames, step, send what the step brought. When there is nothing to do it waits for
 frames, and every few seconds computes one token for nothing, so that "ready" means a step was really computed lately;
@@ -24,21 +24,20 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from phi_cluster.cluster.engine.device_kv import DeviceCaches, DeviceKV
+from phi_cluster.cluster.engine.admission import Admission
+from phi_cluster.cluster.engine.device_kv import DeviceCaches
 from phi_cluster.cluster.engine.engine import Engine, EngineLimits
 from phi_cluster.cluster.engine.heartbeat import HEARTBEAT_SECONDS, FrameSender, Pulse
 from phi_cluster.cluster.engine.model_runner import Model as Network
 from phi_cluster.cluster.engine.model_runner import ModelRunner
-from phi_cluster.cluster.engine.segment_kv import SegmentKV, splice
-from phi_cluster.cluster.engine.sequence import Sequence
 from phi_cluster.cluster.engine.settings import EngineSettings
 from phi_cluster.cluster.messages import (
     AbortSequence,
     AddSequence,
+    EngineTotals,
     ExtendSequence,
     Frame,
     Heartbeat,
-    SegmentRef,
     SequenceOutput,
     StepDown,
     StepFrame,
@@ -46,13 +45,12 @@ from phi_cluster.cluster.messages import (
     decode_frame,
 )
 from phi_cluster.cluster.served_model import ServedModel
-from phi_cluster.cluster.session.segment import SegmentGone
 from phi_cluster.model.flat_weights import WeightIndex, protect_read_only, view_weights
+from phi_cluster.model.grammar import Grammars
 from phi_cluster.model.kv_cache import KVCache
 from phi_cluster.model.ops import library
 from phi_cluster.model.phi3 import Phi3ForCausalLM, SequenceChunk
 from phi_cluster.model.quantized_phi3 import QuantizedPhi3ForCausalLM
-from phi_cluster.model.sampling_params import SamplingParams
 
 logger = logging.getLogger(__name__)
 
@@ -88,10 +86,9 @@ def build_engine_server(
     caches = None
     if settings.device != "cpu":
         caches = DeviceCaches(served.layout.kv, kv_dtype, settings.device, max_idle=settings.max_num_seqs)
+    admission = Admission(engine, served, kv_dtype, caches, Grammars(served.folder, served.config.vocab_size))
     # `progress` grows with every layer.
-    return EngineServer(
-        engine, served, kv_dtype, settings.socket_path, self_test, lambda: int(getattr(model, "progress", 0)), caches
-    )
+    return EngineServer(engine, admission, settings.socket_path, self_test, lambda: int(getattr(model, "progress", 0)))
 
 
 class SelfTest:
@@ -121,21 +118,17 @@ class EngineServer:
     def __init__(
         self,
         engine: Engine,
-        served: ServedModel,
-        dtype: torch.dtype,
+        admission: Admission,
         socket_path: str,
         self_test: Callable[[], None],
         progress: Callable[[], int],
-        device_caches: DeviceCaches | None = None,
         *,
         idle_step_seconds: float = _IDLE_STEP_SECONDS,
         heartbeat_seconds: float = HEARTBEAT_SECONDS,
     ):
         """`self_test` has passed once already. `progress` grows within a step; any thread may ask it at any time."""
         self._engine = engine
-        self._device_caches = device_caches
-        self._served = served
-        self._dtype = dtype
+        self._admission = admission
         self._self_test = self_test
         self._progress = progress
         self._idle_step_seconds = idle_step_seconds
@@ -148,7 +141,6 @@ class EngineServer:
         # The replica has not heard yet that it is served.
         self._unanswered = False
         self._received = bytearray()
-        self._refused: list[SequenceOutput] = []
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._listener.bind(socket_path)
         os.chmod(socket_path, 0o600)
@@ -185,6 +177,7 @@ class EngineServer:
             self._serve(connection, sender)
         finally:
             pulse.stop()
+            self._admission.close()
 
     def _serve(self, connection: socket.socket, sender: FrameSender) -> None:
         last_step = time.monotonic()
@@ -192,18 +185,21 @@ class EngineServer:
             idle_at = last_step + (_STANDBY_STEP_SECONDS if self._stands_by else self._idle_step_seconds)
             self._busy = self._engine.has_work
             wait = 0.0 if self._busy else max(idle_at - time.monotonic(), 0.0)
-            readable, _, _ = select.select([connection], [], [], wait)
+            sources: list[Any] = [connection, *self._admission.sources]
+            readable, _, _ = select.select(sources, [], [], wait)
             self._busy = True
-            if readable and not self._receive(connection):
+            if connection in readable and not self._receive(connection):
                 return
+            if any(source is not connection for source in readable):
+                self._admission.take_compiled()
             if self._steps_down:
                 # All that was computed has been sent; the memory of the sequences stays as the last step left it.
                 return
             if self._engine.has_work:
-                self._send(sender, self._take_refused() + self._engine.step())
+                self._send(sender, self._admission.take_answers() + self._engine.step())
                 last_step = time.monotonic()
-            elif self._refused or self._unanswered:
-                self._send(sender, self._take_refused())
+            elif self._admission.has_answers or self._unanswered:
+                self._send(sender, self._admission.take_answers())
             elif time.monotonic() >= idle_at:
                 self._self_test()
                 self._idle_steps += 1
@@ -219,7 +215,9 @@ class EngineServer:
 
     def _send(self, sender: FrameSender, outputs: list[SequenceOutput]) -> None:
         self._unanswered = False
-        sender.send(StepFrame(self._num_steps, outputs, self._engine.num_running, self._engine.num_waiting))
+        engine = self._engine
+        totals = EngineTotals(engine.num_preemptions, engine.num_draft_tokens, engine.num_accepted_tokens)
+        sender.send(StepFrame(self._num_steps, outputs, engine.num_running, engine.num_waiting, totals))
 
     def _receive(self, connection: socket.socket) -> bool:
         """Takes in what has come; False at the end of the connection."""
@@ -238,13 +236,9 @@ class EngineServer:
 
     def _handle(self, frame: Frame) -> None:
         if isinstance(frame, AddSequence):
-            try:
-                self._engine.add(self._open(frame))
-            except (OSError, ValueError) as error:
-                reason = "gone" if isinstance(error, SegmentGone) else "error"
-                self._refused.append(SequenceOutput(frame.sequence_id, [], reason, released=True, error=str(error)))
+            self._admission.add(frame)
         elif isinstance(frame, AbortSequence):
-            self._engine.abort(frame.sequence_id)
+            self._admission.abort(frame.sequence_id)
         elif isinstance(frame, ExtendSequence):
             self._engine.extend(frame.sequence_id, frame.max_num_tokens)
         elif isinstance(frame, TakeOver):
@@ -252,34 +246,3 @@ class EngineServer:
             self._unanswered = True
         elif isinstance(frame, StepDown):
             self._steps_down = True
-
-    def _open(self, frame: AddSequence) -> Sequence:
-        """Maps the segment and makes it hold the sequence's ids: what it holds of them keeps its keys and values.
-
-        Raises SegmentGone (OSError), and ValueError for ids or numbers that cannot be.
-        """
-        params = SamplingParams.from_dict(frame.sampling)
-        kv = self._open_kv(frame.segment, frame.epoch)
-        try:
-            token_ids = splice(kv, frame.num_kept_tokens, frame.token_ids)
-            return Sequence(
-                sequence_id=frame.sequence_id,
-                kv=kv,
-                token_ids=token_ids,
-                num_prompt_tokens=frame.num_prompt_tokens,
-                params=params,
-                max_num_tokens=frame.max_num_tokens,
-            )
-        except BaseException:
-            kv.close()
-            raise
-
-    def _open_kv(self, ref: SegmentRef, epoch: int) -> SegmentKV:
-        served = self._served
-        if self._device_caches is not None:
-            return DeviceKV(ref, served.layout, served.fingerprint, self._device_caches, epoch)
-        return SegmentKV(ref, served.layout, served.fingerprint, self._dtype, epoch)
-
-    def _take_refused(self) -> list[SequenceOutput]:
-        refused, self._refused = self._refused, []
-        return refused

@@ -51,6 +51,15 @@ def caller_of(request: Request) -> Caller:
     )
 
 
+def check_resumable(caller: Caller, num_logprobs: int | None) -> None:
+    """Raises `InvalidRequest` for a reply that is read on with log probabilities: those of its first part are gone."""
+    if caller.resume_from is not None and num_logprobs is not None:
+        raise InvalidRequest(
+            f"{RESUME_HEADER}: a reply with log probabilities cannot be read on; send the request anew",
+            param=RESUME_HEADER,
+        )
+
+
 def _resume_from(request: Request) -> Position | None:
     """The position to read on from. The request then goes on under the id that it had."""
     position = _only(request, RESUME_HEADER)

@@ -6,6 +6,7 @@ tokens and engines.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,15 +15,16 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from phi_cluster.cluster.http.body import read_object
-from phi_cluster.cluster.http.caller import Caller, caller_of
+from phi_cluster.cluster.http.caller import Caller, caller_of, check_resumable
 from phi_cluster.cluster.http.chat_schemas import ChatCompletion, ChatCompletionChunk, ChatRequest
 from phi_cluster.cluster.http.edge import Edge
+from phi_cluster.cluster.http.logprob_format import chat_logprobs
 from phi_cluster.cluster.http.models import check_model
 from phi_cluster.cluster.http.openapi import generation_docs
 from phi_cluster.cluster.http.schemas import sampling_of
 from phi_cluster.cluster.http.strict_model import validated
 from phi_cluster.cluster.http.turn_response import TurnResponse
-from phi_cluster.cluster.turn_api import Endpoint, FinishReason, TurnRequest
+from phi_cluster.cluster.turn_api import Endpoint, FinishReason, TokenLogprob, TurnRequest
 
 
 def chat_router(edge: Edge) -> APIRouter:
@@ -40,6 +42,7 @@ def chat_router(edge: Edge) -> APIRouter:
         caller = caller_of(request)
         chat = validated(ChatRequest, await read_object(request, settings.max_body_bytes))
         check_model(chat.model, settings)
+        check_resumable(caller, chat.num_logprobs)
         turn = TurnRequest(
             tenant=caller.tenant,
             session_id=caller.session_id,
@@ -48,6 +51,7 @@ def chat_router(edge: Edge) -> APIRouter:
             sampling=sampling_of(chat, settings),
             messages=[message.for_template() for message in chat.messages],
             stop=tuple(chat.stop),
+            wanted_format=chat.wanted_format,
             add_generation_prompt=chat.add_generation_prompt and not chat.continue_final_message,
             continue_final_message=chat.continue_final_message,
         )
@@ -80,8 +84,8 @@ class ChatReply:
     def opening(self) -> dict[str, Any]:
         return self._chunk([self._choice({"role": "assistant", "content": ""}, None)])
 
-    def delta(self, text: str) -> dict[str, Any]:
-        return self._chunk([self._choice({"content": text}, None)])
+    def delta(self, text: str, logprobs: Sequence[TokenLogprob] | None) -> dict[str, Any]:
+        return self._chunk([self._choice({"content": text}, None, logprobs)])
 
     def closing(self, finish_reason: FinishReason) -> dict[str, Any]:
         return self._chunk([self._choice({}, finish_reason)])
@@ -89,16 +93,33 @@ class ChatReply:
     def usage_chunk(self, usage: dict[str, Any]) -> dict[str, Any]:
         return {**self._chunk([]), "usage": usage}
 
-    def whole(self, text: str, finish_reason: FinishReason, usage: dict[str, Any]) -> dict[str, Any]:
+    def whole(
+        self,
+        text: str,
+        logprobs: Sequence[TokenLogprob] | None,
+        finish_reason: FinishReason,
+        usage: dict[str, Any],
+    ) -> dict[str, Any]:
         message = {"role": "assistant", "content": text, "refusal": None}
-        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": finish_reason}
+        choice = {
+            "index": 0,
+            "message": message,
+            "logprobs": None if logprobs is None else chat_logprobs(logprobs),
+            "finish_reason": finish_reason,
+        }
         return {**self._head("chat.completion"), "choices": [choice], "usage": usage}
 
     def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {**self._head("chat.completion.chunk"), "choices": choices}
 
-    def _choice(self, delta: dict[str, str], finish_reason: FinishReason | None) -> dict[str, Any]:
-        return {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
+    def _choice(
+        self,
+        delta: dict[str, str],
+        finish_reason: FinishReason | None,
+        logprobs: Sequence[TokenLogprob] | None = None,
+    ) -> dict[str, Any]:
+        told = None if logprobs is None else chat_logprobs(logprobs)
+        return {"index": 0, "delta": delta, "logprobs": told, "finish_reason": finish_reason}
 
     def _head(self, kind: str) -> dict[str, Any]:
         return {

@@ -12,6 +12,7 @@ from pydantic import BaseModel, BeforeValidator, Field, WithJsonSchema, model_va
 
 from phi_cluster.cluster.http.schemas import NOT_SUPPORTED, GenerationFields, Usage
 from phi_cluster.cluster.http.strict_model import StrictModel, refusal
+from phi_cluster.model.sampling_params import MAX_LOGPROBS
 
 MAX_MESSAGES = 4096
 
@@ -100,21 +101,20 @@ class ChatRequest(GenerationFields):
         "function_call": ("none", "auto"),
         "functions": ([],),
         "include_reasoning": (True, False),
-        "logprobs": (False,),
         "modalities": (["text"],),
         "moderation": (),
         "prediction": (),
         "reasoning_effort": (),
-        "response_format": ({"type": "text"},),
         "tool_choice": ("none", "auto"),
         "tools": ([],),
-        "top_logprobs": (0,),
         "verbosity": ("medium",),
         "web_search_options": (),
     }
 
     messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES)
     max_completion_tokens: int | None = Field(None, ge=1, le=2**31 - 1, description="newer name of max_tokens")
+    logprobs: bool = Field(False, description="tell each token's log probability")
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS, description="and the likeliest; only with logprobs")
     add_generation_prompt: bool = Field(True, description="begin a new assistant message")
     continue_final_message: bool = Field(False, description="go on with the last message, the assistant's own")
     # Accepted, without effect.
@@ -129,6 +129,8 @@ class ChatRequest(GenerationFields):
     def _check_messages(self) -> ChatRequest:
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
             raise refusal("{param} and max_tokens are one limit by two names: send one", "max_completion_tokens")
+        if self.top_logprobs and not self.logprobs:
+            raise refusal("{param} is only allowed with logprobs: true", "top_logprobs")
         if self.continue_final_message:
             if self.add_generation_prompt and "add_generation_prompt" in self.model_fields_set:
                 raise refusal("{param} excludes add_generation_prompt: send one", "continue_final_message")
@@ -140,6 +142,10 @@ class ChatRequest(GenerationFields):
     def reply_limit(self) -> int | None:
         return self.max_completion_tokens if self.max_tokens is None else self.max_tokens
 
+    @property
+    def num_logprobs(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
+
 
 class ReplyMessage(BaseModel):
     role: Literal["assistant"]
@@ -147,10 +153,25 @@ class ReplyMessage(BaseModel):
     refusal: None
 
 
+class ChatTokenChoice(BaseModel):
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class ChatTokenLogprob(ChatTokenChoice):
+    top_logprobs: list[ChatTokenChoice]
+
+
+class ChatLogprobs(BaseModel):
+    content: list[ChatTokenLogprob]
+    refusal: None
+
+
 class ChatChoice(BaseModel):
     index: int
     message: ReplyMessage
-    logprobs: None
+    logprobs: ChatLogprobs | None
     finish_reason: Literal["stop", "length"]
 
 
@@ -172,7 +193,7 @@ class ChatDelta(BaseModel):
 class ChatChunkChoice(BaseModel):
     index: int
     delta: ChatDelta
-    logprobs: None
+    logprobs: ChatLogprobs | None
     finish_reason: Literal["stop", "length"] | None
 
 

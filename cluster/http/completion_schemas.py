@@ -12,6 +12,7 @@ from pydantic import BaseModel, BeforeValidator, Field, WithJsonSchema
 
 from phi_cluster.cluster.http.schemas import NOT_SUPPORTED, GenerationFields, Usage
 from phi_cluster.cluster.http.strict_model import refusal
+from phi_cluster.model.sampling_params import MAX_LOGPROBS
 
 # OpenAI's default for this endpoint, and vLLM's.
 DEFAULT_MAX_TOKENS = 16
@@ -55,23 +56,37 @@ class CompletionRequest(GenerationFields):
     not_supported: ClassVar[dict[str, tuple[Any, ...]]] = {
         **NOT_SUPPORTED,
         "best_of": (1,),
-        "logprobs": (),
         "prompt_embeds": (),
-        "response_format": ({"type": "text"},),
         "suffix": ("",),
     }
 
     prompt: Annotated[Any, BeforeValidator(_one_prompt), WithJsonSchema(_PROMPT_SCHEMA)] = Field()
+    logprobs: int | None = Field(
+        None, ge=0, le=MAX_LOGPROBS, description="tell each token's log probability, and those of so many likeliest"
+    )
 
     @property
     def reply_limit(self) -> int | None:
         return DEFAULT_MAX_TOKENS if self.max_tokens is None else self.max_tokens
 
+    @property
+    def num_logprobs(self) -> int | None:
+        return self.logprobs
+
+
+class CompletionLogprobs(BaseModel):
+    """A chunk's are of its own tokens; offsets are characters from the beginning of the reply."""
+
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]] | None
+    text_offset: list[int]
+
 
 class CompletionChoice(BaseModel):
     index: int
     text: str
-    logprobs: None
+    logprobs: CompletionLogprobs | None
     # Null in all chunks of a stream but the last one with a choice.
     finish_reason: Literal["stop", "length"] | None
 

@@ -6,7 +6,8 @@ tokenizer and of engines.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from fastapi import APIRouter
@@ -15,15 +16,16 @@ from starlette.responses import Response
 
 from phi_cluster.cluster.errors import ContextOverflow
 from phi_cluster.cluster.http.body import read_object
-from phi_cluster.cluster.http.caller import Caller, caller_of
+from phi_cluster.cluster.http.caller import Caller, caller_of, check_resumable
 from phi_cluster.cluster.http.completion_schemas import Completion, CompletionRequest
 from phi_cluster.cluster.http.edge import Edge, EdgeSettings
+from phi_cluster.cluster.http.logprob_format import completion_logprobs
 from phi_cluster.cluster.http.models import check_model
 from phi_cluster.cluster.http.openapi import generation_docs
 from phi_cluster.cluster.http.schemas import check_token_ids, sampling_of
 from phi_cluster.cluster.http.strict_model import validated
 from phi_cluster.cluster.http.turn_response import TurnResponse
-from phi_cluster.cluster.turn_api import Endpoint, FinishReason, TurnRequest
+from phi_cluster.cluster.turn_api import Endpoint, FinishReason, TokenLogprob, TurnRequest
 
 
 def completions_router(edge: Edge) -> APIRouter:
@@ -37,6 +39,7 @@ def completions_router(edge: Edge) -> APIRouter:
         caller = caller_of(request)
         completion = validated(CompletionRequest, await read_object(request, settings.max_body_bytes))
         check_model(completion.model, settings)
+        check_resumable(caller, completion.num_logprobs)
         turn = TurnRequest(
             tenant=caller.tenant,
             session_id=caller.session_id,
@@ -45,6 +48,7 @@ def completions_router(edge: Edge) -> APIRouter:
             sampling=sampling_of(completion, settings),
             prompt=_checked_prompt(completion.prompt, settings),
             stop=tuple(completion.stop),
+            wanted_format=completion.wanted_format,
         )
         reply = CompletionReply.begin(caller, edge)
         return TurnResponse(edge, caller, turn, reply, stream=completion.stream, include_usage=completion.include_usage)
@@ -66,6 +70,11 @@ def _checked_prompt(prompt: str | list[int], settings: EdgeSettings) -> str | li
     return prompt
 
 
+@dataclass
+class _Total:
+    total: int = 0
+
+
 @dataclass(frozen=True)
 class CompletionReply:
     """A `ReplyFormat`: OpenAI's text_completion, whole and in chunks."""
@@ -75,6 +84,8 @@ class CompletionReply:
     model: str
     system_fingerprint: str | None
     endpoint: Endpoint = "completions"
+    # How many characters have been told, for the offsets of the next tokens.
+    _num_chars: _Total = field(default_factory=_Total)
 
     @classmethod
     def begin(cls, caller: Caller, edge: Edge) -> CompletionReply:
@@ -89,8 +100,8 @@ class CompletionReply:
     def opening(self) -> None:
         return None
 
-    def delta(self, text: str) -> dict[str, Any]:
-        return self._completion([self._choice(text, None)])
+    def delta(self, text: str, logprobs: Sequence[TokenLogprob] | None) -> dict[str, Any]:
+        return self._completion([self._choice(text, None, logprobs)])
 
     def closing(self, finish_reason: FinishReason) -> dict[str, Any]:
         return self._completion([self._choice("", finish_reason)])
@@ -98,11 +109,26 @@ class CompletionReply:
     def usage_chunk(self, usage: dict[str, Any]) -> dict[str, Any]:
         return {**self._completion([]), "usage": usage}
 
-    def whole(self, text: str, finish_reason: FinishReason, usage: dict[str, Any]) -> dict[str, Any]:
-        return {**self._completion([self._choice(text, finish_reason)]), "usage": usage}
+    def whole(
+        self,
+        text: str,
+        logprobs: Sequence[TokenLogprob] | None,
+        finish_reason: FinishReason,
+        usage: dict[str, Any],
+    ) -> dict[str, Any]:
+        return {**self._completion([self._choice(text, finish_reason, logprobs)]), "usage": usage}
 
-    def _choice(self, text: str, finish_reason: FinishReason | None) -> dict[str, Any]:
-        return {"index": 0, "text": text, "logprobs": None, "finish_reason": finish_reason}
+    def _choice(
+        self,
+        text: str,
+        finish_reason: FinishReason | None,
+        logprobs: Sequence[TokenLogprob] | None = None,
+    ) -> dict[str, Any]:
+        told = None
+        if logprobs is not None:
+            told = completion_logprobs(logprobs, self._num_chars.total)
+            self._num_chars.total += sum(map(len, told["tokens"]))
+        return {"index": 0, "text": text, "logprobs": told, "finish_reason": finish_reason}
 
     def _completion(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {

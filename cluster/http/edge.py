@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from phi_cluster.cluster.response_api import Conversations, Responses
 from phi_cluster.cluster.turn_api import Clock, EngineAdmin, Health, RequestObserver, SessionAdmin, TurnRunner
 
 
@@ -40,6 +41,8 @@ class Edge:
 
     settings: EdgeSettings
     turns: TurnRunner
+    responses: Responses
+    conversations: Conversations
     sessions: SessionAdmin
     engines: EngineAdmin
     health: Health

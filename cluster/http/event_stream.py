@@ -23,13 +23,19 @@ DONE = b"data: [DONE]\n\n"
 class EventStream:
     """One response. Until the first write nothing is sent, so that an early failure gets a status of its own.
 
+    `is_typed`: events have a `type`, which gets an `event:` line, and the stream ends with the last of them, without
+    `[DONE]`, as those of OpenAI's Responses.
+
     `keep_alive` runs beside the writer; a lock keeps whole events apart. After `end` or `fail` nothing more
     is sent. All but `keep_alive` raise `ClientDisconnect` if `send` does.
     """
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send, headers: Mapping[str, str]) -> None:
+    def __init__(
+        self, scope: Scope, receive: Receive, send: Send, headers: Mapping[str, str], *, is_typed: bool = False
+    ) -> None:
         self._scope, self._receive, self._send = scope, receive, send
         self._headers = dict(headers)
+        self._is_typed = is_typed
         self._lock = asyncio.Lock()
         self._started = False
         self._ended = False
@@ -38,11 +44,16 @@ class EventStream:
     async def write(self, event: Mapping[str, Any], position: object = None) -> None:
         """Sends an event, with `position` as its id; the first call sends the status 200 and the headers."""
         id_line = b"" if position is None else f"id: {position}\n".encode()
-        await self._write(id_line + _data(event))
+        await self._write(id_line + self._block(event))
+
+    @property
+    def has_started(self) -> bool:
+        """Whether anything was sent."""
+        return self._started
 
     async def end(self, *events: Mapping[str, Any]) -> None:
         """The last `events`, then `[DONE]`."""
-        await self._write(b"".join(map(_data, events)) + DONE, last=True)
+        await self._write(b"".join(map(self._block, events)) + (b"" if self._is_typed else DONE), last=True)
 
     async def fail(self, error: PhiError) -> None:
         """`error` with its own status if nothing was sent yet, else as an event, followed by `[DONE]`.
@@ -85,6 +96,10 @@ class EventStream:
             await self._send({"type": "http.response.body", "body": body, "more_body": not last})
             self._last_write = asyncio.get_running_loop().time()
 
+    def _block(self, event: Mapping[str, Any]) -> bytes:
+        kind = f"event: {event['type']}\n".encode() if self._is_typed else b""
+        return kind + b"data: " + to_json(event) + b"\n\n"
+
     def _start_headers(self) -> list[tuple[bytes, bytes]]:
         headers = {
             "content-type": "text/event-stream; charset=utf-8",
@@ -94,7 +109,3 @@ class EventStream:
             **self._headers,
         }
         return [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
-
-
-def _data(event: Mapping[str, Any]) -> bytes:
-    return b"data: " + to_json(event) + b"\n\n"

@@ -58,6 +58,43 @@ def generation_docs(request: type[BaseModel], whole: type[BaseModel], chunk: typ
     }
 
 
+def answer_docs(
+    answer: type[BaseModel], *errors: int, parameters: list[dict[str, Any]] | None = None
+) -> dict[str, Any]:
+    """Keyword arguments of a route without a body that answers with `answer`."""
+    return {
+        "response_model": None,
+        "responses": {200: {"model": answer}, **error_docs(*errors, 500, 503)},
+        "openapi_extra": {"parameters": parameters or []},
+    }
+
+
+def body_docs(request: type[BaseModel] | None, answer: type[BaseModel], *errors: int) -> dict[str, Any]:
+    """As `answer_docs`, of a route that takes a `request` (None: nothing, or an empty object)."""
+    docs = answer_docs(answer, 400, *errors, 413, 415)
+    schema = {"type": "object"} if request is None else {"$ref": _REF.format(model=request.__name__)}
+    docs["openapi_extra"]["requestBody"] = {
+        "required": request is not None,
+        "content": {"application/json": {"schema": schema}},
+    }
+    return docs
+
+
+def stream_docs(
+    request: type[BaseModel] | None,
+    whole: type[BaseModel],
+    event: type[BaseModel],
+    parameters: list[dict[str, Any]] | None = None,
+    errors: tuple[int, ...] = (404, 409, 422, 429),
+) -> dict[str, Any]:
+    """As `body_docs` (without a request: as `answer_docs`), of a route that may also answer with a stream of events."""
+    docs = answer_docs(whole, 400, *errors) if request is None else body_docs(request, whole, *errors)
+    stream = {"schema": {"$ref": _REF.format(model=event.__name__)}}
+    docs["responses"][200] = {"model": whole, "content": {"text/event-stream": stream}}
+    docs["openapi_extra"]["parameters"] = parameters or []
+    return docs
+
+
 def install_openapi(app: FastAPI, requests: list[type[BaseModel]], chunks: list[type[BaseModel]]) -> None:
     """Makes `app.openapi()` define the models that routes only refer to."""
 

@@ -14,6 +14,7 @@ from pydantic import BaseModel, BeforeValidator, Field, WithJsonSchema, model_va
 from phi_cluster.cluster.errors import ContextOverflow, InvalidRequest
 from phi_cluster.cluster.http.edge import EdgeSettings
 from phi_cluster.cluster.http.strict_model import StrictModel, refusal
+from phi_cluster.cluster.http.structured_output import StructuredFields
 
 MAX_STOPS = 16
 MAX_STOP_LENGTH = 1024
@@ -28,10 +29,6 @@ NOT_SUPPORTED: dict[str, tuple[Any, ...]] = {
     "bad_words": ([],),
     "cache_salt": (),
     "echo": (False,),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "guided_json": (),
-    "guided_regex": (),
     "include_stop_str_in_output": (False,),
     "kv_transfer_params": (),
     "length_penalty": (1,),
@@ -43,7 +40,6 @@ NOT_SUPPORTED: dict[str, tuple[Any, ...]] = {
     "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True,),
     "store": (False,),
-    "structured_outputs": (),
     "truncate_prompt_tokens": (),
     "use_beam_search": (False,),
 }
@@ -99,7 +95,7 @@ class StreamOptions(StrictModel):
     include_obfuscation: bool = Field(False, description="accepted, without effect")
 
 
-class GenerationFields(StrictModel):
+class GenerationFields(StructuredFields):
     """Fields of every request for text. Defaults and ranges are OpenAI's, else vLLM's."""
 
     model: str | None = Field(None, description="a name from /v1/models; left out: the model served here")
@@ -127,12 +123,22 @@ class GenerationFields(StrictModel):
             raise refusal("{param} is only allowed with stream: true", "stream_options")
         if self.reply_limit is not None and self.min_tokens > self.reply_limit:
             raise refusal(f"{{param}} must be at most max_tokens, {self.reply_limit}", "min_tokens")
+        if self.wanted_format is not None:
+            # A reply that is complete could not end, or one that must end would go on.
+            for param, given in (("min_tokens", self.min_tokens > 0), ("ignore_eos", self.ignore_eos)):
+                if given:
+                    raise refusal("{param} does not go with a format that the reply has to follow", param)
         return self
 
     @property
     def reply_limit(self) -> int | None:
         """The most tokens the reply may have, by whatever name or default; None: what the context holds."""
         return self.max_tokens
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """How many of the likeliest tokens are told in each place; None: no log probabilities at all."""
+        return None
 
     @property
     def include_usage(self) -> bool:
@@ -168,6 +174,7 @@ def sampling_of(fields: GenerationFields, settings: EdgeSettings) -> dict[str, A
         "ignore_eos": fields.ignore_eos,
         "logit_bias": dict(fields.logit_bias),
         "stop_token_ids": tuple(fields.stop_token_ids),
+        "logprobs": fields.num_logprobs,
     }
 
 

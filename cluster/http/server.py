@@ -10,6 +10,7 @@ import time
 from typing import Any
 
 from fastapi import APIRouter, FastAPI
+from pydantic import BaseModel
 from starlette.responses import Response
 
 from phi_cluster.cluster.errors import Unavailable
@@ -17,12 +18,21 @@ from phi_cluster.cluster.http.chat import chat_router
 from phi_cluster.cluster.http.chat_schemas import ChatCompletionChunk, ChatRequest
 from phi_cluster.cluster.http.completion_schemas import CompletionRequest
 from phi_cluster.cluster.http.completions import completions_router
+from phi_cluster.cluster.http.conversations import (
+    ConversationUpdate,
+    NewConversation,
+    NewItems,
+    conversations_router,
+)
 from phi_cluster.cluster.http.edge import Edge, EdgeSettings
 from phi_cluster.cluster.http.engines import engines_router
 from phi_cluster.cluster.http.errors import install_error_handling, to_json
 from phi_cluster.cluster.http.models import models_router
 from phi_cluster.cluster.http.openapi import error_docs, install_openapi
+from phi_cluster.cluster.http.response_schemas import ResponseEvent, ResponseRequest
+from phi_cluster.cluster.http.responses import responses_router
 from phi_cluster.cluster.http.sessions import sessions_router
+from phi_cluster.cluster.response_api import Conversations, Responses
 from phi_cluster.cluster.turn_api import Clock, EngineAdmin, Health, RequestObserver, SessionAdmin, TurnRunner
 
 API_VERSION = "1"
@@ -31,6 +41,8 @@ API_VERSION = "1"
 def build_app(
     settings: EdgeSettings,
     turns: TurnRunner,
+    responses: Responses,
+    conversations: Conversations,
     sessions: SessionAdmin,
     engines: EngineAdmin,
     health: Health,
@@ -38,7 +50,7 @@ def build_app(
     clock: Clock = time,
 ) -> FastAPI:
     """A new app over these objects; several may live in one process."""
-    edge = Edge(settings, turns, sessions, engines, health, observer, clock)
+    edge = Edge(settings, turns, responses, conversations, sessions, engines, health, observer, clock)
     app = FastAPI(
         title="phi-cluster",
         version=API_VERSION,
@@ -51,6 +63,8 @@ def build_app(
     for router in (
         chat_router(edge),
         completions_router(edge),
+        responses_router(edge),
+        conversations_router(edge),
         models_router(edge),
         sessions_router(edge),
         engines_router(edge),
@@ -58,7 +72,15 @@ def build_app(
     ):
         app.include_router(router)
     install_error_handling(app)
-    install_openapi(app, [ChatRequest, CompletionRequest], [ChatCompletionChunk])
+    requests: list[type[BaseModel]] = [
+        ChatRequest,
+        CompletionRequest,
+        ResponseRequest,
+        NewConversation,
+        ConversationUpdate,
+        NewItems,
+    ]
+    install_openapi(app, requests, [ChatCompletionChunk, ResponseEvent])
     return app
 
 

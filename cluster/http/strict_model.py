@@ -35,8 +35,9 @@ class StrictModel(BaseModel):
         if not isinstance(given, dict):
             return given
         known: dict[str, Any] = {}
+        names = cls._names()
         for name, value in given.items():
-            if name in cls.model_fields:
+            if name in names:
                 if value is not None:
                     known[name] = value
             elif name not in cls.not_supported:
@@ -46,8 +47,12 @@ class StrictModel(BaseModel):
         return known
 
     @classmethod
+    def _names(cls) -> list[str]:
+        return [field.alias or name for name, field in cls.model_fields.items()]
+
+    @classmethod
     def _nearest(cls, name: str) -> str:
-        close = difflib.get_close_matches(name[:64], list(cls.model_fields), n=1)
+        close = difflib.get_close_matches(name[:64], cls._names(), n=1)
         return f": did you mean {close[0]}?" if close else ": leave it out"
 
 

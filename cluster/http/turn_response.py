@@ -7,9 +7,8 @@ runs.
 
 from __future__ import annotations
 
-import asyncio
 import logging
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Any, Protocol
 
@@ -19,14 +18,16 @@ from starlette.types import Receive, Scope, Send
 
 from phi_cluster.cluster.errors import PhiError
 from phi_cluster.cluster.http.caller import SESSION_HEADER, Caller
+from phi_cluster.cluster.http.disconnect import until_disconnect
 from phi_cluster.cluster.http.edge import Edge
 from phi_cluster.cluster.http.errors import error_response, internal_error, to_json
 from phi_cluster.cluster.http.event_stream import EventStream
-from phi_cluster.cluster.http.observation import Observation
+from phi_cluster.cluster.observation import Observation
 from phi_cluster.cluster.turn_api import (
     Endpoint,
     FinishReason,
     TextDelta,
+    TokenLogprob,
     TurnEvent,
     TurnFinished,
     TurnRequest,
@@ -46,7 +47,9 @@ class ReplyFormat(Protocol):
         """The chunk before all text, if there is one."""
         ...
 
-    def delta(self, text: str) -> dict[str, Any]: ...
+    def delta(self, text: str, logprobs: Sequence[TokenLogprob] | None) -> dict[str, Any]:
+        """`logprobs` of the tokens that are new with this text; None: nobody asked for them."""
+        ...
 
     def closing(self, finish_reason: FinishReason) -> dict[str, Any]: ...
 
@@ -54,7 +57,13 @@ class ReplyFormat(Protocol):
         """The chunk without choices behind the closing one."""
         ...
 
-    def whole(self, text: str, finish_reason: FinishReason, usage: dict[str, Any]) -> dict[str, Any]: ...
+    def whole(
+        self,
+        text: str,
+        logprobs: Sequence[TokenLogprob] | None,
+        finish_reason: FinishReason,
+        usage: dict[str, Any],
+    ) -> dict[str, Any]: ...
 
 
 class TurnResponse(Response):
@@ -84,13 +93,13 @@ class TurnResponse(Response):
         try:
             if self._stream:
                 stream = EventStream(scope, receive, send, self._extra_headers)
-                await _until_disconnect(
+                await until_disconnect(
                     receive,
                     self._send_stream(stream, observation),
                     stream.keep_alive(self._edge.settings.keep_alive_seconds),
                 )
             else:
-                await _until_disconnect(receive, self._send_whole(scope, receive, send, observation))
+                await until_disconnect(receive, self._send_whole(scope, receive, send, observation))
         finally:
             # Whoever has not finished by now was cancelled: the client left, or the server stops.
             observation.finish("abort")
@@ -98,11 +107,15 @@ class TurnResponse(Response):
     async def _send_stream(self, stream: EventStream, observation: Observation) -> None:
         try:
             finished = None
+            # Of tokens whose text has not come out yet.
+            logprobs: list[TokenLogprob] = []
             async with aclosing(self._events(observation)) as events:
                 async for event in events:
                     if isinstance(event, TextDelta):
+                        logprobs += event.logprobs
                         if event.text:
-                            await stream.write(self._format.delta(event.text), event.position)
+                            await stream.write(self._format.delta(event.text, self._told_of(logprobs)), event.position)
+                            logprobs = []
                     elif isinstance(event, TurnStarted):
                         opening = self._format.opening()
                         if opening is not None:
@@ -110,6 +123,8 @@ class TurnResponse(Response):
                     else:
                         finished = event
             assert finished is not None
+            if logprobs:
+                await stream.write(self._format.delta("", logprobs))
             chunks = [self._format.closing(finished.finish_reason)]
             if self._include_usage:
                 chunks.append(self._format.usage_chunk(usage_of(finished)))
@@ -124,15 +139,18 @@ class TurnResponse(Response):
     async def _send_whole(self, scope: Scope, receive: Receive, send: Send, observation: Observation) -> None:
         try:
             texts: list[str] = []
+            logprobs: list[TokenLogprob] = []
             finished = None
             async with aclosing(self._events(observation)) as events:
                 async for event in events:
                     if isinstance(event, TextDelta):
                         texts.append(event.text)
+                        logprobs += event.logprobs
                     elif isinstance(event, TurnFinished):
                         finished = event
             assert finished is not None
-            body = self._format.whole("".join(texts), finished.finish_reason, usage_of(finished))
+            told = self._told_of(logprobs)
+            body = self._format.whole("".join(texts), told, finished.finish_reason, usage_of(finished))
             self._add_details(body, finished, observation)
             response = Response(to_json(body), 200, self._extra_headers, media_type="application/json")
             observation.finish(finished.finish_reason)
@@ -155,6 +173,9 @@ class TurnResponse(Response):
                 yield event
         if not finished:
             raise RuntimeError("the turn ended without TurnFinished")
+
+    def _told_of(self, logprobs: list[TokenLogprob]) -> list[TokenLogprob] | None:
+        return None if self._request.sampling.get("logprobs") is None else logprobs
 
     def _told(self, error: Exception, observation: Observation) -> PhiError:
         """What the client is told about `error`; what nobody expected goes to the log instead."""
@@ -181,29 +202,3 @@ def usage_of(finished: TurnFinished) -> dict[str, Any]:
         "total_tokens": finished.num_prompt_tokens + finished.num_completion_tokens,
         "prompt_tokens_details": {"cached_tokens": finished.num_cached_tokens},
     }
-
-
-async def _until_disconnect(
-    receive: Receive, work: Coroutine[Any, Any, None], *beside: Coroutine[Any, Any, None]
-) -> None:
-    """Runs `work` with `beside` until it is done or the client has left; nothing of it runs on after that."""
-    main = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(_disconnected(receive))
-    helpers = [asyncio.ensure_future(one) for one in beside]
-    try:
-        await asyncio.wait({main, gone}, return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        # Also when this task itself is cancelled, because the server stops.
-        tasks = [main, gone, *helpers]
-        for task in tasks:
-            task.cancel()
-        # Not gather: a second cancellation from outside must not disturb how the turn puts itself away.
-        await asyncio.wait(tasks)
-    for task in tasks:
-        if not task.cancelled():
-            task.result()
-
-
-async def _disconnected(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass

@@ -87,15 +87,15 @@ def _sync_dir(path: Path) -> None:
         os.close(fd)
 
 
-def connect(path: Path, busy_seconds: float) -> sqlite3.Connection:
-    """Open a journal's file in autocommit mode. Raises the journal's errors."""
+def connect(path: Path, busy_seconds: float, application_id: int = APPLICATION_ID) -> sqlite3.Connection:
+    """Open a journal's file, or one that is marked otherwise, in autocommit mode. Raises the journal's errors."""
     with translated(path):
         # One thread at a time, but not always the one that opened it: hosts construct in one and serve in
         # another.
         connection = sqlite3.connect(path, timeout=busy_seconds, isolation_level=None, check_same_thread=False)
         try:
-            application_id = connection.execute("PRAGMA application_id").fetchone()[0]
-            if application_id != APPLICATION_ID and (application_id != 0 or version(connection) != 0):
+            found = connection.execute("PRAGMA application_id").fetchone()[0]
+            if found != application_id and (found != 0 or version(connection) != 0):
                 raise corrupt(path, "it is another program's database")
             connection.create_function("checksum", -1, checksum, deterministic=True)
             connection.execute("PRAGMA journal_mode = WAL").fetchall()
@@ -125,6 +125,7 @@ def migrate(
     path: Path,
     migrations: Sequence[str],
     on_create: Callable[[sqlite3.Connection], None],
+    application_id: int = APPLICATION_ID,
 ) -> None:
     """Bring the schema to version `len(migrations)`, all or nothing; `on_create` fills a new one.
 
@@ -146,7 +147,7 @@ def migrate(
             for statement in step.split(";"):
                 connection.execute(statement)
         if found == 0:
-            connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+            connection.execute(f"PRAGMA application_id = {application_id}")
             on_create(connection)
         connection.execute(f"PRAGMA user_version = {len(migrations)}")
 

@@ -22,6 +22,9 @@ _EXTENSION = "phi_cluster.model.ops._kernels"
 # Restricts the instruction set, so that nodes with different CPUs compute the same bits.
 ISA_VARIABLE = "PHI_CLUSTER_ISA"
 KV_KINDS = {"bfloat16": 0, "int8": 1}
+# Outputs, inputs and rows of the layers in the check at start: more inputs than one block of exact sums has, and more
+# rows than one tile.
+_TESTED_SHAPE = (48, 1056, 13)
 
 
 class OpsUnavailable(RuntimeError):
@@ -212,19 +215,35 @@ def _declare(c: ctypes.CDLL) -> None:
 
 
 def _self_test(ops: Ops) -> str | None:
-    """Compares a linear layer with the same in plain C++, bit by bit: a CPU, a compiler or a hypervisor that does not
+    """Compares linear layers with the same in plain C++, bit by bit: a CPU, a compiler or a hypervisor that does not
     do what it should is found before it computes anybody's answer.
     """
     random = np.random.default_rng(0)
-    n, k, m = 48, 1056, 13
+    for name, layer in (("int8", _int8_layer(random)), ("int4", _int4_layer(random))):
+        if linear(ops, *layer).tobytes() != linear(Ops(ops.c, "plain"), *layer).tobytes():
+            return f"self-test: the {ops.isa} kernels do not compute what plain C++ computes ({name})"
+    return None
+
+
+def _int8_layer(random: np.random.Generator) -> tuple[Any, ...]:
+    """Arguments of `linear`."""
+    n, k, m = _TESTED_SHAPE
     weight = random.integers(-127, 128, (n // 16, k // 2, 16, 2), np.int8)
     scale = random.random(n, np.float32)
     x = random.integers(-32767, 32768, (m, k), np.int16)
     # The largest sums there can be.
     weight[0, :, 0], x[0] = 127, 32767
-    x_scale = random.random(m, np.float32)
-    plain = Ops(ops.c, "plain")
-    expected = linear(plain, weight, scale, n, x, x_scale)
-    if linear(ops, weight, scale, n, x, x_scale).tobytes() != expected.tobytes():
-        return f"self-test: the {ops.isa} kernels do not compute what plain C++ computes"
-    return None
+    return weight, scale, n, x, random.random(m, np.float32)
+
+
+def _int4_layer(random: np.random.Generator) -> tuple[Any, ...]:
+    """Arguments of `linear`; scales are 1 and minima whole numbers, so that all sums are exact in any order."""
+    n, k, m = _TESTED_SHAPE
+    weight = random.integers(0, 256, (n // 16, k // 8, 16, 4), np.uint8)
+    scale = np.ones((n // 16, k // 32, 2, 16), np.float16)
+    scale[:, :, 1] = random.integers(-4, 5, (n // 16, k // 32, 16))
+    x = random.integers(-127, 128, (m, k), np.int8)
+    # The largest sums there can be.
+    weight[0, :, 0], x[0] = 255, 127
+    group_sums = x.reshape(m, k // 32, 32).sum(-1, dtype=np.int32).astype(np.float32)
+    return weight, scale, n, x, np.ones((m, k // 32), np.float32), group_sums

@@ -26,7 +26,8 @@ def store_rows(numbers: Tensor, kind: str) -> Tensor:
     usable = finite & (absmax >= _SMALLEST_ABSMAX)
     scale = torch.where(usable, absmax / 127, 0.0)
     scale = torch.where(finite, scale, torch.nan)
-    factor = torch.where(usable, 127 / absmax, 0.0)
+    # Not 127 / absmax, which torch computes as the reciprocal times 127: that rounds twice.
+    factor = torch.where(usable, torch.full_like(absmax, 127) / absmax, 0.0)
     quantized = torch.where(usable, numbers * factor, 0.0).round().to(torch.int8)
     return torch.cat([scale.view(torch.uint8), quantized.view(torch.uint8)], -1).flatten(1)
 

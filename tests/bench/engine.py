@@ -32,6 +32,8 @@ from peers.process import Answer, PeerProcess, wait_until_quiet
 PEERS = ("llama_cpp", "openvino_genai", "vllm_cpu")
 _TEXTS = Path(__file__).with_name("texts")
 _LONGEST_TEXT = 4096
+# What weights of a dtype are multiplied by, on a CPU.
+_FACTORS = {"float32": "float32", "bfloat16": "float32", "int8": "int16", "int4": "int8"}
 # Tokens of one sample of prompts: a short one alone would be over before anything about it can be believed.
 _PREFILLED = 2048
 
@@ -65,8 +67,10 @@ class Case:
         context = self.streams * (self.size + self.tokens / 2) if self.streams else 0
         seconds = (costs["weight_bytes"] + context * costs["kv_bytes_per_token"]) / machine.read_bandwidth
         if kind in machine.peak_ops:
-            operations = rows * costs["ops_per_token"] + logits * costs["ops_per_logits"]
-            seconds = max(seconds, operations / machine.peak_ops[kind])
+            # The head of an int4 network is int8, and so meets int16 activations.
+            head = machine.peak_ops["int16" if kind == "int8" else kind]
+            computing = rows * costs["ops_per_token"] / machine.peak_ops[kind] + logits * costs["ops_per_logits"] / head
+            seconds = max(seconds, computing)
         return rows / seconds
 
 
@@ -136,7 +140,8 @@ def start(parsed: argparse.Namespace) -> dict[str, PeerProcess]:
     """All contestants that come up, ours first; a line for each that does not."""
     wanted: list[tuple[str, str, str, list[str]]] = []
     common = ["--threads", str(parsed.threads)]
-    longest = max([*parsed.context, *parsed.prefill, _LONGEST_TEXT]) + parsed.tokens
+    texts = [_LONGEST_TEXT] if parsed.perplexity else []
+    longest = max([*parsed.context, *parsed.prefill, *texts]) + parsed.tokens
     for dtype in parsed.dtype:
         arguments = ["--model", parsed.model, "--dtype", dtype, "--kv-cache-dtype", parsed.kv_cache_dtype]
         arguments += ["--chunk", str(parsed.chunk), "--max-model-len", str(longest)]
@@ -213,7 +218,7 @@ def line(
     if case.streams:
         shown += f"  {1000 * case.streams / rate.rate:.1f} ms a step"
     if name in costs:
-        limit = case.limit(costs[name], machine, "float32" if name in ("float32", "bfloat16") else "int16")
+        limit = case.limit(costs[name], machine, _FACTORS.get(name, "int16"))
         shown += f"  {rate.rate / limit:.0%} of the limit {limit:.0f}"
     elif own and own[0] in rates:
         shown += f"  {own[0]} is {rates[own[0]].rate / rate.rate:.2f} x"

@@ -67,6 +67,21 @@ extern "C" int64_t multiply_int16(size_t rounds) {
     return sum;
 }
 
+// 64 operations a sum and round, by vpmaddubsw, vpmaddwd and vpaddd.
+extern "C" int64_t multiply_int8(size_t rounds) {
+    __m256i x = _mm256_set1_epi8(3), y = _mm256_set1_epi8(5), one = _mm256_set1_epi16(1);
+    EACH(DECLARE)
+    for (size_t n = 0; n < rounds; n++) {
+        asm volatile("" : "+x"(x));
+#define STEP_B(i) s##i = _mm256_add_epi32(s##i, _mm256_madd_epi16(_mm256_maddubs_epi16(x, y), one)); \
+    asm volatile("" : "+x"(s##i), "+x"(y));
+        EACH(STEP_B)
+    }
+    int64_t sum = 0;
+    EACH(ADD)
+    return sum;
+}
+
 // 16 operations a sum and round, by vfmadd.
 extern "C" int64_t multiply_float32(size_t rounds) {
     __m256 x = _mm256_set1_ps(0.5f), y = _mm256_set1_ps(1.0f);
@@ -83,13 +98,13 @@ extern "C" int64_t multiply_float32(size_t rounds) {
     return (int64_t)sum;
 }
 """
-_OPS_PER_ROUND = {"int16": 12 * 32, "float32": 12 * 16}
+_OPS_PER_ROUND = {"int16": 12 * 32, "int8": 12 * 64, "float32": 12 * 16}
 
 
 @dataclass(frozen=True)
 class Machine:
     """`read_bandwidth` in bytes a second with all threads; `peak_ops` in operations (a multiplication and an addition
-    are two) a second by kind of number, `int16` and `float32`, empty where it could not be measured."""
+    are two) a second by kind of number, `int16`, `int8` and `float32`, empty where it could not be measured."""
 
     threads: int
     read_bandwidth: float

@@ -15,8 +15,10 @@ from phi_cluster.cluster.engine_client import MAX_ENGINE_DEATHS, EngineClient, S
 from phi_cluster.cluster.engine_link import EngineLink, start_engine
 from phi_cluster.cluster.errors import Unavailable
 from phi_cluster.cluster.messages import (
+    NO_TOTALS,
     AbortSequence,
     AddSequence,
+    EngineTotals,
     ExtendSequence,
     Frame,
     ProcessId,
@@ -93,10 +95,10 @@ class FakeEngine:
         assert isinstance(frame, kind), frame
         return frame
 
-    async def send(self, *outputs: SequenceOutput, running: int = 1) -> None:
+    async def send(self, *outputs: SequenceOutput, running: int = 1, totals: EngineTotals = NO_TOTALS) -> None:
         """One step."""
         self._step += 1
-        await self.send_bytes(encode_frame(StepFrame(self._step, list(outputs), running, 0)))
+        await self.send_bytes(encode_frame(StepFrame(self._step, list(outputs), running, 0, totals)))
 
     async def send_bytes(self, data: bytes) -> None:
         await asyncio.wait_for(self._connected.wait(), PATIENCE)
@@ -809,3 +811,17 @@ async def test_an_engine_that_dies_before_its_successor_is_up(engines: Engines, 
     assert isinstance(serving, FakeEngine)
     assert (await serving.next(AddSequence)).sequence_id == stream.add.sequence_id
     assert stream.engine_deaths == 1
+
+
+async def test_totals_go_on_counting_when_an_engine_is_replaced(engines: Engines, make_client: MakeClient) -> None:
+    client = make_client()
+    engine = await engines.next()
+    await client.wait_ready(PATIENCE)
+    await engine.send(totals=EngineTotals(1, 8, 5))
+    await engine.send(totals=EngineTotals(2, 9, 5))
+    await until(lambda: client.totals == EngineTotals(2, 9, 5))
+    engine.die()
+    engine = await engines.next()
+    await until(lambda: engine.serves)
+    await engine.send(totals=EngineTotals(1, 1, 1))
+    await until(lambda: client.totals == EngineTotals(3, 10, 6))

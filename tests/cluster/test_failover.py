@@ -1,4 +1,4 @@
-"""Engines die and hang in the middle of eight streams of every kind: each goes on where it stopped, byte for byte.
+"""Engines die and hang in the middle of streams of every kind: each goes on where it stopped, byte for byte.
 
 One server whose engine has another one standing by. int8 logits are the same bits in any batch, so what an undisturbed
 run said is what must come, greedy or sampled.
@@ -39,6 +39,17 @@ STREAMS: list[tuple[str, dict[str, Any]]] = [
     ),
     ("What is a lighthouse?", LONG | {"presence_penalty": 1.0}),
     ("Tell me about the number 7.", LONG | {"temperature": 0.9, "seed": 8, "logit_bias": {"28": 3.0, "30": -100.0}}),
+    (
+        "List numbers as JSON.",
+        {
+            "max_tokens": TOKENS,
+            "temperature": 0.8,
+            "seed": 9,
+            "structured_outputs": {
+                "json": {"type": "array", "items": {"type": "integer", "minimum": 100}, "minItems": 40}
+            },
+        },
+    ),
     # Gets its stop string from its own undisturbed reply.
     ("Explain how bread is made.", LONG),
 ]
@@ -54,7 +65,7 @@ def server(launch):
 
 
 class Streams:
-    """Eight streams at once, each in a session of its own; made once each of them has brought a few pieces."""
+    """All streams at once, each in a session of its own; made once each of them has brought a few pieces."""
 
     _numbers = itertools.count()
 
@@ -91,7 +102,7 @@ class Streams:
 
 @pytest.fixture(scope="module")
 def asked(client):
-    """The eight requests."""
+    """The requests."""
     question, fields = STREAMS[-1]
     text = client.conversation("undisturbed-stop").say(question, **fields).text
     middle = text[len(text) // 2 : len(text) // 2 + 5]

@@ -14,6 +14,7 @@ from phi_cluster.cluster.messages import (
     AddSequence,
     BeginTurn,
     CommitTurn,
+    EngineTotals,
     ExtendSequence,
     Frame,
     Heartbeat,
@@ -67,7 +68,8 @@ def random_frame(rng: random.Random) -> Frame:
         )
         for _ in range(rng.randrange(5))
     ]
-    return StepFrame(number(), outputs, number(), number())
+    totals = EngineTotals(number(), number(), number())
+    return StepFrame(number(), outputs, number(), number(), totals)
 
 
 def test_frames_come_out_as_they_went_in() -> None:

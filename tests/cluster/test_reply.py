@@ -68,6 +68,35 @@ def test_positions_only_grow_and_name_all_text(tokenizer):
     assert len({position.checksum for _, position in pieces}) == 3
 
 
+@pytest.mark.parametrize("stops", [(), ("ö wo",), ("ld!",)])
+@pytest.mark.parametrize("seed", range(6))
+def test_pieces_are_the_same_however_tokens_come(tokenizer, stops, seed):
+    rng = random.Random(seed)
+    token_ids = [*tokenizer.encode("Hellö wörld! nev"), tokenizer.encode("€")[0]]
+
+    def pieces_of(sizes):
+        reply = Reply("prompt", tokenizer.detokenizer(), stops)
+        told, start = [], 0
+        for size in sizes:
+            text = reply.push(token_ids[start : start + size])
+            pieces = reply.take_pieces()
+            assert "".join(pieces) == text
+            told += pieces
+            start += size
+        if not reply.is_cut:
+            text = reply.end("length")
+            pieces = reply.take_pieces()
+            assert "".join(pieces) == text
+            told += pieces
+        return told
+
+    one_by_one = pieces_of([1] * len(token_ids))
+    assert all(one_by_one)
+    assert len(one_by_one) > 4
+    assert pieces_of([len(token_ids)]) == one_by_one
+    assert pieces_of([rng.randrange(1, 5) for _ in token_ids]) == one_by_one
+
+
 def test_another_reply_is_noticed_where_the_client_is(tokenizer):
     token_ids, other = tokenizer.encode("abcdef"), tokenizer.encode("abXdef")
     _, pieces = play(tokenizer, token_ids, [1] * 9)

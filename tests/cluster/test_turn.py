@@ -815,6 +815,56 @@ async def test_what_does_not_fit_says_by_how_much(make_world: Callable[..., Worl
         await world.run(raw([1] * 35, sampling={"max_tokens": max_tokens}))
 
 
+@pytest.mark.parametrize("max_tokens", [20, None])
+async def test_the_oldest_turns_are_left_out_if_that_is_asked(
+    make_world: Callable[..., World], max_tokens: int
+) -> None:
+    world = make_world(max_model_len=80)
+    world.reply("hello")
+    request = chat("one", "a", "two", "b", "three", "c", "four", truncate=True, sampling={"max_tokens": max_tokens})
+    await world.run(request)
+    [begun] = world.sessions.begun
+    # As many as leave room for the reply; a quarter of the context if nobody says how long it may be.
+    assert begun.text == (
+        "<|im_start|>user\nthree<|im_end|>\n<|im_start|>assistant\nc<|im_end|>\n"
+        "<|im_start|>user\nfour<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert len(world.tokenizer.encode(begun.text)) + 20 <= 80
+    assert world.sessions.abandoned == []
+
+
+async def test_what_fits_is_left_as_it_is(make_world: Callable[..., World]) -> None:
+    world = make_world(max_model_len=200)
+    world.reply("hello")
+    await world.run(chat("one", "a", "two", truncate=True, sampling={"max_tokens": 20}))
+    assert "one" in world.sessions.begun[0].text
+
+
+async def test_stored_ids_may_be_more_than_the_text_has(make_world: Callable[..., World]) -> None:
+    """ "hello" was generated in five tokens, and is one when it is encoded: what seemed to fit does not."""
+    world = make_world(max_model_len=100)
+    for text in ("hello" * 4, "hello", "b"):
+        world.reply(text)
+    await world.run(chat("hi", sampling={"max_tokens": 30}))
+    await world.run(chat("hi", "hello" * 4, "ho", sampling={"max_tokens": 10}))
+    request = chat("hi", "hello" * 4, "ho", "hello", "he", sampling={"max_tokens": 25})
+    text = "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in request.messages or [])
+    assert len(world.tokenizer.encode(f"{text}<|im_start|>assistant\n")) + 25 <= 100
+    with pytest.raises(ContextOverflow):
+        await world.run(request)
+    assert said(await world.run(replace(request, request_id="request-2", truncate=True))) == "b"
+    assert len(world.sessions.begun[-1].text) < len(text)
+    assert world.sessions.begun[-1].text.endswith("he<|im_end|>\n<|im_start|>assistant\n")
+
+
+async def test_what_fits_in_no_way_is_an_overflow_all_the_same(make_world: Callable[..., World]) -> None:
+    world = make_world(max_model_len=40)
+    with pytest.raises(ContextOverflow):
+        await world.run(chat("one", "a", "x" * 50, truncate=True))
+    await world.quiet()
+    assert world.sessions.commits == []
+
+
 # Text.
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import json
+import re
 import socket
 import threading
 import time
 
 import httpx
 import openai
+import pydantic
 import pytest
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
@@ -103,6 +105,111 @@ def test_a_seed_makes_sampling_reproducible(client):
     said = [client.conversation(None).say("Invent a word.", seed=seed, **ask).text for seed in (7, 7, 8)]
     assert said[0] == said[1]
     assert said[0] != said[2]
+
+
+# Formats and log probabilities.
+
+PERSON = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 20},
+        "age": {"type": "integer", "minimum": 0, "maximum": 150},
+        "languages": {"type": "array", "items": {"enum": ["French", "Quechua", "Twi"]}, "minItems": 1, "maxItems": 2},
+    },
+    "required": ["name", "age", "languages"],
+    "additionalProperties": False,
+}
+BY_SCHEMA = {"type": "json_schema", "json_schema": {"name": "person", "strict": True, "schema": PERSON}}
+
+
+def check_person(text):
+    person = json.loads(text)
+    assert list(person) == ["name", "age", "languages"]
+    assert len(person["name"]) <= 20
+    assert 0 <= person["age"] <= 150
+    assert 1 <= len(person["languages"]) <= 2
+    assert set(person["languages"]) <= {"French", "Quechua", "Twi"}
+
+
+def test_a_reply_by_schema_fits_it_at_any_temperature(client):
+    for seed in range(6):
+        talk = client.conversation(f"person-{seed}")
+        ask = {"temperature": 1.3, "seed": seed, "max_tokens": 200, "response_format": BY_SCHEMA}
+        reply = talk.say("Invent a person.", **ask)
+        assert reply.finish_reason == "stop"
+        check_person(reply.text)
+        with client.conversation(None).stream("Invent a person.", **ask) as stream:
+            assert stream.finish().text == reply.text
+        # The conversation goes on from its cache, freely.
+        talk.say("Thank you.", max_tokens=4)
+        check_cached(talk)
+
+
+def test_the_openai_client_parses_a_pydantic_model(official):
+    class City(pydantic.BaseModel):
+        model_config = pydantic.ConfigDict(extra="forbid")
+
+        name: str = pydantic.Field(max_length=20)
+        capital: bool
+
+    reply = official.chat.completions.parse(
+        model=official.models.list().data[0].id,
+        messages=[{"role": "user", "content": "What is the capital of France?"}],
+        response_format=City,
+        temperature=0,
+    )
+    assert isinstance(reply.choices[0].message.parsed, City)
+
+
+def test_choices_and_patterns_are_kept_to(client):
+    for ask, check in (
+        ({"structured_outputs": {"choice": ["red", "green"]}}, lambda text: text in ("red", "green")),
+        ({"structured_outputs": {"regex": r"\d{3}-\d{4}"}}, lambda text: re.fullmatch(r"\d{3}-\d{4}", text)),
+        (
+            {"structured_outputs": {"grammar": 'start: "<" /[a-z]{1,5}/ ">"'}},
+            lambda text: re.fullmatch("<[a-z]+>", text),
+        ),
+    ):
+        for seed in range(3):
+            reply = client.conversation(None).say("Say it.", temperature=1.5, seed=seed, **ask)
+            assert reply.finish_reason == "stop"
+            assert check(reply.text), reply
+
+
+def test_wrong_schemas_are_refused_and_nobody_notices(client, refused):
+    undisturbed = client.conversation(None).say("Tell me about Peru.", max_tokens=24).text
+    with client.conversation(None).stream("Tell me about Peru.", max_tokens=24) as bystander:
+        bystander.read(2)
+        for schema in ({"type": "intger"}, {"$ref": "file:///etc/passwd"}, {"$ref": "#"}, {"not": {}}):
+            with pytest.raises(refused) as caught:
+                client.conversation(None).say("Hi", structured_outputs={"json": schema})
+            assert caught.value.status == 400
+        assert bystander.finish().text == undisturbed
+
+
+def test_log_probabilities_are_those_of_transformers(client, official, model_folder):
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+    messages = [{"role": "user", "content": FRANCE}]
+    ask = {"model": "SmolLM2-135M-Instruct", "max_tokens": 12, "logprobs": True, "top_logprobs": 5, "temperature": 0}
+    # The second time the prompt's cache is there.
+    for headers in ({"x-session-id": "logprobs"},) * 2:
+        reply = official.chat.completions.create(messages=messages, **ask, extra_headers=headers)
+    content = reply.choices[0].logprobs.content
+    assert b"".join(bytes(one.bytes) for one in content).decode() == reply.choices[0].message.content
+    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=False)
+    ids = client.stored_ids("logprobs")[prompt.shape[1] :]
+    with torch.inference_mode():
+        logits = model(torch.cat([prompt, torch.tensor([ids])], 1)).logits[0, prompt.shape[1] - 1 : -1]
+    expected = logits.double().log_softmax(-1)
+    for told, row, token_id in zip(content, expected, ids, strict=False):
+        assert told.logprob == pytest.approx(float(row[token_id]), abs=1e-3)
+        best = row.topk(5)
+        assert [one.token for one in told.top_logprobs] == [tokenizer.decode([i]) for i in best.indices]
+        assert [one.logprob for one in told.top_logprobs] == pytest.approx(best.values.tolist(), abs=1e-3)
 
 
 # Sessions.

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from phi_cluster.model.kv_cache import KVCache
 from phi_cluster.model.ops import library
 from phi_cluster.model.phi3 import SequenceChunk
 from phi_cluster.model.quantized_phi3 import QuantizedPhi3ForCausalLM
+from phi_cluster.model.sampler import ROW
 
 tiny = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("random_network.py"))))
 
@@ -255,6 +257,21 @@ def test_a_long_sequence_on_any_number_of_threads(gqa):
             start += size
         assert start == 1640
         assert torch.equal(stored(cache, start), session.rows)
+
+
+def test_a_closed_network_is_refused(gqa):
+    """Its memory is gone: whoever comes late is told, and reads none of it."""
+    [session] = make_sessions(gqa, [4])
+    network = gqa.network()
+    network.close()
+    network.close()
+    for use in (
+        lambda: network.forward([session.chunk(0, 4, gqa.cache())]),
+        lambda: network.draw(np.zeros(0, ROW)),
+        lambda: network.progress,
+    ):
+        with pytest.raises(RuntimeError, match="closed"):
+            use()
 
 
 def test_wanted_logits_are_the_last(gqa):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -432,3 +433,38 @@ def test_shapes_must_agree() -> None:
     with pytest.raises(ValueError, match="do not fit"):
         sample(torch.zeros(4), [request()])
     assert sample(torch.zeros(0, 4), []) == []
+
+
+# What a grammar leaves.
+
+
+def bits(size: int, *ids: int) -> np.ndarray:
+    mask = np.zeros(-(-size // 32), np.uint32)
+    for i in ids:
+        mask[i // 32] |= np.uint32(1 << i % 32)
+    return mask
+
+
+@pytest.mark.parametrize("size", [5, 32, 33, 100])
+@pytest.mark.parametrize("temperature", [0.0, 1.5])
+def test_only_what_is_allowed_is_chosen(size: int, temperature: float) -> None:
+    logits = random_logits(size, 1, size)
+    allowed = {0, size // 2, size - 1}
+    ask = [replace(request(position=p, temperature=temperature), allowed=bits(size, *allowed)) for p in range(200)]
+    drawn = sample(logits.repeat(200, 1), ask)
+    assert set(drawn) == ({max(allowed, key=lambda i: float(logits[0, i]))} if temperature == 0 else allowed)
+
+
+def test_where_everything_is_allowed_nothing_changes() -> None:
+    logits = random_logits(4, 1, 70)
+    everything = bits(70, *range(70))
+    for position in range(50):
+        asked = request(position=position, repetition_penalty=1.3, generated=(3, 4))
+        assert sample(logits, [asked]) == sample(logits, [replace(asked, allowed=everything)])
+
+
+def test_where_nothing_is_allowed_the_row_fails_alone() -> None:
+    asks = [request(), replace(request(), allowed=bits(40))]
+    with pytest.raises(SamplingError) as caught:
+        sample(random_logits(1, 2, 40), asks)
+    assert caught.value.rows == {1: "every token is masked"}

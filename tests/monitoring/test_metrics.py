@@ -151,7 +151,7 @@ def test_what_requests_count() -> None:
     assert exporter.value("phi_num_requests_waiting") == 1
     assert exporter.value("phi_time_to_first_token_seconds_count") == 3
     assert exporter.value("phi_time_to_first_token_seconds_sum") == pytest.approx(0.06)
-    assert exporter.value("phi_inter_token_latency_seconds_sum") == pytest.approx(0.09)
+    assert exporter.value("phi_inter_token_latency_seconds_sum") == pytest.approx(0.18)
     assert exporter.value("phi_e2e_request_latency_seconds_sum") == 4.5
     # The engine may run more than is open here for a moment: nothing is negative.
     metrics.on_engine(9, {}, 0, {})
@@ -266,6 +266,25 @@ def test_a_cluster_without_sessions_or_budget() -> None:
     exporter = Exporter(node_metrics([NodeView("one")], 0, {}, 0), node_metrics([], 0, {}, 0))
     assert exporter.value("phi_kv_cache_usage_perc", node="one") == 0
     assert "phi_session_kv_cache_bytes" in Exporter(node_metrics([], 0, {}, 0)).text()
+
+
+def test_what_engines_count() -> None:
+    metrics = RequestMetrics()
+    for accepted in (2, 2, 5):
+        metrics.on_totals({"num_preemptions": 1, "num_draft_tokens": 8, "num_accepted_tokens": accepted})
+    exporter = merged(metrics.snapshot())
+    assert exporter.value("phi_num_preemptions_total") == 1
+    assert exporter.value("phi_spec_decode_num_draft_tokens_total") == 8
+    assert exporter.value("phi_spec_decode_num_accepted_tokens_total") == 5
+
+
+def test_every_token_of_a_step_is_counted() -> None:
+    metrics = RequestMetrics()
+    metrics.on_token("chat", 3, 0.06)
+    metrics.on_token("chat", 1, 0.05)
+    exporter = merged(metrics.snapshot())
+    assert exporter.value("phi_inter_token_latency_seconds_count") == 4
+    assert exporter.value("phi_inter_token_latency_seconds_sum") == pytest.approx(0.11)
 
 
 def test_renewed_engines_are_counted_by_why() -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from phi_cluster.cluster.engine.engine import Engine, EngineLimits
-from phi_cluster.cluster.engine.model_runner import ModelRunner
+from phi_cluster.cluster.engine.model_runner import Drawn, ModelRunner
 from phi_cluster.cluster.engine.segment_kv import SegmentKV, splice
 from phi_cluster.cluster.engine.sequence import Sequence
 from phi_cluster.cluster.engine.settings import Speculation
@@ -146,7 +146,7 @@ def test_a_stop_token_is_the_last(lab: Any, stop: int) -> None:
 def test_a_runner_that_goes_on_behind_a_stop_token_is_not_followed(lab: Any) -> None:
     engine = lab.engine(speculation=SPECULATION)
     sequence = lab.sequence(1, [1, 2, 3, 4, 5, 1, 2], stop_token_ids=(30,))
-    engine._runner.run = lambda scheduled: {1: [30, 31]}  # type: ignore[method-assign]
+    engine._runner.run = lambda scheduled: {1: Drawn([30, 31])}  # type: ignore[method-assign]
     engine._scheduler._propose = lambda sequence: [30]  # type: ignore[method-assign]
     sequence.num_computed_tokens = sequence.kv.num_computed_tokens = 6
     for position, token_id in enumerate(sequence.token_ids):
@@ -332,7 +332,7 @@ def test_a_runner_that_draws_what_it_may_not_is_an_error(lab: Any, outcome: list
     sequence = lab.sequence(1, [1, 2, 3, 4, 1, 2])
     engine.add(sequence)
     engine.step()
-    engine._runner.run = lambda scheduled: {} if outcome is None else {1: outcome}  # type: ignore[method-assign]
+    engine._runner.run = lambda scheduled: {} if outcome is None else {1: Drawn(outcome)}  # type: ignore[method-assign]
     [output] = engine.step()
     assert output.finish_reason == "error"
     assert "the runner drew" in output.error

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from phi_cluster.cluster.engine.model_runner import ModelRunner
+from phi_cluster.cluster.engine.model_runner import Drawn, ModelRunner
 from phi_cluster.cluster.engine.scheduler import ScheduledSequence as Scheduled
 
 
@@ -20,8 +20,8 @@ def test_only_who_is_computed_to_the_end_gets_a_token(lab: Any) -> None:
     model = lab.Model()
     first, second = lab.sequence(1, [1, 2, 3, 4]), lab.sequence(2, [5, 6])
     outcomes = runner(lab, model).run([Scheduled(first, 3), Scheduled(second, 2)])
-    assert outcomes[1] == []
-    assert [type(token_id) for token_id in outcomes[2]] == [int]
+    assert outcomes[1] == Drawn([])
+    assert [type(token_id) for token_id in outcomes[2].token_ids] == [int]
     assert model.steps == [[(0, 3), (0, 2)]]
     assert model.wanted == [[0, 1]]
     assert first.kv.cache.rows == {0: (1, False), 1: (2, False), 2: (3, False)}
@@ -33,7 +33,7 @@ def test_the_token_is_drawn_from_the_right_row(lab: Any) -> None:
     sequences = [lab.sequence(i, [i, i + 1, i + 2], seed=i) for i in range(6)]
     together = runner(lab, lab.Model()).run([Scheduled(s, 2 if i % 2 else 3) for i, s in enumerate(sequences)])
     for i, sequence in enumerate(sequences):
-        assert len(together[i]) == (0 if i % 2 else 1)
+        assert len(together[i].token_ids) == (0 if i % 2 else 1)
         if i % 2 == 0:
             alone = lab.sequence(i, [i, i + 1, i + 2], seed=i)
             assert runner(lab, lab.Model()).run([Scheduled(alone, 3)]) == {i: together[i]}
@@ -42,7 +42,7 @@ def test_the_token_is_drawn_from_the_right_row(lab: Any) -> None:
 
 def test_a_step_without_any_finished_prefill(lab: Any) -> None:
     model = lab.Model()
-    assert runner(lab, model).run([Scheduled(lab.sequence(1, [1, 2, 3]), 2)]) == {1: []}
+    assert runner(lab, model).run([Scheduled(lab.sequence(1, [1, 2, 3]), 2)]) == {1: Drawn([])}
     assert model.wanted == [[0]]
 
 
@@ -93,12 +93,12 @@ def test_drafts_are_taken_as_far_as_they_are_right(lab: Any, params: dict[str, A
     subject = runner(lab, model)
     sequence = lab.sequence(1, [4, 8, 15], **params)
     outcome = subject.run([Scheduled(sequence, 3, tuple(drafts))])[1]
-    assert outcome == reply[: 4 if wrong_at is None else wrong_at + 1]
+    assert outcome == Drawn(reply[: 4 if wrong_at is None else wrong_at + 1])
     assert model.steps == [[(0, 6)]]
     assert model.wanted == [[4]]
     # Nothing is counted before the engine has taken it in.
     assert sequence.token_ids == sequence.kv.token_ids == [4, 8, 15]
-    assert subject.run([Scheduled(sequence, 3)])[1] == reply[:1]
+    assert subject.run([Scheduled(sequence, 3)])[1] == Drawn(reply[:1])
 
 
 def test_drafts_of_some_beside_others(lab: Any) -> None:
@@ -109,7 +109,7 @@ def test_drafts_of_some_beside_others(lab: Any) -> None:
         sequence = lab.sequence(i, [4, 8, 15], **params)
         drafts = (reply[0], (reply[1] + 1) % 40) if i % 2 else ()
         scheduled += [Scheduled(sequence, 3, drafts), Scheduled(lab.sequence(10 + i, [i, 3, 4]), 2)]
-        expected |= {i: reply[: 2 if i % 2 else 1], 10 + i: []}
+        expected |= {i: Drawn(reply[: 2 if i % 2 else 1]), 10 + i: Drawn([])}
     assert runner(lab, lab.Model()).run(scheduled) == expected
 
 
@@ -133,7 +133,7 @@ def test_nan_counts_only_where_it_would_have_been_met(lab: Any, row: int, wrong_
         assert isinstance(outcomes[1], RuntimeError)
     else:
         # The tokens before it; the next step meets it again.
-        assert outcomes[1] == reply[: min(row, 3 if wrong_at is None else wrong_at + 1)]
+        assert outcomes[1] == Drawn(reply[: min(row, 3 if wrong_at is None else wrong_at + 1)])
     assert outcomes[2] == runner(lab, lab.Model()).run([Scheduled(lab.sequence(2, [1, 2]), 2)])[2]
 
 

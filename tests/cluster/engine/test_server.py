@@ -13,12 +13,16 @@ from typing import Any, cast
 import pytest
 import torch
 
+from phi_cluster.cluster.engine.admission import Admission
 from phi_cluster.cluster.engine.heartbeat import FrameSender
 from phi_cluster.cluster.engine.server import EngineServer
 from phi_cluster.cluster.messages import (
+    AbortSequence,
+    AddSequence,
     ExtendSequence,
     Frame,
     Heartbeat,
+    SegmentRef,
     SequenceOutput,
     StepDown,
     StepFrame,
@@ -38,6 +42,7 @@ class FakeEngine:
         self.step_count = 0
         self.num_running = 1
         self.num_waiting = 0
+        self.num_preemptions = self.num_draft_tokens = self.num_accepted_tokens = 0
         self.progress = 100
         self.may_step = threading.Event()
         self.may_step.set()
@@ -46,6 +51,12 @@ class FakeEngine:
     @property
     def has_work(self) -> bool:
         return self._steps > 0
+
+    def add(self, sequence: Any) -> None:
+        raise ValueError("not here")
+
+    def abort(self, sequence_id: int) -> None:
+        self._steps += 1
 
     def extend(self, sequence_id: int, max_num_tokens: int) -> None:
         self._steps += max_num_tokens
@@ -60,7 +71,7 @@ class FakeEngine:
 class Replica:
     """The other end of an engine's socket."""
 
-    def __init__(self, folder: Path, **options: Any):
+    def __init__(self, folder: Path, *, grammars: Any = None, **options: Any):
         self.engine = FakeEngine()
         self.self_tests = 0
         self.gone = threading.Event()
@@ -69,8 +80,7 @@ class Replica:
         self._received = b""
         server = EngineServer(
             cast(Any, self.engine),
-            cast(Any, None),
-            torch.float32,
+            Admission(self.engine, cast(Any, None), torch.float32, None, grammars),
             str(folder / "engine.sock"),
             self._self_test,
             lambda: self.engine.progress,
@@ -214,3 +224,56 @@ def test_it_steps_down_between_two_steps(connect: Callable[..., Replica]) -> Non
     replica.thread.join(PATIENCE)
     assert not replica.thread.is_alive()
     assert replica.engine.step_count == 1
+
+
+# Grammars.
+
+
+class Grammars:
+    """Compiles when it may; then says that it is wrong."""
+
+    def __init__(self) -> None:
+        self.may = threading.Event()
+
+    def matcher(self, grammar: str, end_ids: tuple[int, ...]) -> Any:
+        assert self.may.wait(PATIENCE)
+        raise ValueError(f"{grammar} is wrong")
+
+
+def add_with_grammar(sequence_id: int) -> AddSequence:
+    sampling = {"grammar": "this", "grammar_end_ids": [2]}
+    return AddSequence(sequence_id, SegmentRef(1, 2, b""), 1, 0, [1], sampling, 10, 1)
+
+
+def test_steps_go_on_while_a_grammar_is_compiled(connect: Callable[..., Replica]) -> None:
+    grammars = Grammars()
+    replica = connect(grammars=grammars)
+    replica.send(TakeOver())
+    replica.send(add_with_grammar(7))
+    replica.send(ExtendSequence(1, 3))
+    for step in (1, 2, 3):
+        assert replica.next(StepFrame, lambda f: bool(f.outputs)).outputs == [SequenceOutput(1, [step])]
+    grammars.may.set()
+    refused = replica.next(StepFrame, lambda f: bool(f.outputs)).outputs
+    assert refused == [SequenceOutput(7, [], "bad_grammar", released=True, error="this is wrong")]
+
+
+def test_one_that_waits_for_its_grammar_can_be_aborted(connect: Callable[..., Replica]) -> None:
+    grammars = Grammars()
+    replica = connect(grammars=grammars)
+    replica.send(TakeOver())
+    replica.send(add_with_grammar(7))
+    replica.send(AbortSequence(7))
+    aborted = replica.next(StepFrame, lambda f: bool(f.outputs)).outputs
+    assert aborted == [SequenceOutput(7, [], "abort", released=True)]
+    grammars.may.set()
+    replica.send(ExtendSequence(1, 1))
+    assert replica.next(StepFrame, lambda f: bool(f.outputs)).outputs == [SequenceOutput(1, [1])]
+
+
+def test_an_engine_without_grammars_says_so(connect: Callable[..., Replica]) -> None:
+    replica = connect()
+    replica.send(TakeOver())
+    replica.send(add_with_grammar(7))
+    [refused] = replica.next(StepFrame, lambda f: bool(f.outputs)).outputs
+    assert (refused.finish_reason, refused.released) == ("bad_grammar", True)

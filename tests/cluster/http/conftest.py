@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Container, Sequence
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -16,6 +17,12 @@ from fastapi import FastAPI
 from phi_cluster.cluster.errors import InvalidRequest, NotFound, SessionExists
 from phi_cluster.cluster.http.edge import EdgeSettings
 from phi_cluster.cluster.http.server import build_app
+from phi_cluster.cluster.messages import ProcessId
+from phi_cluster.cluster.responses.assembly import ResponseRoom
+from phi_cluster.cluster.responses.making import MakerLimits
+from phi_cluster.cluster.responses.run import Tools
+from phi_cluster.cluster.responses.store import Branch
+from phi_cluster.cluster.responses.workshop import Rhythm
 from phi_cluster.cluster.turn_api import Position, TextDelta, TurnEvent, TurnFinished, TurnRequest, TurnStarted
 
 BASE_URL = "http://edge.test"
@@ -73,6 +80,8 @@ class FakeSessions:
 
     def __init__(self) -> None:
         self.known: dict[tuple[str, str], dict[str, Any]] = {}
+        # Asked for by responses: (tenant, what the new session begins like, its name).
+        self.branches: list[tuple[str, Branch, str]] = []
 
     def add(self, tenant: str, session_id: str) -> None:
         self.known[tenant, session_id] = {
@@ -139,6 +148,9 @@ class FakeSessions:
         session = await self.get(tenant, session_id)
         session["recycles"] += 1
         return session
+
+    async def branch(self, tenant: str, origin: Branch, session_id: str) -> None:
+        self.branches.append((tenant, origin, session_id))
 
 
 class FakeEngines:
@@ -298,14 +310,47 @@ def settings() -> EdgeSettings:
 
 
 @pytest.fixture
+def make_room(
+    tmp_path: Path, turns: FakeTurns, sessions: FakeSessions, observer: RecordingObserver
+) -> Callable[..., ResponseRoom]:
+    """`make_room(pid)`: the responses as one process sees them; `alive`: the pids of those that live."""
+
+    def make_room(
+        pid: int = 1, alive: Container[int] = (1,), turns: FakeTurns = turns, **limits: float
+    ) -> ResponseRoom:
+        return ResponseRoom(
+            tmp_path / "state",
+            Tools(turns, observer, FakeClock()),
+            sessions,
+            MakerLimits(**{"retention": 1000.0, "wait": 0.3, "max_background": 4, "max_queued": 4, **limits}),
+            ProcessId(pid, pid),
+            lambda process: process.pid in alive,
+            Rhythm(save=0.01, tend=0.01, expire=0.05, look=0.01),
+        )
+
+    return make_room
+
+
+@pytest.fixture
+async def room(make_room: Callable[..., ResponseRoom]) -> AsyncIterator[ResponseRoom]:
+    """Not started: nothing is saved but beginnings and ends."""
+    room = make_room()
+    yield room
+    await room.close()
+
+
+@pytest.fixture
 def make_app(
     turns: FakeTurns,
     sessions: FakeSessions,
     engines: FakeEngines,
     health: FakeHealth,
     observer: RecordingObserver,
+    room: ResponseRoom,
 ) -> Callable[[EdgeSettings], FastAPI]:
-    return lambda settings: build_app(settings, turns, sessions, engines, health, observer, FakeClock())
+    return lambda settings: build_app(
+        settings, turns, room.responses, room.conversations, sessions, engines, health, observer, FakeClock()
+    )
 
 
 @pytest.fixture

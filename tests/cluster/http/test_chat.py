@@ -105,7 +105,7 @@ async def test_everything_given_reaches_the_runner(client, turns):
     assert response.status_code == 200
     [turn] = turns.requests
     expected = {**sampling, "top_k": 0, "max_tokens": 9, "logit_bias": {999: -100.0, 0: 5.0}}
-    assert turn.sampling == {**expected, "stop_token_ids": (3, 999)}
+    assert turn.sampling == {**expected, "stop_token_ids": (3, 999), "logprobs": None}
     assert turn.messages == [
         {"role": "system", "content": "Be brief"},
         {"role": "user", "content": "a\nb", "name": "Odalys"},
@@ -135,6 +135,7 @@ async def test_defaults(client, turns):
         "ignore_eos": False,
         "logit_bias": {},
         "stop_token_ids": (),
+        "logprobs": None,
     }
     assert turn.stop == ()
     assert turn.session_id is None

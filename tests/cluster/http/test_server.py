@@ -111,6 +111,14 @@ async def test_openapi_document(client):
     assert set(document["paths"]) == {
         CHAT,
         "/v1/completions",
+        "/v1/conversations",
+        "/v1/conversations/{conversation_id}",
+        "/v1/conversations/{conversation_id}/items",
+        "/v1/conversations/{conversation_id}/items/{item_id}",
+        "/v1/responses",
+        "/v1/responses/{response_id}",
+        "/v1/responses/{response_id}/cancel",
+        "/v1/responses/{response_id}/input_items",
         "/v1/engines/recycle",
         "/v1/models",
         "/v1/models/{model}",
@@ -125,6 +133,12 @@ async def test_openapi_document(client):
         "/health",
         "/ready",
     }
+    responses = document["paths"]["/v1/responses"]["post"]
+    assert responses["responses"]["200"]["content"].keys() == {"application/json", "text/event-stream"}
+    assert responses["requestBody"]["content"]["application/json"]["schema"]["$ref"].endswith("/ResponseRequest")
+    assert {
+        parameter["name"] for parameter in document["paths"]["/v1/responses/{response_id}"]["get"]["parameters"]
+    } == {*("response_id", "stream", "starting_after", "include_obfuscation")}
     for ref in references(document):
         assert ref.removeprefix("#/components/schemas/") in schemas
     assert "HTTPValidationError" not in schemas

@@ -162,23 +162,24 @@ def test_after_a_refusal_it_can_be_tried_again(monkeypatch):
 
 @built
 @pytest.mark.parametrize("row", [0, 5, 12])
-def test_kernels_that_compute_something_else_are_refused(monkeypatch, row):
-    """One bit of one number, in the calls that are not plain C++'s (the first is)."""
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+def test_kernels_that_compute_something_else_are_refused(monkeypatch, dtype, row):
+    """One bit of one number of one layer, in the call that is not plain C++'s (the second of each pair is)."""
     linear = library.linear
     calls = []
 
     def wrong(*arguments: Any) -> Any:
         y = linear(*arguments)
         calls.append(arguments[0].isa)
-        if len(calls) == 2:
+        if len(calls) == {"int8": 1, "int4": 3}[dtype]:
             y.view(np.int32)[row, -1] ^= 1
         return y
 
     monkeypatch.setattr(library, "linear", wrong)
     isa = _best()
-    with pytest.raises(OpsUnavailable, match=f"self-test: the {isa} kernels do not compute what plain C"):
+    with pytest.raises(OpsUnavailable, match=rf"self-test: the {isa} kernels .* plain C.. computes \({dtype}\)"):
         library.load()
-    assert calls == ["plain", isa]
+    assert calls == {"int8": [isa, "plain"], "int4": [isa, "plain"] * 2}[dtype]
 
 
 @built
@@ -187,17 +188,17 @@ def test_the_check_covers_sums_that_would_saturate(monkeypatch):
     seen = []
     linear = library.linear
 
-    def spy(ops: Any, weight: Any, scale: Any, n: int, x: Any, x_scale: Any) -> Any:
-        seen.append((int(np.abs(weight).max()), int(np.abs(x.astype(np.int32)).max()), x.shape))
-        return linear(ops, weight, scale, n, x, x_scale)
+    def spy(ops: Any, weight: Any, scale: Any, n: int, x: Any, *scales: Any) -> Any:
+        seen.append((int(np.abs(weight.astype(np.int32)).max()), int(np.abs(x.astype(np.int32)).max()), x.shape))
+        return linear(ops, weight, scale, n, x, *scales)
 
     monkeypatch.setattr(library, "linear", spy)
     library.load()
-    [(weight, x, shape), *_] = seen
-    assert (weight, x) == (127, 32767)
-    # More rows than one tile has, more inputs than one block.
-    assert shape[0] > 12
-    assert shape[1] > 512
+    assert [largest[:2] for largest in seen] == [(127, 32767)] * 2 + [(255, 127)] * 2
+    for _, _, shape in seen:
+        # More rows than one tile has, more inputs than one block.
+        assert shape[0] > 12
+        assert shape[1] > 512
 
 
 def _best() -> str:

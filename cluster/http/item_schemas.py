@@ -1,0 +1,137 @@
+"""Items as clients send and get them: the messages of responses and conversations.
+
+Owns: what an item may be, and its shape in responses. Knows nothing of what becomes of items.
+"""
+
+from __future__ import annotations
+
+import uuid
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, BeforeValidator, Field, WithJsonSchema, model_validator
+
+from phi_cluster.cluster.http.strict_model import StrictModel, refusal
+from phi_cluster.cluster.response_api import Item
+
+MAX_ITEMS = 4096
+# How many may be added to a conversation at a time, as OpenAI's.
+MAX_ADDED_ITEMS = 20
+
+_TEXT_PARTS = ("input_text", "output_text", "text")
+# What a client adds to the text of a reply that it sends back: the values that say nothing.
+_EMPTY: dict[str, tuple[Any, ...]] = {
+    "annotations": ([], None),
+    "logprobs": ([], None),
+    "prompt_cache_breakpoint": (None,),
+}
+
+
+def _texts(given: Any) -> list[str]:
+    """The text of each part."""
+    if isinstance(given, str):
+        return [given]
+    if not isinstance(given, list):
+        raise refusal('must be a string or an array of {"type": "input_text", "text": ...}')
+    texts = []
+    for index, part in enumerate(given):
+        kind = part.get("type") if isinstance(part, dict) else None
+        if not isinstance(kind, str):
+            raise refusal(f'part {index} must be an object, {{"type": "input_text", "text": ...}}')
+        if kind not in _TEXT_PARTS:
+            raise refusal(f"part {index} has type {kind[:32]}, which is not supported: this model reads text only")
+        rest = part.keys() - {"type", "text"}
+        if not isinstance(part.get("text"), str) or any(part[name] not in _EMPTY.get(name, ()) for name in rest):
+            raise refusal(f'part {index} must be exactly {{"type": "{kind}", "text": "a string"}}')
+        texts.append(part["text"])
+    if not texts:
+        raise refusal("must have at least one part")
+    return texts
+
+
+_CONTENT_SCHEMA = {
+    "anyOf": [
+        {"type": "string"},
+        {
+            "type": "array",
+            "minItems": 1,
+            "items": {
+                "type": "object",
+                "properties": {"type": {"enum": list(_TEXT_PARTS)}, "text": {"type": "string"}},
+                "required": ["type", "text"],
+            },
+        },
+    ]
+}
+
+
+class InputItem(StrictModel):
+    """A message. A reply that is sent back as it came is one too; ids are given anew."""
+
+    not_supported: ClassVar[dict[str, tuple[Any, ...]]] = {"phase": ("final_answer",)}
+
+    type: Literal["message"] = "message"
+    role: Literal["user", "assistant", "system", "developer"]
+    content: Annotated[list[str], BeforeValidator(_texts), WithJsonSchema(_CONTENT_SCHEMA)]
+    id: str | None = Field(None, max_length=128, description="accepted, without effect")
+    status: Literal["in_progress", "completed", "incomplete"] | None = Field(None, description="kept")
+
+    # Before the names of fields, which other types have.
+    @model_validator(mode="before")
+    @classmethod
+    def _check_type(cls, given: Any) -> Any:
+        kind = given.get("type") if isinstance(given, dict) else None
+        if not isinstance(kind, str) or kind == "message":
+            return given
+        if kind == "item_reference":
+            raise refusal("{param}: item_reference is not supported yet: send the message itself", "type")
+        if kind == "reasoning":
+            raise refusal("{param}: reasoning is not supported: this model does not reason apart", "type")
+        raise refusal(f"{{param}}: {kind[:32]} is not supported yet, because tools are not", "type")
+
+    def as_item(self) -> Item:
+        """See response_api.Item; with an id of its own."""
+        if self.role == "assistant":
+            content = [
+                {"type": "output_text", "text": text, "annotations": [], "logprobs": []} for text in self.content
+            ]
+        else:
+            content = [{"type": "input_text", "text": text} for text in self.content]
+        head = {"type": "message", "id": f"msg_{uuid.uuid4().hex}", "role": self.role}
+        return {**head, "status": self.status or "completed", "content": content}
+
+
+def _metadata(given: Any) -> Any:
+    if isinstance(given, dict):
+        if len(given) > 16:
+            raise refusal("must have at most 16 keys")
+        for name, value in given.items():
+            if len(name) > 64 or (isinstance(value, str) and len(value) > 512):
+                raise refusal("its keys may have 64 characters and its values 512")
+    return given
+
+
+# What clients attach to responses and conversations.
+Metadata = Annotated[dict[str, str], BeforeValidator(_metadata)]
+
+
+class Part(BaseModel):
+    type: Literal["input_text", "output_text"]
+    text: str
+    annotations: list[Any] | None = None
+    logprobs: list[Any] | None = None
+
+
+class MessageItem(BaseModel):
+    id: str
+    type: Literal["message"]
+    role: Literal["user", "assistant", "system", "developer"]
+    status: Literal["in_progress", "completed", "incomplete"]
+    content: list[Part]
+
+
+class ItemList(BaseModel):
+    object: Literal["list"]
+    data: list[MessageItem]
+    has_more: bool
+    first_id: str
+    last_id: str

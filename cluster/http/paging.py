@@ -1,0 +1,82 @@
+"""Query parameters: one page of a list, and no parameter that nobody knows.
+
+Owns: `limit`, `order` and `after` as OpenAI's lists have them, and the strictness. Knows nothing of what is listed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from typing import Any
+
+from starlette.requests import Request
+
+from phi_cluster.cluster.errors import InvalidRequest
+from phi_cluster.cluster.http.errors import to_json
+from phi_cluster.cluster.response_api import ItemPage, Page
+
+MAX_PAGE = 100
+
+PAGE_PARAMETERS: list[dict[str, Any]] = [
+    {
+        "name": "limit",
+        "in": "query",
+        "required": False,
+        "schema": {"type": "integer", "minimum": 1, "maximum": MAX_PAGE, "default": 20},
+    },
+    {
+        "name": "order",
+        "in": "query",
+        "required": False,
+        "schema": {"type": "string", "enum": ["asc", "desc"], "default": "desc"},
+    },
+    {"name": "after", "in": "query", "required": False, "schema": {"type": "string"}},
+]
+
+
+def query_of(request: Request, known: Collection[str]) -> dict[str, str]:
+    """The parameters. Raises `InvalidRequest` naming one that is unknown or repeated."""
+    given: dict[str, str] = {}
+    for name, value in request.query_params.multi_items():
+        if name.removesuffix("[]") == "include":
+            raise InvalidRequest(f"include: {value[:64]} is not supported: leave it out", param="include")
+        if name not in known:
+            told = f"there are {', '.join(known)}" if known else "there is none"
+            raise InvalidRequest(f"{name[:64]} is not a parameter here: {told}", param=name[:64])
+        if name in given:
+            raise InvalidRequest(f"{name}: send this parameter once", param=name)
+        given[name] = value
+    return given
+
+
+def flag_of(given: dict[str, str], name: str) -> bool:
+    """Raises `InvalidRequest`."""
+    value = given.get(name, "false")
+    if value not in ("true", "false"):
+        raise InvalidRequest(f"{name} must be true or false", param=name)
+    return value == "true"
+
+
+def page_of(request: Request) -> Page:
+    """Raises `InvalidRequest` naming a parameter that is wrong, unknown or repeated."""
+    given = query_of(request, ("limit", "order", "after"))
+    limit, order = given.get("limit", "20"), given.get("order", "desc")
+    if not re.fullmatch("[0-9]{1,3}", limit, re.ASCII) or not 1 <= int(limit) <= MAX_PAGE:
+        raise InvalidRequest(f"limit must be an integer from 1 to {MAX_PAGE}", param="limit")
+    if order not in ("asc", "desc"):
+        raise InvalidRequest("order must be asc or desc", param="order")
+    return Page(int(limit), given.get("after"), ascending=order == "asc")
+
+
+def item_list(page: ItemPage) -> bytes:
+    """OpenAI's list of items. Its ids are empty where there are none: its clients expect strings."""
+    items = page.items
+    return to_json(
+        {
+            "object": "list",
+            "data": items,
+            "has_more": page.has_more,
+            "first_id": items[0]["id"] if items else "",
+            "last_id": items[-1]["id"] if items else "",
+        }
+    )

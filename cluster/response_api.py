@@ -1,0 +1,206 @@
+"""What the HTTP edge asks about responses and conversations, as shapes and protocols.
+
+Owns: a response as it is asked for, as it stands and as it is read, and the protocols of whoever makes responses and
+keeps conversations. A leaf: the edge calls these, the room `responses` implements them. Knows nothing of HTTP, of
+OpenAI's JSON (but that of items), of SQLite and of how a turn runs.
+
+An item is a JSON-able dict as OpenAI's messages: `type` ("message"), `id`, `role` (user, assistant, system or
+developer), `status`, and `content`, a list of parts with `type` (`input_text`, of an assistant `output_text`) and
+`text`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, TypeAlias
+
+from phi_cluster.cluster.errors import PhiError
+from phi_cluster.cluster.turn_api import WantedFormat
+
+Item: TypeAlias = dict[str, Any]
+# What stands, and what is still to come.
+ResponseStatus: TypeAlias = Literal["queued", "in_progress", "completed", "incomplete", "failed", "cancelled"]
+OPEN = ("queued", "in_progress")
+
+
+@dataclass(frozen=True)
+class NewResponse:
+    """A response that is asked for. `request_id` is the request's, 32 hex digits; the response is named by it.
+
+    `settings` are what the response will be described by (OpenAI's fields, JSON-able); `sampling`, `stop`,
+    `wanted_format` and `truncate` are as in `TurnRequest`. `input` has items with ids. At most one of
+    `previous_response_id` and `conversation_id` is given. `store` False: nothing of it is kept; then it is not in the
+    background.
+    """
+
+    tenant: str
+    request_id: str
+    input: list[Item] = field(repr=False)
+    settings: dict[str, Any] = field(repr=False)
+    sampling: dict[str, Any] = field(repr=False)
+    stop: tuple[str, ...] = field(default=(), repr=False)
+    wanted_format: WantedFormat | None = None
+    truncate: bool = False
+    background: bool = False
+    store: bool = True
+    previous_response_id: str | None = None
+    conversation_id: str | None = None
+
+    @property
+    def id(self) -> str:
+        return f"resp_{self.request_id}"
+
+
+@dataclass(frozen=True)
+class ResponseUsage:
+    """Counts of tokens."""
+
+    num_prompt_tokens: int
+    num_cached_tokens: int
+    num_completion_tokens: int
+
+
+@dataclass(frozen=True)
+class ResponseFault:
+    """Why a response failed. `kind` is one of OpenAI's codes of a response's errors."""
+
+    kind: str
+    message: str
+
+
+@dataclass(frozen=True)
+class Response:
+    """A response as it stands. `pieces` are its text, as `TextDelta.pieces`; times are wall clock in seconds.
+
+    `usage` is known once it is over; `fault` says why it failed.
+    """
+
+    asked: NewResponse
+    created_at: float
+    status: ResponseStatus
+    pieces: tuple[str, ...] = field(default=(), repr=False)
+    usage: ResponseUsage | None = None
+    fault: ResponseFault | None = None
+    ended_at: float | None = None
+
+    @property
+    def id(self) -> str:
+        return self.asked.id
+
+    @property
+    def is_over(self) -> bool:
+        return self.status not in OPEN
+
+    @property
+    def text(self) -> str:
+        return "".join(self.pieces)
+
+    def output(self) -> list[Item]:
+        """The assistant's message, if there is one: of a response that failed, or was cancelled, if it said a word."""
+        if not self.is_over or (not self.pieces and self.status in ("failed", "cancelled")):
+            return []
+        return [output_item(self.asked, self.text, "completed" if self.status == "completed" else "incomplete")]
+
+
+def output_item(asked: NewResponse, text: str, status: str) -> Item:
+    """The one message that a response consists of."""
+    part = {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+    item = {"type": "message", "id": f"msg_{asked.request_id}", "role": "assistant", "status": status}
+    return {**item, "content": [part]}
+
+
+# What comes while a response is read: more pieces of its text, and at last how it stands when it is over.
+ReadingEvent: TypeAlias = "tuple[str, ...] | Response"
+
+
+class Reading(Protocol):
+    """A response that somebody reads."""
+
+    @property
+    def response(self) -> Response:
+        """As it stood when the reading began."""
+        ...
+
+    @property
+    def error(self) -> PhiError | None:
+        """What made it fail, if that happened while it was read here."""
+        ...
+
+    def events(self) -> AsyncGenerator[ReadingEvent, None]:
+        """All pieces from the first one on, then the response once it is over. Raises PhiError, also `NotFound` if it
+        is deleted meanwhile."""
+        ...
+
+    def leave(self) -> None:
+        """Nobody reads on. A response in the foreground ends with that if it was created with this reading."""
+        ...
+
+
+@dataclass(frozen=True)
+class Page:
+    """What part of a list is asked for: at most `limit` behind the one named `after`."""
+
+    limit: int = 20
+    after: str | None = None
+    ascending: bool = False
+
+
+@dataclass(frozen=True)
+class ItemPage:
+    items: list[Item] = field(repr=False)
+    has_more: bool
+
+
+class Responses(Protocol):
+    """Makes and keeps a tenant's responses. All raise `NotFound` for what is not this tenant's, or not there."""
+
+    async def create(self, new: NewResponse) -> Reading:
+        """Returns once its turn has started, or, in the background, once it is stored. Raises PhiError; then nothing is
+        left of it."""
+        ...
+
+    async def get(self, tenant: str, response_id: str) -> Response: ...
+
+    async def read(self, tenant: str, response_id: str) -> Reading: ...
+
+    async def cancel(self, tenant: str, response_id: str) -> Response:
+        """Ends it, if it is not over. Raises `InvalidRequest` if it is not in the background."""
+        ...
+
+    async def delete(self, tenant: str, response_id: str) -> None:
+        """Leaves no byte of it, also where later responses go on from it: those go on without it."""
+        ...
+
+    async def input_items(self, tenant: str, response_id: str, page: Page) -> ItemPage: ...
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """`created_at` is wall clock in seconds."""
+
+    id: str
+    created_at: float
+    metadata: dict[str, str] = field(repr=False)
+
+
+class Conversations(Protocol):
+    """Keeps a tenant's conversations. All raise `NotFound` for what is not this tenant's, or not there."""
+
+    async def create(self, tenant: str, items: list[Item], metadata: dict[str, str]) -> Conversation: ...
+
+    async def get(self, tenant: str, conversation_id: str) -> Conversation: ...
+
+    async def update(self, tenant: str, conversation_id: str, metadata: dict[str, str]) -> Conversation: ...
+
+    async def delete(self, tenant: str, conversation_id: str) -> None:
+        """With its items and its session."""
+        ...
+
+    async def add_items(self, tenant: str, conversation_id: str, items: list[Item]) -> None: ...
+
+    async def items(self, tenant: str, conversation_id: str, page: Page) -> ItemPage: ...
+
+    async def item(self, tenant: str, conversation_id: str, item_id: str) -> Item: ...
+
+    async def delete_item(self, tenant: str, conversation_id: str, item_id: str) -> Conversation: ...
