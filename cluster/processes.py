@@ -40,6 +40,11 @@ def is_alive(process: ProcessId) -> bool:
     return state not in _DEAD_STATES or num_threads > 1
 
 
+def boot_id() -> str:
+    """What tells this run of the machine's kernel from all others: ids of processes mean something within one only."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
 async def kill_for_sure(process: ProcessId) -> None:
     """SIGKILL (which also ends one that is stopped), and returns once `is_alive` is false for good.
 

@@ -33,7 +33,7 @@ from phi_cluster.cluster.http.server import build_app
 from phi_cluster.cluster.keys import KeyFile
 from phi_cluster.cluster.poison import PoisonList
 from phi_cluster.cluster.preflight import LOOPBACK
-from phi_cluster.cluster.processes import is_alive, process_id
+from phi_cluster.cluster.processes import boot_id, is_alive, process_id
 from phi_cluster.cluster.ray_engine import EngineSpawner
 from phi_cluster.cluster.responses.assembly import ResponseRoom
 from phi_cluster.cluster.responses.making import MakerLimits
@@ -120,6 +120,7 @@ class Replica:
             ),
             process_id(),
             is_alive,
+            boot_id(),
         )
         self._room.start()
         self._reporting = asyncio.get_running_loop().create_task(self._report())
@@ -295,7 +296,8 @@ class _Sessions:
         return self._with_engine(await self._directory.recycle(tenant, session_id))
 
     async def branch(self, tenant: str, origin: Branch, session_id: str) -> None:
-        """See store.SessionKeeping. What is said before the branch is computed anew."""
+        """See store.SessionKeeping."""
+        await self._directory.fork(tenant, origin.session_id, session_id, origin.num_turns)
 
     def _with_engine(self, description: dict[str, Any]) -> dict[str, Any]:
         engine = self._engines.engine

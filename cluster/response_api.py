@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, TypeAlias
 
 from phi_cluster.cluster.errors import PhiError
+from phi_cluster.cluster.turn_api import WantedFormat
 
 Item: TypeAlias = dict[str, Any]
 # What stands, and what is still to come.
@@ -27,8 +28,9 @@ OPEN = ("queued", "in_progress")
 class NewResponse:
     """A response that is asked for. `request_id` is the request's, 32 hex digits; the response is named by it.
 
-    `settings` are what the response will be described by (OpenAI's fields, JSON-able); `sampling`, `stop` and
-    `truncate` are as in `TurnRequest`. `input` has items with ids. At most one of `previous_response_id` and
+    `settings` are what the response will be described by (OpenAI's fields, JSON-able); `sampling`, `stop`,
+    `wanted_format` and `truncate` are as in `TurnRequest`. `input` has items with ids, and perhaps references to items
+    that are kept, with `type` ("item_reference") and `id` only. At most one of `previous_response_id` and
     `conversation_id` is given. `store` False: nothing of it is kept; then it is not in the background.
     """
 
@@ -38,6 +40,7 @@ class NewResponse:
     settings: dict[str, Any] = field(repr=False)
     sampling: dict[str, Any] = field(repr=False)
     stop: tuple[str, ...] = field(default=(), repr=False)
+    wanted_format: WantedFormat | None = None
     truncate: bool = False
     background: bool = False
     store: bool = True

@@ -103,10 +103,10 @@ class Turns:
 
     async def _run_as_it_is(self, request: TurnRequest) -> AsyncGenerator[TurnEvent, None]:
         text = self._around.prompts.render(request)
-        if self._around.poison.holds(request):
-            raise poisonous()
         if request.wanted_format is not None:
             request = replace(request, sampling=request.sampling | {"grammar": await grammar_of(request.wanted_format)})
+        if self._around.poison.holds(request):
+            raise poisonous()
         engines = self._around.engines
         await engines.wait_ready()
         if request.resume_from is not None and (live := self._live.get(_name_of(request))):

@@ -8,7 +8,15 @@ from __future__ import annotations
 import uuid
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, Field, WithJsonSchema, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    Field,
+    ValidatorFunctionWrapHandler,
+    WithJsonSchema,
+    WrapValidator,
+    model_validator,
+)
 
 from phi_cluster.cluster.http.strict_model import StrictModel, refusal
 from phi_cluster.cluster.response_api import Item
@@ -83,7 +91,7 @@ class InputItem(StrictModel):
         if not isinstance(kind, str) or kind == "message":
             return given
         if kind == "item_reference":
-            raise refusal("{param}: item_reference is not supported yet: send the message itself", "type")
+            raise refusal("{param}: item_reference is not for here: send the message itself", "type")
         if kind == "reasoning":
             raise refusal("{param}: reasoning is not supported: this model does not reason apart", "type")
         raise refusal(f"{{param}}: {kind[:32]} is not supported yet, because tools are not", "type")
@@ -98,6 +106,27 @@ class InputItem(StrictModel):
             content = [{"type": "input_text", "text": text} for text in self.content]
         head = {"type": "message", "id": f"msg_{uuid.uuid4().hex}", "role": self.role}
         return {**head, "status": self.status or "completed", "content": content}
+
+
+class ItemReference(InputItem):
+    """A message that is named instead of sent."""
+
+    def as_item(self) -> Item:
+        """See response_api.NewResponse.input."""
+        return {"type": "item_reference", "id": self.id}
+
+
+def _by_type(given: Any, as_message: ValidatorFunctionWrapHandler) -> InputItem:
+    if not isinstance(given, dict) or given.get("type") != "item_reference":
+        message: InputItem = as_message(given)
+        return message
+    if given.keys() != {"type", "id"} or not isinstance(given["id"], str):
+        raise refusal('must be exactly {"type": "item_reference", "id": "msg_..."}')
+    return ItemReference.model_construct(role="user", content=[], id=given["id"][:128])
+
+
+# A message, or a reference to one that is kept.
+AnyItem = Annotated[InputItem, WrapValidator(_by_type)]
 
 
 def _metadata(given: Any) -> Any:

@@ -37,7 +37,6 @@ def response_json(response: Response) -> dict[str, Any]:
         "reasoning": {"effort": None, "summary": None},
         "service_tier": "default",
         "store": asked.store,
-        "text": {"format": {"type": "text"}},
         "tools": [],
         "top_logprobs": 0,
         "usage": None if usage is None else _usage(usage),

@@ -11,10 +11,12 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 
 from phi_cluster.cluster.http.edge import EdgeSettings
-from phi_cluster.cluster.http.item_schemas import MAX_ITEMS, InputItem, MessageItem, Metadata
+from phi_cluster.cluster.http.item_schemas import MAX_ITEMS, AnyItem, MessageItem, Metadata
 from phi_cluster.cluster.http.schemas import NOT_SUPPORTED, GenerationFields
 from phi_cluster.cluster.http.strict_model import StrictModel, refusal
+from phi_cluster.cluster.http.structured_output import Schema, SchemaName
 from phi_cluster.cluster.response_api import NewResponse
+from phi_cluster.cluster.turn_api import WantedFormat
 
 
 def _input_items(given: Any) -> Any:
@@ -26,13 +28,6 @@ def _conversation_id(given: Any) -> Any:
         if given.keys() != {"id"}:
             raise refusal('must be a conversation\'s id, or {"id": ...}')
         return given["id"]
-    return given
-
-
-def _text_format(given: Any) -> Any:
-    kind = given.get("type") if isinstance(given, dict) else None
-    if isinstance(kind, str) and kind != "text":
-        raise refusal(f"the type {kind[:32]} is not supported yet: replies are plain text")
     return given
 
 
@@ -51,7 +46,21 @@ def _tool_choice(given: Any) -> Any:
 _INPUT_SCHEMA = {
     "anyOf": [
         {"type": "string"},
-        {"type": "array", "maxItems": MAX_ITEMS, "items": {"$ref": "#/components/schemas/InputItem"}},
+        {
+            "type": "array",
+            "maxItems": MAX_ITEMS,
+            "items": {
+                "anyOf": [
+                    {"$ref": "#/components/schemas/InputItem"},
+                    {
+                        "type": "object",
+                        "properties": {"type": {"const": "item_reference"}, "id": {"type": "string"}},
+                        "required": ["type", "id"],
+                        "additionalProperties": False,
+                    },
+                ]
+            },
+        },
     ]
 }
 _CONVERSATION_SCHEMA = {
@@ -63,13 +72,33 @@ _CONVERSATION_SCHEMA = {
 
 
 class TextFormat(StrictModel):
-    type: Literal["text"]
+    """Chat's response_format without its inner object."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    name: SchemaName | None = None
+    description: str | None = Field(None, description="accepted, without effect")
+    schema_: Schema | None = Field(None, alias="schema")
+    strict: bool | None = Field(None, description="replies follow the schema with and without it")
+
+    @model_validator(mode="after")
+    def _check_schema(self) -> TextFormat:
+        for param, value in (("name", self.name), ("schema", self.schema_)):
+            if (self.type == "json_schema") != (value is not None):
+                raise refusal('{param} belongs to type "json_schema"', param)
+        return self
+
+    def described(self) -> dict[str, Any]:
+        """As a response tells of it."""
+        if self.type != "json_schema":
+            return {"type": self.type}
+        given = {"name": self.name, "schema": self.schema_, "description": self.description, "strict": self.strict}
+        return {"type": self.type, **given}
 
 
 class TextConfig(StrictModel):
     not_supported: ClassVar[dict[str, tuple[Any, ...]]] = {"verbosity": ("medium",)}
 
-    format: Annotated[TextFormat | None, BeforeValidator(_text_format)] = None
+    format: TextFormat | None = None
 
 
 class ResponseRequest(GenerationFields):
@@ -90,7 +119,7 @@ class ResponseRequest(GenerationFields):
     }
 
     input: Annotated[
-        list[InputItem], BeforeValidator(_input_items), Field(max_length=MAX_ITEMS), WithJsonSchema(_INPUT_SCHEMA)
+        list[AnyItem], BeforeValidator(_input_items), Field(max_length=MAX_ITEMS), WithJsonSchema(_INPUT_SCHEMA)
     ] = Field(default_factory=list, description="text, or messages")
     instructions: str | None = Field(None, description="a system message before everything, for this response only")
     previous_response_id: str | None = Field(None, description="go on from this response")
@@ -104,7 +133,7 @@ class ResponseRequest(GenerationFields):
     )
     max_output_tokens: int | None = Field(None, ge=1, le=2**31 - 1, description="most tokens in the reply")
     metadata: Metadata = Field(default_factory=dict, description="up to 16 texts, given back with the response")
-    text: TextConfig | None = Field(None, description="plain text is the only format")
+    text: TextConfig | None = Field(None, description="what the reply looks like: text, JSON, or JSON by a schema")
     include: Annotated[list[str], BeforeValidator(_no_includes)] = Field(default_factory=list)
     tool_choice: Annotated[Literal["none", "auto"], BeforeValidator(_tool_choice)] = "auto"
     parallel_tool_calls: bool = Field(True, description="accepted, without effect: there are no tools")
@@ -118,6 +147,8 @@ class ResponseRequest(GenerationFields):
     def _check_response(self) -> ResponseRequest:
         if self.max_tokens is not None:
             raise refusal("{param} is not a field here: did you mean max_output_tokens?", "max_tokens")
+        if self.response_format is not None:
+            raise refusal("{param} is not a field here: did you mean text.format?", "response_format")
         if self.conversation is not None and self.previous_response_id is not None:
             raise refusal("{param} excludes conversation: send one of them", "previous_response_id")
         if not self.store and self.background:
@@ -133,8 +164,17 @@ class ResponseRequest(GenerationFields):
     def reply_limit(self) -> int | None:
         return self.max_output_tokens
 
+    def formats(self) -> list[WantedFormat]:
+        wanted = None if self.text is None else self.text.format
+        if wanted is None or wanted.type == "text":
+            return super().formats()
+        if wanted.type == "json_object":
+            return [WantedFormat("text.format", "json_object"), *super().formats()]
+        return [WantedFormat("text.format.schema", "json_schema", wanted.schema_), *super().formats()]
+
     def described(self, settings: EdgeSettings) -> dict[str, object]:
         """`NewResponse.settings`: what a response tells of its request."""
+        wanted = None if self.text is None else self.text.format
         return {
             "model": settings.served_model_names[0],
             "instructions": self.instructions,
@@ -146,6 +186,7 @@ class ResponseRequest(GenerationFields):
             "prompt_cache_retention": self.prompt_cache_retention,
             "safety_identifier": self.safety_identifier,
             "temperature": self.temperature,
+            "text": {"format": wanted.described() if wanted is not None else {"type": "text"}},
             "tool_choice": self.tool_choice,
             "top_p": self.top_p,
             "truncation": self.truncation,
@@ -164,6 +205,7 @@ def new_response(
         settings=fields.described(settings),
         sampling=sampling,
         stop=tuple(fields.stop),
+        wanted_format=fields.wanted_format,
         truncate=fields.truncation == "auto",
         background=fields.background,
         store=fields.store,

@@ -17,15 +17,16 @@ MAX_CHOICES = 1024
 _Kind: TypeAlias = Literal["json_schema", "json_object", "regex", "choice", "grammar"]
 # vLLM's names where they differ from ours.
 _NAMES = {"json_schema": "json"}
-_Schema = Annotated[dict[str, Any], WithJsonSchema({"type": "object", "description": "a JSON schema"})]
+Schema = Annotated[dict[str, Any], WithJsonSchema({"type": "object", "description": "a JSON schema"})]
+SchemaName = Annotated[str, Field(min_length=1, max_length=64, pattern="^[a-zA-Z0-9_-]+$")]
 
 
 class JsonSchemaFormat(StrictModel):
     """OpenAI's json_schema object."""
 
-    name: str = Field(min_length=1, max_length=64, pattern="^[a-zA-Z0-9_-]+$")
+    name: SchemaName
     description: str | None = Field(None, description="accepted, without effect")
-    schema_: _Schema | None = Field(None, alias="schema", description="left out: any JSON object")
+    schema_: Schema | None = Field(None, alias="schema", description="left out: any JSON object")
     strict: bool | None = Field(None, description="replies follow the schema with and without it")
 
 
@@ -53,7 +54,7 @@ class StructuredOutputs(StrictModel):
         "whitespace_pattern": (),
     }
 
-    json_: _Schema | None = Field(None, alias="json")
+    json_: Schema | None = Field(None, alias="json")
     regex: str | None = Field(None, min_length=1)
     choice: list[Annotated[str, Field(min_length=1)]] | None = Field(None, min_length=1, max_length=MAX_CHOICES)
     grammar: str | None = Field(None, min_length=1, description="in llguidance's variant of Lark's syntax")
@@ -80,7 +81,7 @@ class StructuredFields(StrictModel):
 
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = Field(None, description="vLLM's")
-    guided_json: _Schema | None = Field(None, description="older name of structured_outputs.json")
+    guided_json: Schema | None = Field(None, description="older name of structured_outputs.json")
     guided_regex: str | None = Field(None, min_length=1, description="older name of structured_outputs.regex")
     guided_choice: list[Annotated[str, Field(min_length=1)]] | None = Field(
         None, min_length=1, max_length=MAX_CHOICES, description="older name of structured_outputs.choice"
@@ -90,6 +91,14 @@ class StructuredFields(StrictModel):
     @property
     def wanted_format(self) -> WantedFormat | None:
         """None: free text. Raises a validation error for several at once."""
+        given = self.formats()
+        if len(given) > 1:
+            first, second = (one.param for one in given[:2])
+            raise refusal(f"{{param}} and {first} both say what the reply looks like: send one", second)
+        return given[0] if given else None
+
+    def formats(self) -> list[WantedFormat]:
+        """All that is given."""
         given: list[WantedFormat] = []
         if self.response_format is not None and self.response_format.type != "text":
             schema = self.response_format.json_schema
@@ -108,8 +117,4 @@ class StructuredFields(StrictModel):
         for kind, value in guided:
             if value is not None:
                 given.append(WantedFormat(f"guided_{_NAMES.get(kind, kind)}", kind, value))
-        if len(given) > 1:
-            raise refusal(
-                f"{{param}} and {given[0].param} both say what the reply looks like: send one", given[1].param
-            )
-        return given[0] if given else None
+        return given

@@ -35,16 +35,18 @@ class ResponseRoom:
         limits: MakerLimits,
         process: ProcessId,
         is_alive: Callable[[ProcessId], bool],
+        era: str,
         rhythm: Rhythm | None = None,
     ):
-        """`process` is this one; `is_alive` tells of those that share the directory."""
+        """`process` is this one; `is_alive` tells of those that share the directory, within one `era` (the machine's
+        boot)."""
         self._is_closed = False
         self._database = ResponseDatabase(state_dir)
         self._thread = StoreThread()
         store = SQLiteResponses(self._database)
         forgetter = Forgetter(store, sessions, self._thread)
         around = Surroundings(store, self._thread, tools, sessions, forgetter, rhythm or Rhythm())
-        self._workshop = Workshop(around, limits.max_background)
+        self._workshop = Workshop(around, limits.max_background, era)
         self._tender = Tender(around, self._workshop, limits.retention, process, is_alive)
         self.responses = ResponseMaker(around, self._workshop, limits, process)
         conversations = SQLiteConversations(self._database)

@@ -5,7 +5,10 @@ was deleted is really gone. Knows nothing of what is stored when. For one thread
 file.
 
 WAL and `synchronous=FULL`, as a journal's: what was stored is on the disk. `secure_delete` overwrites what is deleted
-in the file; `clean` empties the log, which has it still.
+in the file; `clean` empties the log, which has it still. But SQLite also leaves copies of a row's beginning where rows
+have moved between pages, and never overwrites those. So what users say stands behind a gap that is as long as the part
+of a row which moves (`pack`): it lies on overflow pages, which stay where they are until they are overwritten
+(https://www.sqlite.org/fileformat2.html#b_tree_pages). With small pages the gap is short.
 """
 
 from __future__ import annotations
@@ -22,6 +25,9 @@ from phi_cluster.cluster.session import sqlite_file
 
 # Marks the file as ours ("phiR").
 APPLICATION_ID = 0x70686952
+_PAGE_NBYTES = 512
+# The most that a row may have on a table's leaf is 35 bytes less than a page.
+_GAP = bytes(_PAGE_NBYTES - 32)
 # Another replica's transactions are short.
 _BUSY_SECONDS = 10.0
 
@@ -54,6 +60,7 @@ MIGRATIONS: tuple[str, ...] = (
         tenant TEXT NOT NULL, holder TEXT NOT NULL, id TEXT NOT NULL, body BLOB NOT NULL,
         UNIQUE (tenant, holder, id)
     );
+    CREATE INDEX items_by_id ON items (tenant, id);
     CREATE INDEX items_in_order ON items (tenant, holder, number);
     CREATE TABLE conversations (
         tenant TEXT NOT NULL, id TEXT NOT NULL, created_at REAL NOT NULL, used_at REAL NOT NULL, metadata BLOB NOT NULL,
@@ -101,7 +108,7 @@ class ResponseDatabase:
     def _open(self) -> sqlite3.Connection:
         if self._connection is None:
             sqlite_file.create_file(self.path)
-            connection = sqlite_file.connect(self.path, _BUSY_SECONDS, APPLICATION_ID)
+            connection = sqlite_file.connect(self.path, _BUSY_SECONDS, APPLICATION_ID, _PAGE_NBYTES)
             try:
                 sqlite_file.migrate(connection, self.path, MIGRATIONS, lambda new: None, APPLICATION_ID)
             except BaseException:
@@ -112,11 +119,11 @@ class ResponseDatabase:
 
 
 def pack(value: Any) -> bytes:
-    """Text may hold anything Python's strings can, lone surrogates included."""
+    """For a column that holds what users say. Text may hold anything Python's strings can, lone surrogates included."""
     packed: bytes = msgpack.packb(value, unicode_errors="surrogatepass")
-    return packed
+    return _GAP + packed
 
 
 def unpack(packed: bytes) -> Any:
     """What `pack` was given, with lists for tuples."""
-    return msgpack.unpackb(packed, unicode_errors="surrogatepass", strict_map_key=False)
+    return msgpack.unpackb(packed[len(_GAP) :], unicode_errors="surrogatepass", strict_map_key=False)

@@ -185,6 +185,7 @@ class Run:
             sampling=asked.sampling,
             messages=messages_of(asked.settings.get("instructions"), [*begun.context, *asked.input]),
             stop=asked.stop,
+            wanted_format=asked.wanted_format,
             resume_from=BEGINNING if self._is_second else None,
             truncate=asked.truncate,
         )

@@ -44,6 +44,14 @@ def one(connection: sqlite3.Connection, tenant: str, holder: str, item_id: str, 
     return _find(connection, tenant, holder, item_id, param)[1]
 
 
+def find_anywhere(connection: sqlite3.Connection, tenant: str, item_id: str) -> Item | None:
+    """The item, whatever holds it."""
+    query = "SELECT body FROM items WHERE tenant = ? AND id = ? LIMIT 1"
+    row = connection.execute(query, (tenant, item_id)).fetchone()
+    item: Item | None = None if row is None else unpack(row[0])
+    return item
+
+
 def page_of(connection: sqlite3.Connection, tenant: str, holder: str, page: Page) -> ItemPage:
     """Raises NotFound if there is no item to go on behind."""
     beyond = 0 if page.ascending else 2**62

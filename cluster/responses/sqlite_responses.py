@@ -15,7 +15,7 @@ from phi_cluster.cluster.response_api import OPEN, ItemPage, NewResponse, Page, 
 from phi_cluster.cluster.responses import sqlite_items
 from phi_cluster.cluster.responses.database import ResponseDatabase, pack
 from phi_cluster.cluster.responses.sqlite_conversations import delete_conversation, doom_session, touch_conversation
-from phi_cluster.cluster.responses.sqlite_places import context_of, place_of
+from phi_cluster.cluster.responses.sqlite_places import context_of, place_of, resolved
 from phi_cluster.cluster.responses.sqlite_rows import (
     COLUMNS,
     IS_OPEN,
@@ -39,6 +39,7 @@ class SQLiteResponses:
     def begin(self, new: NewResponse, now: float, owner: ProcessId, claim: str) -> Begun:
         with self._database.transaction(write=new.store) as connection:
             place = place_of(connection, new)
+            new = resolved(connection, new)
             response = Response(new, now, "queued" if new.background else "in_progress")
             context = context_of(connection, new.tenant, place.context_id, place.conversation_id, place.context_end)
             if new.store:

@@ -5,6 +5,7 @@ Owns: the columns, how a response becomes a row and a row a response. Knows noth
 
 from __future__ import annotations
 
+import json
 import sqlite3
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from phi_cluster.cluster.response_api import OPEN, NewResponse, Response, Respon
 from phi_cluster.cluster.responses import sqlite_items
 from phi_cluster.cluster.responses.database import pack, unpack
 from phi_cluster.cluster.responses.store import Branch
+from phi_cluster.cluster.turn_api import WantedFormat
 
 COLUMNS = (
     "number, tenant, id, created_at, session_id, context_id, conversation_id, context_end, status, ended_at,"
@@ -108,11 +110,14 @@ def response_of(connection: sqlite3.Connection, row: Row, after: int = 0) -> Res
 
 def _asked(new: NewResponse) -> dict[str, Any]:
     """What of a NewResponse is in no column of its own."""
+    wanted = new.wanted_format
     return {
         "request_id": new.request_id,
-        "settings": new.settings,
+        "settings": json.dumps(new.settings),
         "sampling": new.sampling,
         "stop": new.stop,
+        # As JSON: a schema's numbers may be of any size.
+        "wanted_format": wanted and (wanted.param, wanted.kind, json.dumps(wanted.value)),
         "truncate": new.truncate,
         "background": new.background,
         "previous_response_id": new.previous_response_id,
@@ -121,9 +126,11 @@ def _asked(new: NewResponse) -> dict[str, Any]:
 
 def _asked_for(row: Row) -> NewResponse:
     asked = unpack(row.asked)
-    return NewResponse(
-        tenant=row.tenant, input=[], conversation_id=row.conversation_id, **{**asked, "stop": tuple(asked["stop"])}
-    )
+    asked["settings"] = json.loads(asked["settings"])
+    asked["stop"] = tuple(asked["stop"])
+    if (wanted := asked.get("wanted_format")) is not None:
+        asked["wanted_format"] = WantedFormat(wanted[0], wanted[1], json.loads(wanted[2]))
+    return NewResponse(tenant=row.tenant, input=[], conversation_id=row.conversation_id, **asked)
 
 
 def outcome_of(response: Response) -> bytes:

@@ -150,6 +150,6 @@ class SessionKeeping(Protocol):
         ...
 
     async def branch(self, tenant: str, origin: Branch, session_id: str) -> None:
-        """A new session is about to have its first turn, and will begin with `origin`'s. Where that memory cannot be
-        had, nothing is done: it is computed then. Raises PhiError."""
+        """A new session is about to have its first turn, and will begin with `origin`'s: it gets a copy of their
+        memory. Raises PhiError where that cannot be had; it is computed then."""
         ...

@@ -105,7 +105,10 @@ class Tender:
     async def _take_over(self, one: Unfinished) -> None:
         """Goes on with a response whose process is dead, or that this one has lost; who waited for one in the
         foreground is gone with it."""
-        is_made = self._workshop.holds(one.claim) if one.owner == self._process else self._is_alive(one.owner)
+        if one.owner == self._process:
+            is_made = self._workshop.holds(one.claim)
+        else:
+            is_made = self._workshop.is_of_now(one.claim) and self._is_alive(one.owner)
         if is_made:
             return
         around = self._around

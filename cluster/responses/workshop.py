@@ -30,12 +30,14 @@ _END_ATTEMPTS = 5
 @dataclass(frozen=True)
 class Rhythm:
     """Seconds: how often progress is saved and wishes are seen, how often responses of dead processes are looked for,
-    how often what is too old is, and how often what others do is looked at while somebody waits for it."""
+    how often what is too old is, how often what others do is looked at while somebody waits for it, and for how long a
+    branch waits for its origin's memory."""
 
     save: float = 0.2
     tend: float = 1.0
     expire: float = 60.0
     look: float = 0.1
+    branch: float = 2.0
 
 
 @dataclass(frozen=True)
@@ -53,9 +55,10 @@ class Surroundings:
 class Workshop:
     """For one event loop. `runs` by tenant and id."""
 
-    def __init__(self, around: Surroundings, max_background: int):
-        """So many in the background run at once."""
+    def __init__(self, around: Surroundings, max_background: int, era: str):
+        """`max_background` run at once. `era`: claims of another one are nobody's, whatever processes there are."""
         self._around = around
+        self._era = era
         self._places = asyncio.Semaphore(max_background)
         # Of responses that are made here, also before there is a run.
         self._claims: set[str] = set()
@@ -69,13 +72,17 @@ class Workshop:
 
     def new_claim(self) -> str:
         """For a response that is about to be made here; then `make` or `drop_claim`."""
-        claim = uuid.uuid4().hex
+        claim = f"{self._era}/{uuid.uuid4().hex}"
         self._claims.add(claim)
         return claim
 
     def holds(self, claim: str) -> bool:
         """Whether what is owned under this claim is being made here."""
         return claim in self._claims
+
+    def is_of_now(self, claim: str) -> bool:
+        """Whether whoever made this claim may live."""
+        return claim.startswith(f"{self._era}/")
 
     def drop_claim(self, claim: str) -> None:
         self._claims.discard(claim)
@@ -139,9 +146,11 @@ class Workshop:
                 place.cancel()
 
     async def _branch(self, tenant: str, origin: Branch, session_id: str) -> None:
+        """Where the origin is in a turn, computing what was said is quicker than waiting for it."""
+        branching = self._around.sessions.branch(tenant, origin, session_id)
         try:
-            await self._around.sessions.branch(tenant, origin, session_id)
-        except PhiError as error:
+            await asyncio.wait_for(branching, self._around.rhythm.branch)
+        except (PhiError, asyncio.TimeoutError) as error:
             logger.info("a branch begins without its origin's memory: %s", type(error).__name__)
 
     async def _store_end(self, run: Run, response: Response | None) -> PhiError | None:

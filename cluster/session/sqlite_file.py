@@ -87,8 +87,11 @@ def _sync_dir(path: Path) -> None:
         os.close(fd)
 
 
-def connect(path: Path, busy_seconds: float, application_id: int = APPLICATION_ID) -> sqlite3.Connection:
-    """Open a journal's file, or one that is marked otherwise, in autocommit mode. Raises the journal's errors."""
+def connect(
+    path: Path, busy_seconds: float, application_id: int = APPLICATION_ID, page_nbytes: int = 4096
+) -> sqlite3.Connection:
+    """Open a journal's file, or one that is marked otherwise, in autocommit mode; a new one gets pages of this size.
+    Raises the journal's errors."""
     with translated(path):
         # One thread at a time, but not always the one that opened it: hosts construct in one and serve in
         # another.
@@ -98,6 +101,7 @@ def connect(path: Path, busy_seconds: float, application_id: int = APPLICATION_I
             if found != application_id and (found != 0 or version(connection) != 0):
                 raise corrupt(path, "it is another program's database")
             connection.create_function("checksum", -1, checksum, deterministic=True)
+            connection.execute(f"PRAGMA page_size = {page_nbytes}")
             connection.execute("PRAGMA journal_mode = WAL").fetchall()
             connection.execute("PRAGMA synchronous = FULL")
             connection.execute("PRAGMA secure_delete = ON").fetchall()

@@ -208,3 +208,14 @@ def test_the_shape_is_written_for_llama_cpp_too(bench, tmp_path) -> None:
         assert list(tensors["blk.0.ffn_up.weight"].shape) == [64, 192]
         assert list(tensors["output_norm.weight"].data) == [1.0] * 64
         assert len(tensors) == 9
+
+
+def test_hibernation_is_measured_at_a_small_size(bench, tmp_path) -> None:
+    hibernation = bench("hibernation")
+    if hibernation.runpy.run_path(str(BENCH.parent / "model" / "random_network.py"))["library"].problem() is not None:
+        pytest.skip("no kernels")
+    network = hibernation.Network(1, {}, max_model_len=128)
+    store = hibernation.FileHibernationStore(tmp_path, 2**30, reserve_nbytes=0)
+    one = hibernation.measure(network, store, tmp_path, 100)
+    assert one["tokens"] == 100
+    assert list(tmp_path.rglob("*.kv")) == []

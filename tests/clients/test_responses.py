@@ -15,6 +15,7 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
+from pydantic import BaseModel
 
 pytestmark = [pytest.mark.clients, pytest.mark.cluster, pytest.mark.slow]
 
@@ -91,7 +92,9 @@ def test_a_branch_goes_its_own_way(official, server, model):
         model=model, input="I live in Bergen. Where do I live?", previous_response_id=first.id, **SHORT
     )
     assert session(server, first.id)["turns"] == 2
-    assert session(server, branch.id) is not None
+    assert session(server, branch.id)["turns"] == 2
+    # It has a copy of the memory up to where it leaves the other.
+    assert total(first) - 1 <= cached(branch) < branch.usage.input_tokens
     for last in (second, branch):
         again = official.responses.create(model=model, input="Say it again.", previous_response_id=last.id, **SHORT)
         assert cached(again) >= total(last) - 1
@@ -125,6 +128,19 @@ def test_events_come_one_by_one(official, model):
     assert "Paris" in response.output_text
     assert sum(event.type == "response.output_text.delta" for event in events) > 3
     assert events[-1].type == "response.completed"
+
+
+class City(BaseModel):
+    name: str
+    country: str
+
+
+def test_a_reply_follows_a_schema(official, model):
+    response = official.responses.parse(
+        model=model, input="Lima is in Peru. Describe Lima.", text_format=City, temperature=0, max_output_tokens=100
+    )
+    assert isinstance(response.output_parsed, City)
+    assert response.output_parsed.model_dump() == json.loads(response.output_text)
 
 
 def test_instructions_are_for_one_response(official, model):

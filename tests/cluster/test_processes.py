@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import pytest
 
 from phi_cluster.cluster.messages import ProcessId
-from phi_cluster.cluster.processes import is_alive, kill_for_sure, private_bytes, process_id
+from phi_cluster.cluster.processes import boot_id, is_alive, kill_for_sure, private_bytes, process_id
 
 
 @contextlib.contextmanager
@@ -137,3 +137,10 @@ def test_core_dumps_are_forbidden_for_all_that_is_started() -> None:
     [line] = [line for line in told.splitlines() if line.startswith("Max core file size")]
     assert line.split()[4:6] == ["0", "0"]
     assert int(told.split()[-1], 16) == 0
+
+
+def test_the_boot_has_an_id_that_all_processes_see():
+    code = "from phi_cluster.cluster.processes import boot_id; print(boot_id())"
+    seen = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert seen.stdout.strip() == boot_id()
+    assert len(boot_id()) == 36

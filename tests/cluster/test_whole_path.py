@@ -138,7 +138,7 @@ def test_a_reply_by_schema_fits_it_at_any_temperature(client):
         reply = talk.say("Invent a person.", **ask)
         assert reply.finish_reason == "stop"
         check_person(reply.text)
-        with client.conversation(None).stream("Invent a person.", **ask) as stream:
+        with client.conversation(f"person-again-{seed}").stream("Invent a person.", **ask) as stream:
             assert stream.finish().text == reply.text
         # The conversation goes on from its cache, freely.
         talk.say("Thank you.", max_tokens=4)

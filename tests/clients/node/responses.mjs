@@ -73,7 +73,7 @@ await step("background", async () => {
 });
 
 await step("cancel", async () => {
-  const ask = { model, input: "Tell me a story.", max_output_tokens: 2000, ignore_eos: true, background: true };
+  const ask = { model, input: "Tell me a story.", max_output_tokens: 900, ignore_eos: true, background: true };
   const response = await client.responses.create(ask);
   assert.match(response.status, /^(queued|in_progress)$/);
   assert.equal((await client.responses.cancel(response.id)).status, "cancelled");

@@ -360,7 +360,7 @@ def make_room(
     """`make_room(pid)`: the responses as one process sees them; `alive`: the pids of those that live."""
 
     def make_room(
-        pid: int = 1, alive: Container[int] = (1,), turns: FakeTurns = turns, **limits: float
+        pid: int = 1, alive: Container[int] = (1,), turns: FakeTurns = turns, era: str = "boot", **limits: float
     ) -> ResponseRoom:
         return ResponseRoom(
             tmp_path / "state",
@@ -369,6 +369,7 @@ def make_room(
             MakerLimits(**{"retention": 1000.0, "wait": 0.3, "max_background": 4, "max_queued": 4, **limits}),
             ProcessId(pid, pid),
             lambda process: process.pid in alive,
+            era,
             Rhythm(save=0.01, tend=0.01, expire=0.05, look=0.01),
         )
 

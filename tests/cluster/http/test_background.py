@@ -84,10 +84,10 @@ async def start(
     """`start(pid)`: a replica in a process of its own, with turns of its own."""
     async with AsyncExitStack() as stack:
 
-        def start(pid: int, **limits: float) -> Replica:
+        def start(pid: int, **options: Any) -> Replica:
             alive.add(pid)
             own = type(turns)()
-            room = make_room(pid, alive, own, **limits)
+            room = make_room(pid, alive, own, **options)
             room.start()
             stack.push_async_callback(room.close)
             app = build_app(settings, own, room.responses, room.conversations, sessions, engines, health, observer)
@@ -242,6 +242,17 @@ async def test_it_outlives_a_restart(start, alive):
     for response in (body, waiting):
         assert (await two.over(response["id"]))["status"] == "completed"
     assert {turn.request_id for turn in two.turns.requests} == {turn.request_id for turn in one.turns.requests}
+
+
+@pytest.mark.parametrize("pid", [1, 2])
+async def test_after_a_boot_another_process_may_have_its_pid(start, pid):
+    one = start(1)
+    hold(one, 2)
+    body = await one.create()
+    await asyncio.wait_for(one.turns.begun.wait(), PATIENCE)
+    await one.room.close()
+    later = start(pid, era="next boot")
+    assert (await later.over(body["id"]))["status"] == "completed"
 
 
 async def test_in_the_foreground_it_fails_with_its_process(start, alive):

@@ -134,7 +134,7 @@ async def test_a_chain_may_leave_a_conversation(client, turns, sessions):
     body = answer.json()
     assert (body["conversation"], turns.requests[-1].session_id) == (None, body["id"])
     assert said(turns.requests[-1]) == [("user", "Hi"), ("user", "One"), REPLY, ("user", "Else")]
-    assert [one[1].session_id for one in sessions.branches] == [name]
+    assert [(one[1].session_id, one[1].num_turns) for one in sessions.branches] == [(name, 1)]
     assert len(await texts(client, name)) == 5
 
 
@@ -194,6 +194,7 @@ async def test_another_key_finds_nothing(client):
         ("POST", "", {"name": "x"}, "name"),
         ("POST", "/NAME", {}, "metadata"),
         ("POST", "/NAME/items", {"items": []}, "items"),
+        ("POST", "/NAME/items", {"items": [{"type": "item_reference", "id": "msg_1"}]}, "items[0].type"),
         (
             "POST",
             "/NAME/items",

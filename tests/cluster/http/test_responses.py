@@ -196,6 +196,27 @@ async def test_everything_given_reaches_the_runner(client, turns):
     assert {name: body[name] for name in given} == given
 
 
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ({"type": "text"}, None),
+        ({"type": "json_object"}, ("text.format", "json_object", None)),
+        (
+            {"type": "json_schema", "name": "n", "schema": {"type": "integer", "maximum": 10**40}, "strict": True},
+            ("text.format.schema", "json_schema", {"type": "integer", "maximum": 10**40}),
+        ),
+    ],
+)
+@pytest.mark.parametrize("background", [False, True])
+async def test_a_format_reaches_the_runner_and_is_told(client, turns, given, wanted, background):
+    created = await create(client, text={"format": given}, background=background)
+    await turns.ended.wait()
+    found = turns.requests[0].wanted_format
+    assert (found and (found.param, found.kind, found.value)) == wanted
+    for told in (created, (await client.get(f"{RESPONSES}/{created['id']}")).json()):
+        assert {k: v for k, v in told["text"]["format"].items() if v is not None} == given
+
+
 async def test_length_is_incomplete(client, turns):
     turns.script[-1] = TurnFinished("length", 7, 3, 5)
     body = await create(client)
@@ -242,10 +263,15 @@ async def test_from_an_older_response_a_branch_begins(client, turns, sessions):
     [(tenant, origin, name)] = sessions.branches
     assert (tenant, name) == ("default", branch["id"])
     assert (origin.session_id, origin.num_turns) == (first["id"], 1)
+    deeper = await create(client, input="Drei", previous_response_id=branch["id"])
+    await create(client, input="Vier", previous_response_id=deeper["id"])
+    await create(client, input="Fünf", previous_response_id=deeper["id"])
+    # What it began with counts as well.
+    assert (sessions.branches[1][1].session_id, sessions.branches[1][1].num_turns) == (branch["id"], 3)
     # Both go on, each in its own session.
-    for last, session_id in ((second["id"], first["id"]), (branch["id"], branch["id"])):
-        await create(client, input="More", previous_response_id=last)
-        assert turns.requests[-1].session_id == session_id
+    await create(client, input="More", previous_response_id=second["id"])
+    assert turns.requests[-1].session_id == first["id"]
+    assert [turn.session_id for turn in turns.requests[3:5]] == [branch["id"]] * 2
 
 
 async def test_what_failed_is_no_reason_for_a_branch(client, turns):
@@ -269,6 +295,28 @@ async def test_without_store_nothing_is_kept(client, turns, tmp_path):
     assert b"canary one" in files
     assert b"canary two" not in files
     assert body["id"].encode() not in files
+
+
+async def test_messages_may_be_named_instead_of_sent(client, turns):
+    """As some clients do with all that they have got before."""
+    first = await create(client, input="One")
+    asked = (await client.get(f"{RESPONSES}/{first['id']}/input_items")).json()["first_id"]
+    references = [{"type": "item_reference", "id": one} for one in (asked, first["output"][0]["id"], asked)]
+    second = await create(client, input=[*references, {"role": "user", "content": "Two"}])
+    expected = [("user", "One"), ("assistant", "Hello, wörld"), ("user", "One"), ("user", "Two")]
+    assert said(turns.requests[1]) == expected
+    items = (await client.get(f"{RESPONSES}/{second['id']}/input_items", params={"order": "asc"})).json()["data"]
+    assert [(item["role"], item["content"][0]["text"]) for item in items] == expected
+    assert len({item["id"] for item in items}) == 4
+    # Copies: they stay.
+    await client.delete(f"{RESPONSES}/{first['id']}")
+    await create(client, input="Three", previous_response_id=second["id"], store=False)
+    assert said(turns.requests[2])[:4] == expected
+    for name, headers in (("msg_nothing", {}), (second["output"][0]["id"], {"authorization": "Bearer other"})):
+        given = {**ASK, "input": ["x", {"type": "item_reference", "id": name}]}
+        given["input"][0] = {"role": "user", "content": "x"}
+        answer = await client.post(RESPONSES, json=given, headers=headers)
+        assert (answer.status_code, answer.json()["error"]["param"]) == (404, "input[1].id")
 
 
 # What goes wrong.
@@ -451,13 +499,18 @@ async def test_only_the_background_can_be_cancelled(client):
         ({"input": [{"role": "user", "content": [{"type": "input_file"}]}]}, "input[0].content"),
         ({"input": [{"role": "user", "content": [{"type": "input_text", "text": 5}]}]}, "input[0].content"),
         ({"input": [{"type": "function_call_output", "call_id": "c", "output": "x"}]}, "input[0].type"),
-        ({"input": [{"type": "item_reference", "id": "msg_1"}]}, "input[0].type"),
+        ({"input": [{"type": "item_reference"}]}, "input[0]"),
+        ({"input": [{"type": "item_reference", "id": 5}]}, "input[0]"),
+        ({"input": [{"type": "item_reference", "id": "msg_1", "role": "user"}]}, "input[0]"),
         ({"input": ["x"] * 3}, "input[0]"),
         ({"tools": [{"type": "function", "name": "f"}]}, "tools"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"tool_choice": {"type": "function", "name": "f"}}, "tool_choice"),
-        ({"text": {"format": {"type": "json_schema", "name": "n", "schema": {}}}}, "text.format"),
-        ({"text": {"format": {"type": "json_object"}}}, "text.format"),
+        ({"text": {"format": {"type": "xml"}}}, "text.format.type"),
+        ({"text": {"format": {"type": "json_schema", "name": "n"}}}, "text.format.schema"),
+        ({"text": {"format": {"type": "json_schema", "schema": {}}}}, "text.format.name"),
+        ({"text": {"format": {"type": "text", "name": "n"}}}, "text.format.name"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
         ({"text": {"verbosity": "low"}}, "text.verbosity"),
         ({"reasoning": {"effort": "high"}}, "reasoning"),
         ({"include": ["reasoning.encrypted_content"]}, "include"),

@@ -20,6 +20,7 @@ from phi_cluster.cluster.responses.sqlite_conversations import SQLiteConversatio
 from phi_cluster.cluster.responses.sqlite_responses import SQLiteResponses
 from phi_cluster.cluster.responses.store import Begun, Progress
 from phi_cluster.cluster.session.journal import JournalCorrupt, JournalTooNew, JournalUnavailable
+from phi_cluster.cluster.turn_api import WantedFormat
 
 ME, OTHER = ProcessId(1, 1), ProcessId(2, 2)
 
@@ -75,7 +76,8 @@ def texts(items: list[Item]) -> list[str]:
 
 
 def test_what_was_asked_comes_back_as_it_was(store, tmp_path):
-    asked = store.new("a\ud800b", stop=("x",), truncate=True, background=True)
+    wanted = WantedFormat("text.format.schema", "json_schema", {"maximum": 10**40, "enum": ["a\ud800b"]})
+    asked = store.new("a\ud800b", stop=("x",), truncate=True, background=True, wanted_format=wanted)
     store.responses.begin(asked, 100.5, ME, "claim")
     other = Store(tmp_path / "state")
     [unfinished] = other.responses.unfinished()
@@ -84,6 +86,7 @@ def test_what_was_asked_comes_back_as_it_was(store, tmp_path):
     assert taken is not None
     again = taken.response.asked
     assert again.input == asked.input
+    assert again.wanted_format == wanted
     assert again.sampling == asked.sampling | {"stop_token_ids": [3]}
     assert (again.stop, again.truncate, again.background, again.settings) == (("x",), True, True, asked.settings)
     assert (taken.response.created_at, taken.response.status, taken.session_id) == (100.5, "queued", asked.id)
@@ -172,7 +175,7 @@ def test_much_expires_in_parts(store):
     assert len(store.responses.doomed_sessions()) == 5
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(12))
 def test_of_much_that_is_deleted_no_byte_is_left(store, seed):
     """Short and long texts, in chains and conversations, deleted in any order among others that stay."""
     rng = random.Random(seed)
