@@ -46,13 +46,21 @@ class UsageOfKeys:
         return [{**one, "limits": asdict(self._limits_of(one["name"]))} for one in await self._book.usage(tenant)]
 
 
+class BoundedTurns(TurnRunner, Protocol):
+    """Runs turns, so many at a time."""
+
+    def check_room(self) -> None:
+        """Raises Overloaded if a turn more would be refused."""
+        ...
+
+
 class AdmittedTurns:
     """Runs turns within their tenants' limits (implements turn_api.TurnRunner). For one event loop. `process` is this
     one: what it was granted ends with it."""
 
     def __init__(
         self,
-        turns: TurnRunner,
+        turns: BoundedTurns,
         accountant: Accountant,
         limits_of: Callable[[str], TenantLimits],
         process: ProcessId,
@@ -65,6 +73,8 @@ class AdmittedTurns:
 
     async def run(self, request: TurnRequest) -> AsyncGenerator[TurnEvent, None]:
         """See turn_api.TurnRunner.run; raises LimitReached before the first event."""
+        # Before anybody else is asked: in a flood that would be the most of the work.
+        self._turns.check_room()
         usage = TurnUsage(request.tenant, uuid.uuid4().hex)
         is_refused = False
         try:

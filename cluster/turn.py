@@ -71,10 +71,14 @@ class Turns:
         """Turns that have not ended yet, also those whose client has left."""
         return self._running + len(self._endings)
 
-    async def run(self, request: TurnRequest) -> AsyncGenerator[TurnEvent, None]:
-        """See turn_api.TurnRunner.run."""
+    def check_room(self) -> None:
+        """Raises Overloaded if a turn more would be refused. Costs nothing: who is refused should know it at once."""
         if self._running >= self._around.limits.max_turns:
             raise Overloaded("too many requests are waiting; try again", retry_after=1)
+
+    async def run(self, request: TurnRequest) -> AsyncGenerator[TurnEvent, None]:
+        """See turn_api.TurnRunner.run."""
+        self.check_room()
         self._running += 1
         try:
             # Closed with this one, not when it is collected: a turn that has left has begun to end.

@@ -1,10 +1,11 @@
 """What too many requests cost: how soon those that are refused know it, and what those that were let in notice.
 
     phi-cluster serve config.yaml &            # with engine: {max_num_seqs: 4, max_waiting: 4}
-    python tests/bench/overload.py --url http://127.0.0.1:8000 --streams 4 --flood 64 --seconds 10
+    python tests/bench/overload.py --url http://127.0.0.1:8000 --streams 8 --rate 50 --seconds 10
 
-`--streams` run alone for a while, then while `--flood` clients send requests as fast as they are answered. Told are the
-streams' time from token to token, both ways, and how long the flood waited for its 429s. The last line is JSON.
+`--streams` (as many as are let in) run alone for a while, then while `--rate` requests a second come besides, whether
+they are answered or not. Told are the streams' time from token to token, both ways, and how long the others waited for
+their 429s. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -37,14 +38,24 @@ async def stream(client: httpx.AsyncClient, tokens: int, gaps: list[float]) -> N
                 last = now
 
 
-async def flood(client: httpx.AsyncClient, until: float, refused: list[float], served: list[float]) -> None:
-    """Requests one after the other."""
-    while time.perf_counter() < until:
-        begin = time.perf_counter()
-        response = await client.post(_CHAT, json={"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1})
-        (refused if response.status_code == 429 else served).append(time.perf_counter() - begin)
-        if response.status_code not in (200, 429):
-            raise RuntimeError(f"status {response.status_code}: {response.text[:200]}")
+async def knock(client: httpx.AsyncClient, refused: list[float], served: list[float]) -> None:
+    """One request of the flood."""
+    begin = time.perf_counter()
+    response = await client.post(_CHAT, json={"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1})
+    if response.status_code not in (200, 429):
+        raise RuntimeError(f"status {response.status_code}: {response.text[:200]}")
+    (refused if response.status_code == 429 else served).append(time.perf_counter() - begin)
+
+
+async def flood(
+    client: httpx.AsyncClient, rate: float, seconds: float, refused: list[float], served: list[float]
+) -> None:
+    """Requests at even distances."""
+    begin, knocks = time.perf_counter(), []
+    for number in range(int(rate * seconds)):
+        await asyncio.sleep(max(begin + number / rate - time.perf_counter(), 0.0))
+        knocks.append(asyncio.ensure_future(knock(client, refused, served)))
+    await asyncio.gather(*knocks)
 
 
 def percentile(values: list[float], share: float) -> float | None:
@@ -52,9 +63,12 @@ def percentile(values: list[float], share: float) -> float | None:
     return round(sorted(values)[min(int(len(values) * share), len(values) - 1)] * 1000, 1) if values else None
 
 
-async def measure(url: str, num_streams: int, num_clients: int, seconds: float, tokens: int) -> dict[str, Any]:
-    limits = httpx.Limits(max_connections=num_streams + num_clients + 4)
-    async with httpx.AsyncClient(base_url=url, timeout=120.0, limits=limits) as client:
+async def measure(
+    url: str, key: str | None, num_streams: int, rate: float, seconds: float, tokens: int
+) -> dict[str, Any]:
+    headers = {"authorization": f"Bearer {key}"} if key else {}
+    limits = httpx.Limits(max_connections=None)
+    async with httpx.AsyncClient(base_url=url, timeout=120.0, limits=limits, headers=headers) as client:
         quiet: list[float] = []
         await asyncio.gather(*(stream(client, tokens, quiet) for _ in range(num_streams)))
         loaded: list[float] = []
@@ -63,14 +77,12 @@ async def measure(url: str, num_streams: int, num_clients: int, seconds: float, 
         streams = [asyncio.ensure_future(stream(client, tokens, loaded)) for _ in range(num_streams)]
         # They are let in first.
         await asyncio.sleep(0.5)
-        until = time.perf_counter() + seconds
-        await asyncio.gather(*(flood(client, until, refused, served) for _ in range(num_clients)))
+        await flood(client, rate, seconds, refused, served)
         await asyncio.gather(*streams)
     return {
         "streams": num_streams,
-        "flooding_clients": num_clients,
+        "requests_per_second": rate,
         "refused": len(refused),
-        "refused_per_second": round(len(refused) / seconds, 1),
         "refused_ms_p50": percentile(refused, 0.5),
         "refused_ms_p99": percentile(refused, 0.99),
         "served": len(served),
@@ -83,12 +95,17 @@ async def measure(url: str, num_streams: int, num_clients: int, seconds: float, 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--url", default="http://127.0.0.1:8000")
-    parser.add_argument("--streams", type=int, default=4)
-    parser.add_argument("--flood", type=int, default=64, help="clients that send too much")
+    parser.add_argument("--key")
+    parser.add_argument("--streams", type=int, default=8)
+    parser.add_argument("--rate", type=float, default=50.0, help="requests a second beside them")
     parser.add_argument("--seconds", type=float, default=10.0)
     parser.add_argument("--tokens", type=int, default=400, help="length of the streams' replies")
     parsed = parser.parse_args()
-    print(json.dumps(asyncio.run(measure(parsed.url, parsed.streams, parsed.flood, parsed.seconds, parsed.tokens))))
+    print(
+        json.dumps(
+            asyncio.run(measure(parsed.url, parsed.key, parsed.streams, parsed.rate, parsed.seconds, parsed.tokens))
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from phi_cluster.cluster.admission import AdmittedTurns, UsageOfKeys
-from phi_cluster.cluster.errors import InvalidRequest, LimitReached, PhiError, Unavailable
+from phi_cluster.cluster.errors import InvalidRequest, LimitReached, Overloaded, PhiError, Unavailable
 from phi_cluster.cluster.messages import AdmitTurn, ProcessId, SessionKey, TenantLimits, TurnUsage
 from phi_cluster.cluster.turn_api import BEGINNING, TextDelta, TurnEvent, TurnFinished, TurnRequest, TurnStarted
 
@@ -50,6 +50,11 @@ class Runner:
             TurnFinished("stop", 7, 3, 4),
         ]
         self.runs = 0
+        self.is_full = False
+
+    def check_room(self) -> None:
+        if self.is_full:
+            raise Overloaded("full")
 
     async def run(self, request: TurnRequest) -> AsyncGenerator[TurnEvent, None]:
         self.runs += 1
@@ -120,6 +125,14 @@ async def test_a_turn_that_fails_is_charged_for_what_it_had(
     await turns.charged()
     [charged] = accountant.charged
     assert (charged.num_prompt_tokens, charged.num_completion_tokens) == [(0, 0), (7, 0), (7, 2)][at]
+
+
+async def test_where_there_is_no_room_nobody_is_asked(turns: AdmittedTurns, accountant: Any, runner: Runner) -> None:
+    runner.is_full = True
+    with pytest.raises(Overloaded):
+        await run(turns, request())
+    await turns.charged()
+    assert (accountant.asked, accountant.charged, runner.runs) == ([], [], 0)
 
 
 async def test_a_client_that_leaves_is_charged_too(turns: AdmittedTurns, accountant: Any) -> None:
