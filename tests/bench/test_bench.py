@@ -219,3 +219,21 @@ def test_hibernation_is_measured_at_a_small_size(bench, tmp_path) -> None:
     one = hibernation.measure(network, store, tmp_path, 100)
     assert one["tokens"] == 100
     assert list(tmp_path.rglob("*.kv")) == []
+
+
+def test_what_time_tells_is_judged(bench) -> None:
+    timing = bench("tenant_timing")
+    assert timing.area_under_curve([1.0, 1.0], [2.0, 3.0]) == 1.0
+    assert timing.area_under_curve([1.0, 4.0], [2.0, 3.0]) == 0.5
+    assert timing.area_under_curve([2.0], [2.0]) == 0.5
+    good = {"auc_another_key": 0.53, "auc_same_key": 0.99}
+    assert timing.complaints(good, 0.05) == []
+    assert "tells of another key's prompts" in timing.complaints({**good, "auc_another_key": 0.44}, 0.05)[0]
+    assert "says nothing" in timing.complaints({**good, "auc_same_key": 0.9}, 0.05)[0]
+
+
+def test_percentiles_of_a_flood(bench) -> None:
+    overload = bench("overload")
+    assert overload.percentile([0.004, 0.001, 0.002, 0.003], 0.5) == 3.0
+    assert overload.percentile([0.001], 0.99) == 1.0
+    assert overload.percentile([], 0.5) is None

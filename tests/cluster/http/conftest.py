@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Container, Sequence
+import socket
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Container, Sequence
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
 import pytest
+import uvicorn
 from fastapi import FastAPI
 
 from phi_cluster.cluster.errors import InvalidRequest, NotFound, SessionExists, Unauthorized
@@ -434,6 +437,26 @@ async def connect(app: FastAPI) -> AsyncIterator[Callable[..., Connection]]:
     for connection in connections:
         connection.task.cancel()
     await asyncio.gather(*(one.task for one in connections), return_exceptions=True)
+
+
+@pytest.fixture
+async def serve() -> AsyncIterator[Callable[[FastAPI], Awaitable[str]]]:
+    """`await serve(app)`: its URL, behind a real server in this event loop."""
+    async with AsyncExitStack() as stack:
+
+        async def serve(app: FastAPI) -> str:
+            server = uvicorn.Server(uvicorn.Config(app, lifespan="off", log_config=None, access_log=False))
+            listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+            serving = asyncio.ensure_future(server.serve(sockets=[listener]))
+
+            async def stop() -> None:
+                server.should_exit = True
+                await serving
+
+            stack.push_async_callback(stop)
+            return f"http://127.0.0.1:{listener.getsockname()[1]}"
+
+        yield serve
 
 
 def _events(body: str | bytes) -> list[Any]:

@@ -2,12 +2,10 @@
 
 import asyncio
 import contextlib
-import socket
 
 import hypothesis
 import pytest
 import schemathesis
-import uvicorn
 from hypothesis import HealthCheck, Phase
 from hypothesis.errors import Unsatisfiable
 from schemathesis import GenerationMode
@@ -36,17 +34,11 @@ CHECKS = (
 
 
 @pytest.fixture
-async def url(make_app, settings, sessions, keys, usage):
+async def url(make_app, serve, settings, sessions, keys, usage):
     """Of the app behind a real server: it belongs to one event loop, and requests come from another thread."""
     for owner in ("alice", "bob"):
         sessions.add(owner, "0")
-    app = make_app(settings, keys=keys, usage=usage)
-    server = uvicorn.Server(uvicorn.Config(app, lifespan="off", log_config=None, access_log=False))
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        serving = asyncio.ensure_future(server.serve(sockets=[listener]))
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-        server.should_exit = True
-        await serving
+    return await serve(make_app(settings, keys=keys, usage=usage))
 
 
 def ask_all(url, mode):
