@@ -188,6 +188,7 @@ class Run:
             wanted_format=asked.wanted_format,
             resume_from=BEGINNING if self._is_second else None,
             truncate=asked.truncate,
+            cache_hint=asked.settings.get("prompt_cache_key"),
         )
 
     def _finished(self, finished: TurnFinished) -> Response:

@@ -188,6 +188,7 @@ async def test_everything_given_reaches_the_runner(client, turns):
         ("user", "c\nd"),
     ]
     assert turn.truncate
+    assert turn.cache_hint == "p"
     sampling = turn.sampling
     assert (sampling["max_tokens"], sampling["temperature"], sampling["top_p"], sampling["seed"]) == (9, 0.5, 0.25, 4)
     given = {"max_output_tokens": 9, "temperature": 0.5, "top_p": 0.25, "truncation": "auto", "metadata": {"k": "v"}}
