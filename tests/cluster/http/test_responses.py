@@ -283,6 +283,16 @@ async def test_what_failed_is_no_reason_for_a_branch(client, turns):
     assert [turn.session_id for turn in turns.requests] == [first["id"]] * 3
 
 
+@pytest.mark.parametrize("streamed", [False, True])
+async def test_what_a_key_may_still_use_is_told(client, turns, streamed):
+    turns.script[0] = TurnStarted(7, 3, rates={"requests": (60, 41, 0.5)})
+    answer = await client.post(RESPONSES, json={**ASK, "stream": streamed})
+    assert answer.headers["x-ratelimit-remaining-requests"] == "41"
+    turns.script[0] = TurnStarted(7, 3)
+    answer = await client.post(RESPONSES, json={**ASK, "stream": streamed})
+    assert "x-ratelimit-remaining-requests" not in answer.headers
+
+
 async def test_without_store_nothing_is_kept(client, turns, tmp_path):
     first = await create(client, input="canary one")
     body = await create(client, input="canary two", store=False, previous_response_id=first["id"])
