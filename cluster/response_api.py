@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, TypeAlias
 
 from phi_cluster.cluster.errors import PhiError
-from phi_cluster.cluster.turn_api import WantedFormat
+from phi_cluster.cluster.turn_api import Rates, WantedFormat
 
 Item: TypeAlias = dict[str, Any]
 # What stands, and what is still to come.
@@ -125,6 +125,11 @@ class Reading(Protocol):
     @property
     def error(self) -> PhiError | None:
         """What made it fail, if that happened while it was read here."""
+        ...
+
+    @property
+    def rates(self) -> Rates | None:
+        """What its key may still use, as of its start; None if that was elsewhere, or nothing is limited."""
         ...
 
     def events(self) -> AsyncGenerator[ReadingEvent, None]:

@@ -138,7 +138,7 @@ class ResponseRequest(GenerationFields):
     tool_choice: Annotated[Literal["none", "auto"], BeforeValidator(_tool_choice)] = "auto"
     parallel_tool_calls: bool = Field(True, description="accepted, without effect: there are no tools")
     max_tool_calls: int | None = Field(None, ge=1, description="accepted, without effect: there are no tools")
-    prompt_cache_key: str | None = Field(None, description="accepted, without effect")
+    prompt_cache_key: str | None = Field(None, max_length=512, description="as in chats, with store: false")
     prompt_cache_retention: Literal["in_memory", "24h"] | None = Field(None, description="accepted, without effect")
     safety_identifier: str | None = Field(None, description="accepted, without effect")
     service_tier: str | None = Field(None, description="accepted, without effect")

@@ -20,6 +20,7 @@ from phi_cluster.cluster.http.disconnect import until_disconnect
 from phi_cluster.cluster.http.edge import EdgeSettings
 from phi_cluster.cluster.http.errors import error_response, internal_error, log_for_operator, to_json
 from phi_cluster.cluster.http.event_stream import EventStream
+from phi_cluster.cluster.http.rates import rate_headers
 from phi_cluster.cluster.http.response_format import ResponseEvents, response_json
 from phi_cluster.cluster.response_api import Reading, Response
 
@@ -52,6 +53,7 @@ class ResponseStream(HTTPResponse):
         try:
             reading = await self._open_reading()
             events = ResponseEvents(reading.response)
+            stream.add_headers(rate_headers(reading.rates))
             await self._write(stream, events.opening())
             async with aclosing(reading.events()) as coming:
                 async for one in coming:
@@ -102,7 +104,8 @@ class WholeResponse(HTTPResponse):
                 if reading.error is not None:
                     # As in chats: who waits for all of it gets an error and not half of it.
                     raise reading.error
-            answer = HTTPResponse(to_json(response_json(response)), media_type="application/json")
+            headers = rate_headers(reading.rates)
+            answer = HTTPResponse(to_json(response_json(response)), 200, headers, media_type="application/json")
         except Exception as error:
             answer = error_response(_told(error, reading))
         finally:

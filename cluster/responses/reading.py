@@ -11,6 +11,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 from phi_cluster.cluster.errors import PhiError
 from phi_cluster.cluster.response_api import ReadingEvent, Response
 from phi_cluster.cluster.responses.run import Run
+from phi_cluster.cluster.turn_api import Rates
 
 
 class RunReading:
@@ -36,6 +37,11 @@ class RunReading:
     def error(self) -> PhiError | None:
         """See response_api.Reading."""
         return None if self._run is None else self._run.error
+
+    @property
+    def rates(self) -> Rates | None:
+        """See response_api.Reading."""
+        return None if self._run is None else self._run.rates
 
     def leave(self) -> None:
         """See response_api.Reading."""

@@ -27,6 +27,7 @@ from phi_cluster.cluster.responses.store import Begun
 from phi_cluster.cluster.turn_api import (
     BEGINNING,
     Clock,
+    Rates,
     RequestObserver,
     TextDelta,
     TurnFinished,
@@ -72,6 +73,8 @@ class Run:
         self.num_saved = len(self.pieces)
         self.has_started = bool(self.pieces)
         self.error: PhiError | None = None
+        # As its turn was told when it started.
+        self.rates: Rates | None = None
         self.is_done = False
         # It is about to be in the store as it ended, or not at all.
         self.is_stored = False
@@ -129,7 +132,7 @@ class Run:
                 observation.finish(finished.finish_reason)
                 return self._finished(finished)
             is_patient = asked.background and asyncio.get_running_loop().time() < deadline
-            if is_patient and isinstance(error, _PASSING):
+            if is_patient and isinstance(error, PhiError) and _passes(error):
                 self._is_second = True
                 pause = min(error.retry_after or 1.0, _LONGEST_PAUSE_SECONDS)
                 with suppress(asyncio.TimeoutError):
@@ -159,6 +162,7 @@ class Run:
                 elif isinstance(event, TurnStarted):
                     observation.started(event)
                     self.has_started = True
+                    self.rates = event.rates
                     self.response = replace(self.response, status="in_progress")
                 else:
                     observation.totals(event)
@@ -188,6 +192,7 @@ class Run:
             wanted_format=asked.wanted_format,
             resume_from=BEGINNING if self._is_second else None,
             truncate=asked.truncate,
+            cache_hint=asked.settings.get("prompt_cache_key"),
         )
 
     def _finished(self, finished: TurnFinished) -> Response:
@@ -211,6 +216,11 @@ class Run:
         return replace(
             self.response, status=status, pieces=tuple(self.pieces), ended_at=float(self._tools.clock.time())
         )
+
+
+def _passes(error: PhiError) -> bool:
+    """Whether it may be otherwise in a while, also of a key's limits: those by the minute."""
+    return isinstance(error, _PASSING) or (isinstance(error, LimitReached) and error.retry_after is not None)
 
 
 def fault_of(error: PhiError) -> ResponseFault:

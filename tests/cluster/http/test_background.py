@@ -13,7 +13,7 @@ import httpx
 import pytest
 from fastapi import FastAPI
 
-from phi_cluster.cluster.errors import ContextOverflow, Overloaded
+from phi_cluster.cluster.errors import ContextOverflow, LimitReached, Overloaded
 from phi_cluster.cluster.http.server import build_app
 from phi_cluster.cluster.responses.assembly import ResponseRoom
 from phi_cluster.cluster.turn_api import BEGINNING, Position, TextDelta, TurnFinished, TurnStarted
@@ -269,10 +269,11 @@ async def test_in_the_foreground_it_fails_with_its_process(start, alive):
     asking.cancel()
 
 
-async def test_a_busy_server_is_tried_again(start, turns):
+@pytest.mark.parametrize("error", [Overloaded("no room", retry_after=0.01), LimitReached("no", retry_after=0.01)])
+async def test_what_passes_is_tried_again(start, error):
     one = start(1)
     script = one.turns.script
-    one.turns.script = [Overloaded("no room", retry_after=0.01)]
+    one.turns.script = [error]
     body = await one.create()
 
     async def is_tried() -> bool:
@@ -284,11 +285,18 @@ async def test_a_busy_server_is_tried_again(start, turns):
     assert (await one.over(body["id"]))["status"] == "completed"
 
 
-async def test_a_bad_request_is_not_tried_again(start):
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (ContextOverflow("3 tokens too many", param="messages"), "invalid_prompt"),
+        (LimitReached("too many sessions"), "rate_limit_exceeded"),
+    ],
+)
+async def test_what_does_not_pass_is_not_tried_again(start, error, code):
     one = start(1)
-    one.turns.script = [ContextOverflow("3 tokens too many", param="messages")]
+    one.turns.script = [error]
     body = await one.over((await one.create())["id"])
-    assert body["error"] == {"code": "invalid_prompt", "message": "3 tokens too many"}
+    assert body["error"] == {"code": code, "message": error.message}
     events = await one.events(body["id"])
     assert [event["type"] for event in events] == ["response.created", "response.in_progress", "response.failed"]
 

@@ -188,6 +188,7 @@ async def test_everything_given_reaches_the_runner(client, turns):
         ("user", "c\nd"),
     ]
     assert turn.truncate
+    assert turn.cache_hint == "p"
     sampling = turn.sampling
     assert (sampling["max_tokens"], sampling["temperature"], sampling["top_p"], sampling["seed"]) == (9, 0.5, 0.25, 4)
     given = {"max_output_tokens": 9, "temperature": 0.5, "top_p": 0.25, "truncation": "auto", "metadata": {"k": "v"}}
@@ -280,6 +281,16 @@ async def test_what_failed_is_no_reason_for_a_branch(client, turns):
     assert (await client.post(RESPONSES, json={**ASK, "previous_response_id": first["id"]})).status_code == 429
     await stream(client, previous_response_id=first["id"])
     assert [turn.session_id for turn in turns.requests] == [first["id"]] * 3
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+async def test_what_a_key_may_still_use_is_told(client, turns, streamed):
+    turns.script[0] = TurnStarted(7, 3, rates={"requests": (60, 41, 0.5)})
+    answer = await client.post(RESPONSES, json={**ASK, "stream": streamed})
+    assert answer.headers["x-ratelimit-remaining-requests"] == "41"
+    turns.script[0] = TurnStarted(7, 3)
+    answer = await client.post(RESPONSES, json={**ASK, "stream": streamed})
+    assert "x-ratelimit-remaining-requests" not in answer.headers
 
 
 async def test_without_store_nothing_is_kept(client, turns, tmp_path):
