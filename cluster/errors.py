@@ -93,6 +93,10 @@ class Overloaded(PhiError):
     code = "overloaded"
 
 
+class GaveWay(Overloaded):
+    """A turn that holds memory and wants more must let others go first: it gives all of it back and begins again."""
+
+
 class Unavailable(PhiError):
     """A part of the server is not up right now: try again after `retry_after` seconds."""
 
