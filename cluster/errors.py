@@ -127,6 +127,10 @@ class Overloaded(PhiError):
     code = "overloaded"
 
 
+class GaveWay(Overloaded):
+    """A turn that holds memory and wants more must let others go first: it gives all of it back and begins again."""
+
+
 class LimitReached(PhiError):
     """The key's own limit, not the server's: try again after `retry_after` seconds (None: waiting alone does not help).
 

@@ -28,6 +28,7 @@ from phi_cluster.cluster.turn_api import BEGINNING, TextDelta, TurnEvent, TurnFi
 from phi_cluster.cluster.turn_attempt import (
     Carried,
     MemoryLost,
+    MemoryYielded,
     Poison,
     Sessions,
     Surroundings,
@@ -43,6 +44,8 @@ logger = logging.getLogger(__name__)
 _REMEMBERED_SESSIONS = 4096
 # A turn may begin in so many: session and engine must die together for each.
 _MAX_MEMORIES = 4
+# Each time it has come on by what it had leased.
+_MAX_YIELDS = 64
 
 
 class Turns:
@@ -118,7 +121,8 @@ class Turns:
             engines.abort(live)
         key = SessionKey(request.tenant, request.session_id or "", ephemeral=request.session_id is None)
         carried = Carried(key, given=request.resume_from or BEGINNING)
-        for _ in range(_MAX_MEMORIES):
+        num_lost = num_yielded = 0
+        while num_lost < _MAX_MEMORIES and num_yielded < _MAX_YIELDS:
             try:
                 async with aclosing(self._attempt(request, text, carried)) as events:
                     async for event in events:
@@ -127,7 +131,12 @@ class Turns:
                             carried.given = event.position
                 return
             except MemoryLost:
+                num_lost += 1
                 logger.warning("a session's memory was lost in the middle of a turn, which goes on in another one")
+            except MemoryYielded:
+                num_yielded += 1
+        if num_yielded == _MAX_YIELDS:
+            raise Overloaded("there is too little KV memory for all that is asked at once; try again", retry_after=10)
         raise Unavailable("the session's memory was lost several times; try again", retry_after=2)
 
     async def _attempt(self, request: TurnRequest, text: str, carried: Carried) -> AsyncGenerator[TurnEvent, None]:
@@ -143,7 +152,7 @@ class Turns:
                 async for event in events:
                     yield event
             await attempt.record.make()
-        except MemoryLost:
+        except (MemoryLost, MemoryYielded):
             raise
         except BaseException:
             # The client left or something failed: whatever it is, the session is given back, in the background,

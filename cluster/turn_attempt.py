@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import NoReturn, Protocol
 
 from phi_cluster.cluster.engine_client import EngineClient, EngineFailed, SequenceStream
-from phi_cluster.cluster.errors import InvalidRequest, PoisonousRequest, ReadElsewhere
+from phi_cluster.cluster.errors import GaveWay, InvalidRequest, PoisonousRequest, ReadElsewhere
 from phi_cluster.cluster.messages import AddSequence, BeginTurn, ProcessId, SequenceOutput, SessionKey, TurnGrant
 from phi_cluster.cluster.prompt import PromptReader
 from phi_cluster.cluster.reply import Reply
@@ -30,6 +30,10 @@ class Sessions(Recorder, Lessor, Protocol):
     """Where sessions are; implemented by `session.directory`."""
 
     async def begin_turn(self, request: BeginTurn) -> TurnGrant: ...
+
+    async def give_way(self, key: SessionKey) -> None:
+        """The session, whose turn has been ended, gives the memory of its keys and values back."""
+        ...
 
 
 class Poison(Protocol):
@@ -65,6 +69,10 @@ class Surroundings:
 
 class MemoryLost(Exception):
     """Whoever held the session's memory is gone, and no engine has it mapped: the turn has to begin again."""
+
+
+class MemoryYielded(Exception):
+    """Others need the memory to go on, and have it: the turn has to begin again, and waits for room."""
 
 
 @dataclass
@@ -122,7 +130,8 @@ class TurnAttempt:
         self.record = TurnRecord(around.sessions, around.tokenizer, self.grant, request, self.reply)
 
     async def start(self) -> None:
-        """Takes over what there is of the reply and has an engine go on with it, if it is not over. Raises PhiError."""
+        """Takes over what there is of the reply and has an engine go on with it, if it is not over. Raises
+        MemoryYielded and PhiError."""
         around, request, grant, reply = self._around, self._request, self.grant, self.reply
         # Off the event loop: a long text takes a while.
         num_kept, kept_chars, new_ids = await asyncio.to_thread(around.prompts.encode, request, grant, self._text)
@@ -150,7 +159,10 @@ class TurnAttempt:
                 max_num_tokens=num_prompt + len(so_far) + ahead,
                 num_prompt_tokens=num_prompt,
             )
-            await around.sessions.reserve(grant.key, add.max_num_tokens)
+            try:
+                await around.sessions.reserve(grant.key, add.max_num_tokens)
+            except GaveWay:
+                await self._yield_memory(so_far)
             self.stream = await around.engines.add(add)
         # Only now is there anything to record: a turn that was refused room leaves the session as it was.
         record = self.record
@@ -159,8 +171,8 @@ class TurnAttempt:
         reply.num_prompt_tokens = num_prompt
 
     async def events(self) -> AsyncGenerator[TurnStarted | TextDelta, None]:
-        """Text until the reply is over and the sequence released. Raises MemoryLost, with all of the reply carried, and
-        PhiError."""
+        """Text until the reply is over and the sequence released. Raises MemoryLost and MemoryYielded, with all of the
+        reply carried, and PhiError."""
         if self.stream is None:
             for event in self._begin(self.grant.num_computed_tokens):
                 yield event
@@ -182,6 +194,8 @@ class TurnAttempt:
                 param = None if request.wanted_format is None else request.wanted_format.param
                 raise InvalidRequest(f"{param} cannot be followed: {output.error}", param=param)
             if output.finish_reason == "abort" and not reply.is_cut:
+                if isinstance(lease.refusal, GaveWay):
+                    await self._yield_memory(reply.token_ids)
                 raise lease.refusal or ReadElsewhere("this reply is being read on by a later connection")
             lease.follow(num_there + len(stream.received))
             if not has_begun:
@@ -234,6 +248,16 @@ class TurnAttempt:
         if self._fresh:
             told.append(TextDelta(self._fresh, 0, reply.position, reply.take_pieces()))
         return told
+
+    async def _yield_memory(self, token_ids: list[int]) -> NoReturn:
+        """Ends the turn here, and what of its reply there is goes on when there is room. Raises MemoryYielded."""
+        await self.record.drop()
+        carried = self._carried
+        carried.key = self.grant.key
+        if token_ids:
+            carried.token_ids = token_ids
+        await self._around.sessions.give_way(self.grant.key)
+        raise MemoryYielded
 
     def _give_up(self, stream: SequenceStream, error: str | None) -> NoReturn:
         """Raises what the client is told of a sequence that no engine carries on."""

@@ -195,6 +195,17 @@ class Custody:
                 logger.info("a cache could not be dropped: %s", type(error).__name__)
         return freed
 
+    async def drop_cache(self, key: SessionKey) -> None:
+        """The session's keys and values go, if it is between two turns."""
+        entry = self.roster.find(key)
+        if entry is None:
+            return
+        if entry.session is not None:
+            entry.session.drop_cache()
+        else:
+            await entry.actor.handle.drop_cache.remote(key)
+        self.settle(entry, await self.stats(entry))
+
     def drop_surplus(self) -> None:
         """Unnamed conversations beyond the number to keep go."""
         for entry in self.roster.surplus_ephemeral():

@@ -38,6 +38,8 @@ class SessionDirectory:
         self._keeper = keeper
         self._holders: OrderedDict[str, Any] = OrderedDict()
         self._background: set[asyncio.Future[None]] = set()
+        # By session: the memory of its last turn is being settled with the keeper.
+        self._settling: dict[str, asyncio.Future[None]] = {}
 
     # What a turn asks.
 
@@ -74,6 +76,13 @@ class SessionDirectory:
 
     async def charge(self, usage: TurnUsage) -> None:
         await self._ask_keeper("charge", usage)
+
+    async def give_way(self, key: SessionKey) -> None:
+        # What its turn held is settled before, not after the next one has leased.
+        settling = self._settling.pop(key.digest, None)
+        if settling is not None:
+            await asyncio.wait((settling,))
+        await self._ask_keeper("drop_cache", key)
 
     # What an administrator asks.
 
@@ -173,7 +182,9 @@ class SessionDirectory:
     async def _settle(self, key: SessionKey, stats: SessionStats | Moved) -> None:
         # The keeper settles what it holds itself. A turn under way is a later one, with a lease of its own.
         if isinstance(stats, SessionStats) and not stats.in_turn and key.digest in self._holders:
-            self._in_background(self._ask_keeper("settle", key, stats.kv_cache_bytes))
+            settling = self._in_background(self._ask_keeper("settle", key, stats.kv_cache_bytes))
+            self._settling[key.digest] = settling
+            settling.add_done_callback(lambda _: self._settled(key.digest, settling))
 
     async def _withdraw(self, request: BeginTurn, begin: asyncio.Future[TurnGrant]) -> None:
         if not begin.done():
@@ -193,10 +204,15 @@ class SessionDirectory:
         if len(self._holders) > _REMEMBERED_HOLDERS:
             self._holders.popitem(last=False)
 
-    def _in_background(self, work: Awaitable[None]) -> None:
+    def _settled(self, digest: str, settling: asyncio.Future[None]) -> None:
+        if self._settling.get(digest) is settling:
+            del self._settling[digest]
+
+    def _in_background(self, work: Awaitable[None]) -> asyncio.Future[None]:
         task = asyncio.ensure_future(work)
         self._background.add(task)
         task.add_done_callback(self._background.discard)
+        return task
 
 
 async def _unwrapped(call: Awaitable[Any]) -> Any:

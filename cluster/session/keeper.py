@@ -188,6 +188,11 @@ class NodeSessions:
         if self._roster.find(key) is not None:
             self._custody.leases.settle(key.digest, nbytes)
 
+    async def drop_cache(self, key: SessionKey) -> None:
+        """The session's turn gave way to others: so does its memory, unless another turn of it has begun."""
+        await self.start()
+        await self._custody.drop_cache(key)
+
     async def actor_died(self, key: SessionKey) -> None:
         """A replica could not reach the session's actor: if it is dead, the session goes on here, in its memory."""
         await self.start()

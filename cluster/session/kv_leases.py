@@ -3,7 +3,8 @@
 Owns: the queue. Knows nothing of how room is made (injected) or of what the bytes hold.
 
 Sessions that hold memory already come first: a reply that is growing ends and gives its memory back only if it can
-grow, so it must not stand behind a newcomer who waits for that memory.
+grow, so it must not stand behind a newcomer who waits for that memory. If all turns that hold memory wait for more,
+none of them would ever end: the one that came last gives way.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
-from phi_cluster.cluster.errors import Overloaded
+from phi_cluster.cluster.errors import GaveWay, Overloaded
 from phi_cluster.cluster.session.ledger import Ledger
 
 
@@ -33,6 +34,8 @@ class KVLeases:
         self._wait_seconds = wait_seconds
         self._waiting: list[_Waiter] = []
         self._pressing: asyncio.Task[None] | None = None
+        # Whose turn is under way: from a lease that was granted until it is settled.
+        self._active: set[str] = set()
         # Whether a lease shrank since room was asked for.
         self._has_changed = False
 
@@ -41,7 +44,8 @@ class KVLeases:
         return len(self._waiting)
 
     async def reserve(self, digest: str, nbytes: int) -> None:
-        """Leases memory for the session to hold `nbytes` in all. Raises Overloaded."""
+        """Leases memory for the session to hold `nbytes` in all. Raises Overloaded; GaveWay if the session holds memory
+        that others need to go on."""
         if nbytes > self._ledger.capacity:
             raise Overloaded(
                 f"the turn may need {nbytes} bytes of KV cache and the server has {self._ledger.capacity} in all; "
@@ -57,7 +61,7 @@ class KVLeases:
             if not waiter.granted.done():
                 await asyncio.wait_for(waiter.granted, self._wait_seconds)
         except asyncio.TimeoutError:
-            raise Overloaded(
+            raise (GaveWay if waiter.grows else Overloaded)(
                 "no KV memory became free in time; try again, end idle sessions or raise kv.budget", retry_after=5
             ) from None
         finally:
@@ -82,11 +86,13 @@ class KVLeases:
         """The session's turn is over, it holds so many bytes."""
         self._has_changed = self._has_changed or nbytes < self._ledger.lease(digest)
         self._ledger.settle(digest, nbytes)
+        self._active.discard(digest)
         self._advance()
 
     def release(self, digest: str) -> None:
         """The session holds nothing any more."""
         self._has_changed = self._ledger.release(digest) > 0 or self._has_changed
+        self._active.discard(digest)
         self._advance()
 
     def _advance(self) -> None:
@@ -103,7 +109,22 @@ class KVLeases:
                 return
             del self._waiting[0]
             if not first.granted.done():
+                self._active.add(first.digest)
                 first.granted.set_result(None)
+
+    def _break_standstill(self) -> None:
+        """If all turns that hold memory wait for more, one of them is told to give way: the one that asked last, of
+        those that hold much (who gave way before holds next to nothing), and never the first."""
+        if not self._waiting or self._active - {waiter.digest for waiter in self._waiting}:
+            return
+        growing = [waiter for waiter in self._waiting if waiter.grows and not waiter.granted.done()]
+        most = max((self._ledger.lease(waiter.digest) for waiter in growing), default=0)
+        for waiter in reversed(growing):
+            if waiter is not self._waiting[0] and 4 * self._ledger.lease(waiter.digest) >= most:
+                waiter.granted.set_exception(
+                    GaveWay("the conversation's memory is needed by others that began before it", retry_after=5)
+                )
+                return
 
     async def _press(self) -> None:
         """Has room made until nobody waits, or nothing is left to give back. One at a time: two would each make room
@@ -120,6 +141,7 @@ class KVLeases:
                     freed = True
                 self._grant()
                 if not freed and not self._has_changed:
+                    self._break_standstill()
                     return
         finally:
             self._pressing = None

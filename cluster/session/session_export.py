@@ -36,7 +36,7 @@ _START = struct.Struct("<IId")
 _TURN = struct.Struct("<5Id")
 _LENGTH = struct.Struct("<I")
 _REQUEST_ID = re.compile(r"[0-9A-Za-z_-]{1,128}", re.ASCII)
-_FINISH_REASONS = frozenset(("stop", "length", "abort", "error"))
+_FINISH_REASON = re.compile(r"[a-z_]{0,32}", re.ASCII)
 # Far beyond what a request can say.
 _MAX_SAMPLING_NBYTES = 2**16
 
@@ -110,7 +110,7 @@ def _unpack_turn(reader: _Reader, key: SessionKey, epoch: int, vocab_size: int) 
     request_id = reader.text(f"{where}.request_id")
     _check(_REQUEST_ID.fullmatch(request_id) is not None, f"{where}.request_id")
     finish_reason = reader.text(f"{where}.finish_reason")
-    _check(finish_reason in _FINISH_REASONS, f"{where}.finish_reason")
+    _check(_FINISH_REASON.fullmatch(finish_reason) is not None, f"{where}.finish_reason")
     token_ids = reader.sized()
     _check(len(token_ids) % 4 == 0, f"{where}.token_ids")
     ids = array("i", token_ids)

@@ -19,6 +19,7 @@ from tokenizers import Tokenizer as Backend
 from phi_cluster.cluster.engine_client import EngineClient, EngineFailed, SequenceStream
 from phi_cluster.cluster.errors import (
     ContextOverflow,
+    GaveWay,
     InvalidRequest,
     Overloaded,
     PhiError,
@@ -156,6 +157,9 @@ class FakeSessions:
     async def abandon(self, key: SessionKey, epoch: int) -> None:
         await self._script.call("abandon")
         self.abandoned.append(epoch)
+
+    async def give_way(self, key: SessionKey) -> None:
+        await self._script.call("give_way")
 
     def transcript(self, tenant: str, session_id: str) -> Transcript:
         return self.transcripts[SessionKey(tenant, session_id).digest]
@@ -678,6 +682,56 @@ async def test_a_memory_that_is_lost_is_replaced_in_mid_turn(
     assert (asked.key.session_id, asked_again.key.session_id) == ("", "unnamed-1")
     [commit] = world.sessions.commits
     assert stored_ids(commit)[-5:] == told
+
+
+async def test_a_turn_that_gives_way_goes_on_later_as_if_it_had_not(
+    make_world: Callable[..., World], tokenizer: Tokenizer
+) -> None:
+    world = make_world(lease_tokens=2)
+    told = [tokenizer.encode(char)[0] for char in "hello"]
+    events, first = await begin(world, chat("hi", sampling={"seed": 4, "max_tokens": 5}))
+    world.script.errors["reserve"] = GaveWay("others need it")
+    for token_id in told[:2]:
+        world.engines.push(token_id, cached=0)
+    seen = [await first]
+    while said(seen) != "he":
+        seen.append(await anext(events))
+    # Its sequence is ended, and all of its memory given back, before it asks again.
+    del world.script.errors["reserve"]
+    world.engines.replies.append((told[2:], "length"))
+    before = world.engines.streams[-1].add
+    world.engines.push(reason="abort", released=True)
+    seen += [event async for event in events]
+    assert said(seen) == "hello"
+    assert [event for event in seen if isinstance(event, TurnStarted)] == seen[:1]
+    assert [e.position.count for e in seen if isinstance(e, TextDelta)] == [1, 2, 3, 4, 5]
+    again = world.engines.streams[-1].add
+    assert (again.sampling, again.num_prompt_tokens) == (before.sampling, before.num_prompt_tokens)
+    assert again.token_ids == before.token_ids + told[:2]
+    assert world.sessions.abandoned == [1]
+    calls = world.calls
+    assert calls.index("abandon") < calls.index("give_way") < len(calls) - 1 - calls[::-1].index("begin_turn")
+    [commit] = world.sessions.commits
+    assert stored_ids(commit)[-5:] == told
+
+
+async def test_a_turn_that_gives_way_at_its_very_beginning_begins_again(world: World) -> None:
+    world.script.errors["reserve"] = GaveWay("others need it")
+    world.script.gates["give_way"] = asyncio.Event()
+    world.reply("hello")
+    running = asyncio.ensure_future(world.run(chat("hi")))
+    await until(lambda: "give_way" in world.calls)
+    del world.script.errors["reserve"]
+    world.script.gates["give_way"].set()
+    assert said(await running) == "hello"
+    assert len(world.sessions.begun) == 2
+
+
+async def test_a_turn_does_not_give_way_for_ever(world: World) -> None:
+    world.script.errors["reserve"] = GaveWay("others need it")
+    with pytest.raises(Overloaded, match="too little KV memory"):
+        await world.run(chat("hi"))
+    assert len(world.sessions.begun) == len(world.sessions.abandoned) == 64
 
 
 async def test_a_memory_that_is_lost_again_and_again(world: World) -> None:

@@ -35,7 +35,7 @@ class Replica:
         self.directory = parts.directory(world.find_keeper)
         self._standbys = StandbyEngines(world.num_standbys, self._start_engine, pauses=(0.3, 1.0), join_seconds=1.0)
         self.engines = parts.engine_client(self._start_engine, self._standbys, ready_wait=READY_WAIT)
-        limits = TurnLimits(world.layout.max_model_len, 50, TURN_WAIT, world.lease_tokens)
+        limits = TurnLimits(world.layout.max_model_len, world.max_turns, TURN_WAIT, world.lease_tokens)
         tokenizer = cast(Any, Tokenizer())
         self.turns = parts.turns(tokenizer, self.directory, self.engines, limits, process.identity, world.poison)
         self.engines.start()

@@ -120,6 +120,7 @@ class World:
         self._handles: dict[Process, ActorHandle] = {}
         self.task_errors = (PhiError, RayError)
         self.num_standbys = rng.choice((0, 0, 1))
+        self.max_turns = 50
         self.lease_tokens = rng.choice((3, 6, 50))
         self.bold_deed = rng.choice(("get", "clear", "delete"))
         self._sessions = SessionsConfig(

@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
-from phi_cluster.cluster.errors import Overloaded
+from phi_cluster.cluster.errors import GaveWay, Overloaded
 from phi_cluster.cluster.session.kv_leases import KVLeases
 from phi_cluster.cluster.session.ledger import Ledger
 
@@ -294,3 +294,55 @@ async def test_who_came_while_room_was_made_is_served_first() -> None:
     assert not await node.leases.take("c", 60)
     await done(asked[0])
     assert node.ledger.lease("b") == 70
+
+
+async def test_where_all_wait_for_each_other_the_last_gives_way() -> None:
+    node = Node()
+    for digest in ("a", "b", "c"):
+        await node.leases.reserve(digest, 30)
+    asked = [node.ask(digest, 50) for digest in ("a", "b")]
+    await settle_down()
+    # One still runs, and will end.
+    assert not any(task.done() for task in asked)
+    asked.append(node.ask("c", 50))
+    await settle_down()
+    with pytest.raises(GaveWay):
+        await asked[2]
+    assert not any(task.done() for task in asked[:2])
+    # Its turn is ended, and what it held is given back.
+    node.leases.settle("c", 2)
+    await done(asked[0])
+    again = node.ask("c", 50)
+    await settle_down()
+    assert not asked[1].done()
+    node.leases.settle("a", 5)
+    await done(asked[1])
+    node.leases.settle("b", 5)
+    await done(again)
+
+
+async def test_who_gave_way_before_is_not_asked_for_the_little_it_holds() -> None:
+    node = Node()
+    await node.leases.reserve("a", 45)
+    await node.leases.reserve("b", 45)
+    await node.leases.reserve("c", 2)
+    first, second, small = (node.ask(digest, 60) for digest in ("a", "b", "c"))
+    await settle_down()
+    with pytest.raises(GaveWay):
+        await second
+    assert not small.done()
+    node.leases.settle("b", 2)
+    await done(first)
+    node.leases.settle("a", 2)
+    await done(small)
+
+
+async def test_who_holds_memory_and_waits_too_long_gives_way() -> None:
+    node = Node(wait_seconds=0.01)
+    await node.leases.reserve("a", 60)
+    await node.leases.reserve("b", 40)
+    with pytest.raises(GaveWay):
+        await node.leases.reserve("b", 50)
+    with pytest.raises(Overloaded) as refused:
+        await node.leases.reserve("c", 50)
+    assert not isinstance(refused.value, GaveWay)

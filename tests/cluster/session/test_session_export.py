@@ -109,7 +109,7 @@ def test_impossible_turns(kit):
     assert "token_ids: beyond the vocabulary" in refusal(token_ids=kit.ids([1, VOCAB]))
     assert "token_ids: beyond the vocabulary" in refusal(token_ids=kit.ids([-1, 2]))
     assert "request_id" in refusal(request_id="../x")
-    assert "finish_reason" in refusal(finish_reason="because")
+    assert "finish_reason" in refusal(finish_reason="because of that")
     assert "cannot follow" in refusal(num_kept_tokens=5)
     assert "cannot follow" in refusal(boundaries=((4, 99),))
     assert "a count" in refusal(num_prompt_tokens=2**31)
