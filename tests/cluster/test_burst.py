@@ -14,7 +14,7 @@ TOKEN_NBYTES = 30 * 2 * 3 * 64 * 4
 BUDGET = 2600 * TOKEN_NBYTES
 CONFIG = {
     "dtype": "float32",
-    "kv": {"budget": BUDGET, "reserve_wait": "4s"},
+    "kv": {"budget": BUDGET, "reserve_wait": "8s"},
     "sessions": {"turn_wait": "60s"},
 }
 
@@ -65,7 +65,7 @@ def test_what_does_not_fit_waits_and_then_gets_429(client, refused, until):
         begin = time.monotonic()
         with pytest.raises(refused) as overloaded:
             client.conversation("fifth").say("Hi", max_tokens=512)
-        assert 3.9 < time.monotonic() - begin < 10
+        assert 7.9 < time.monotonic() - begin < 14
         assert overloaded.value.status == 429
         assert overloaded.value.error["code"] == "overloaded"
         assert int(overloaded.value.headers["retry-after"]) >= 1
@@ -90,7 +90,7 @@ def test_who_waits_is_served_when_another_ends(client, until):
 
 
 def test_idle_sessions_make_room(client, until):
-    """Caches of those who are longest idle go; their conversations stay and are computed again."""
+    """Caches of those who are longest idle leave memory; their conversations stay."""
     talks = [client.conversation(f"idle-{number}") for number in range(4)]
     for talk in talks:
         talk.say("word " * 650 + "What is the capital of France?", max_tokens=8)
@@ -103,9 +103,10 @@ def test_idle_sessions_make_room(client, until):
     assert sum(one["kv_cache_bytes"] for one in described.values()) <= BUDGET
     warm = talks[3].say("And of Italy?", max_tokens=8)
     assert warm.cached >= talks[3].replies[0].prompt + talks[3].replies[0].completion - 1
-    cold = talks[0].say("And of Italy?", max_tokens=8)
-    assert cold.cached == 0
-    assert (cold.text, cold.prompt) == (warm.text, warm.prompt)
+    # It went to the disk, and comes back from there.
+    woken = talks[0].say("And of Italy?", max_tokens=8)
+    assert woken.cached >= talks[0].replies[0].prompt + talks[0].replies[0].completion - 1
+    assert (woken.text, woken.prompt) == (warm.text, warm.prompt)
     assert client.session("idle-0")["turns"] == 2
     until(lambda: client.metric("phi_kv_cache_usage_perc") <= 1, "the gauge within the budget")
     assert client.http.get("/ready").status_code == 200

@@ -28,6 +28,7 @@ class Server(ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.asked: list[tuple[str, str]] = []
+        self.uploads: list[bytes] = []
         self.bodies: list[dict[str, Any]] = []
         self.names = ["a", "b", "c"]
         self.page = 2
@@ -67,8 +68,16 @@ class Handler(BaseHTTPRequestHandler):
         server = self.server
         server.asked.append((self.command, self.path))
         length = int(self.headers.get("content-length", 0))
-        body = json.loads(self.rfile.read(length)) if length else {}
         path, _, query = self.path.partition("?")
+        data = self.rfile.read(length)
+        if path == "/v1/sessions/import":
+            server.uploads.append(data)
+            self._send(200, json.dumps(server.describe(query.removeprefix("id="))).encode())
+            return
+        if path.endswith("/export"):
+            self._send(200, b"the session's bytes")
+            return
+        body = json.loads(data) if length else {}
         if path == "/health":
             self._send(200, b'{"status": "ok"}')
         elif path == "/v1/sessions":
@@ -140,6 +149,28 @@ def test_one_session(
     assert main(["sessions", action, "a", "--url", server.url]) == 0
     assert server.asked == [asked]
     assert told in capsys.readouterr().out
+
+
+def test_a_session_is_exported_to_a_new_private_file_and_imported(
+    server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "a.phisession"
+    assert main(["sessions", "export", "a", "--file", str(file), "--url", server.url]) == 0
+    assert file.read_bytes() == b"the session's bytes"
+    assert file.stat().st_mode & 0o777 == 0o600
+    assert main(["sessions", "export", "a", "--file", str(file), "--url", server.url]) == 1
+    assert "File exists" in capsys.readouterr().err
+    assert main(["sessions", "import", "--file", str(file), "--to", "b2", "--url", server.url]) == 0
+    assert server.uploads == [b"the session's bytes"]
+    assert server.asked[-1] == ("POST", "/v1/sessions/import?id=b2")
+    assert capsys.readouterr().out.splitlines()[-1].startswith("b2  ")
+
+
+@pytest.mark.parametrize("arguments", [[], ["--file", "/nowhere/x"]])
+def test_an_import_wants_a_file(arguments: list[str], server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["sessions", "import", *arguments, "--url", server.url]) == 1
+    assert capsys.readouterr().err.startswith("error: ")
+    assert server.asked == []
 
 
 def test_a_fork_is_told_what_it_shall_be(server: Server) -> None:
