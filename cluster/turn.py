@@ -127,7 +127,8 @@ class Turns:
                 async with aclosing(self._attempt(request, text, carried)) as events:
                     async for event in events:
                         yield event
-                        if isinstance(event, TextDelta):
+                        # Who reads on has text that is still to be computed again.
+                        if isinstance(event, TextDelta) and event.position.count > carried.given.count:
                             carried.given = event.position
                 return
             except MemoryLost:

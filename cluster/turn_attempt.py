@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import NoReturn, Protocol
 
 from phi_cluster.cluster.engine_client import EngineClient, EngineFailed, SequenceStream
-from phi_cluster.cluster.errors import GaveWay, InvalidRequest, PoisonousRequest, ReadElsewhere
+from phi_cluster.cluster.errors import GaveWay, InvalidRequest, Overloaded, PoisonousRequest, ReadElsewhere
 from phi_cluster.cluster.messages import AddSequence, BeginTurn, ProcessId, SequenceOutput, SessionKey, TurnGrant
 from phi_cluster.cluster.prompt import PromptReader
 from phi_cluster.cluster.reply import Reply
@@ -161,8 +161,11 @@ class TurnAttempt:
             )
             try:
                 await around.sessions.reserve(grant.key, add.max_num_tokens)
-            except GaveWay:
-                await self._yield_memory(so_far)
+            except Overloaded as refusal:
+                # Who was told to give way comes again, and so does a reply that has begun: it is not cut off.
+                if isinstance(refusal, GaveWay) or self._carried.started is not None:
+                    await self._yield_memory(so_far)
+                raise
             self.stream = await around.engines.add(add)
         # Only now is there anything to record: a turn that was refused room leaves the session as it was.
         record = self.record

@@ -17,7 +17,7 @@ from ray.exceptions import RayError
 
 from phi_cluster.cluster.config import KVConfig, SessionsConfig
 from phi_cluster.cluster.errors import InvalidRequest, NotFound, PhiError, SessionBusy, SessionExists
-from phi_cluster.cluster.messages import CommitTurn, Moved, SessionKey
+from phi_cluster.cluster.messages import CommitTurn, SessionKey
 from phi_cluster.cluster.session.actor_pool import ActorPool, RayActors
 from phi_cluster.cluster.session.hand_over import HandOvers
 from phi_cluster.cluster.session.journal import Journal, JournalInfo, MemoryJournal
@@ -56,8 +56,10 @@ class Recorded:
 
 
 class Custody:
-    """For one event loop. `put_away(entry)`, if there is one, has a named session leave memory for want of room; False
-    if it is in use."""
+    """For one event loop. `put_away(entry)`, which hibernation.py sets, has a named session leave memory for want of
+    room; False if it is in use."""
+
+    put_away: Callable[[Entry], Awaitable[bool]]
 
     def __init__(
         self,
@@ -74,7 +76,6 @@ class Custody:
         self.ledger = Ledger(budget_nbytes)
         self.leases = KVLeases(self.ledger, self.make_room, kv.reserve_wait)
         self.roster = Roster(self.open_session, sessions.max_ephemeral)
-        self.put_away: Callable[[Entry], Awaitable[bool]] | None = None
         self.hands = HandOvers(self.roster, ActorPool(actors), settings, self.journal, sessions)
 
     async def start(self) -> None:
@@ -185,15 +186,14 @@ class Custody:
         """Ends idle unnamed conversations, then has idle named ones, of one tenant or of all, give theirs back; whether
         any byte came free."""
         entries = {entry.key.digest: entry for entry in self.roster if tenant in (None, entry.key.tenant)}
-        stats = [await self.stats(entry) for entry in entries.values()]
-        freed = False
-        for digest in self.ledger.pick_victims(nbytes, stats):
-            try:
-                freed = await self._drop(entries[digest]) or freed
-            except RayError as error:
-                # Its actor died: not the fault of whoever waits for room.
-                logger.info("a cache could not be dropped: %s", type(error).__name__)
-        return freed
+        candidates = [await self.stats(entry) for entry in entries.values()]
+        while victims := self.ledger.pick_victims(nbytes, candidates):
+            freed = [await self._try_drop(entries[digest]) for digest in victims]
+            if any(freed):
+                return True
+            # They are in use after all: the others' turn.
+            candidates = [stats for stats in candidates if stats.key.digest not in victims]
+        return False
 
     async def drop_cache(self, key: SessionKey) -> None:
         """The session's keys and values go, if it is between two turns."""
@@ -211,24 +211,27 @@ class Custody:
         for entry in self.roster.surplus_ephemeral():
             asyncio.create_task(self._drop(entry))  # noqa: RUF006 -- nobody waits for it, and it cannot fail
 
+    async def _try_drop(self, entry: Entry) -> bool:
+        try:
+            return await self._drop(entry)
+        except RayError as error:
+            # Its actor died: not the fault of whoever waits for room.
+            logger.info("a cache could not be dropped: %s", type(error).__name__)
+            return False
+
     async def _drop(self, entry: Entry) -> bool:
-        key = entry.key
-        if self.roster.find(key) is not entry:
+        if self.roster.find(entry.key) is not entry:
             return False
-        if self.put_away is not None and not key.ephemeral:
+        if not entry.key.ephemeral:
             return await self.put_away(entry)
-        if entry.session is not None:
-            try:
-                await entry.session.deactivate(0.0)
-            except SessionBusy:
-                return False
-            self.roster.forget(entry, deleted=key.ephemeral)
-            self.leases.release(key.digest)
-            return True
-        freed = await entry.actor.handle.drop_cache.remote(key)
-        if isinstance(freed, Moved) or freed == 0:
+        # Unnamed conversations never have an actor.
+        assert entry.session is not None
+        try:
+            await entry.session.deactivate(0.0)
+        except SessionBusy:
             return False
-        self.settle(entry, await self.stats(entry))
+        self.roster.forget(entry, deleted=True)
+        self.leases.release(entry.key.digest)
         return True
 
 

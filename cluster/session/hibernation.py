@@ -39,8 +39,7 @@ class Hibernation:
     ):
         """Without a store sessions are dropped from memory, and nothing is written."""
         self._custody = custody
-        if store is not None:
-            custody.put_away = self.make_room
+        custody.put_away = self.make_room
         self._roster = custody.roster
         self._store = store
         self._monotonic = monotonic
@@ -176,7 +175,11 @@ class Hibernation:
     async def _wake(self, key: SessionKey) -> None:
         assert self._store is not None
         custody, settings = self._custody, self._custody.settings
-        asleep, digest = self._asleep[key.digest], key.digest
+        digest = key.digest
+        asleep = self._asleep.get(digest)
+        if asleep is None:
+            # Deleted or cleared before this task began.
+            return
         recorded = custody.recorded(key)
         num_tokens = min(len(recorded.token_ids), settings.layout.max_model_len)
         if not self.policy.is_worth_restoring(num_tokens, asleep.nbytes):

@@ -44,8 +44,8 @@ class KVLeases:
         return len(self._waiting)
 
     async def reserve(self, digest: str, nbytes: int) -> None:
-        """Leases memory for the session to hold `nbytes` in all. Raises Overloaded; GaveWay if the session holds memory
-        that others need to go on."""
+        """Leases memory for the session to hold `nbytes` in all. Raises Overloaded; GaveWay if its turn has been
+        granted some, and others need that to go on or there was no more in time."""
         if nbytes > self._ledger.capacity:
             raise Overloaded(
                 f"the turn may need {nbytes} bytes of KV cache and the server has {self._ledger.capacity} in all; "
@@ -61,7 +61,7 @@ class KVLeases:
             if not waiter.granted.done():
                 await asyncio.wait_for(waiter.granted, self._wait_seconds)
         except asyncio.TimeoutError:
-            raise (GaveWay if waiter.grows else Overloaded)(
+            raise (GaveWay if digest in self._active else Overloaded)(
                 "no KV memory became free in time; try again, end idle sessions or raise kv.budget", retry_after=5
             ) from None
         finally:

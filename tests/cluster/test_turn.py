@@ -727,6 +727,59 @@ async def test_a_turn_that_gives_way_at_its_very_beginning_begins_again(world: W
     assert len(world.sessions.begun) == 2
 
 
+async def test_want_of_memory_refuses_a_turn_but_does_not_cut_a_reply_off(
+    make_world: Callable[..., World], tokenizer: Tokenizer
+) -> None:
+    world = make_world(lease_tokens=2)
+    told = [tokenizer.encode(char)[0] for char in "hello"]
+    events, first = await begin(world, chat("hi", sampling={"seed": 4, "max_tokens": 5}))
+    world.script.errors["reserve"] = GaveWay("others need it")
+    for token_id in told[:2]:
+        world.engines.push(token_id, cached=0)
+    seen = [await first]
+    while said(seen) != "he":
+        seen.append(await anext(events))
+    gates = [asyncio.Event(), asyncio.Event()]
+    world.script.gates["give_way"] = gates[0]
+    rest = asyncio.ensure_future(anext(events))
+    world.engines.push(reason="abort", released=True)
+    await until(lambda: world.calls.count("give_way") == 1)
+    # There is no room in time when it comes again: it waits for its next chance. Who has not begun is refused.
+    world.script.errors["reserve"] = Overloaded("full")
+    with pytest.raises(Overloaded, match="full"):
+        await world.run(chat("hi", session_id="newcomer", request_id="newcomer"))
+    world.script.gates["give_way"] = gates[1]
+    gates[0].set()
+    await until(lambda: world.calls.count("give_way") == 2)
+    del world.script.errors["reserve"]
+    world.engines.replies.append((told[2:], "length"))
+    gates[1].set()
+    seen += [await rest] + [event async for event in events]
+    assert said(seen) == "hello"
+
+
+async def test_who_reads_on_gets_nothing_twice_where_memory_is_given_way(
+    make_world: Callable[..., World], tokenizer: Tokenizer
+) -> None:
+    """Less of the reply is left than the client has: giving way in the middle of the rest must not forget that."""
+    world = make_world(lease_tokens=2)
+    world.reply("hello", stop=False)
+    ask: dict[str, Any] = {"sampling": {"seed": 4, "max_tokens": 5}}
+    whole = await world.run(chat("hi", **ask))
+    told = [tokenizer.encode(char)[0] for char in "hello"]
+    world.sessions.resumed = array("i", told[:1]).tobytes()
+    running = asyncio.ensure_future(world.run(chat("hi", resume_from=positions(whole)[4], **ask)))
+    await until(lambda: world.calls.count("add") == 2)
+    world.script.errors["reserve"] = GaveWay("others need it")
+    for token_id in told[1:3]:
+        world.engines.push(token_id, cached=0)
+    await until(lambda: "abort" in world.calls)
+    del world.script.errors["reserve"]
+    world.engines.replies.append((told[3:], "length"))
+    world.engines.push(reason="abort", released=True)
+    assert said(await running) == "o"
+
+
 async def test_a_turn_does_not_give_way_for_ever(world: World) -> None:
     world.script.errors["reserve"] = GaveWay("others need it")
     with pytest.raises(Overloaded, match="too little KV memory"):

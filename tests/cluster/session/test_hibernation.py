@@ -114,6 +114,18 @@ async def test_turns_that_come_while_it_falls_asleep_wake_it(node):
     assert counts(node)["restores"] == 1
 
 
+async def test_who_wakes_finds_out_that_it_was_deleted_just_now(node):
+    await asleep(node)
+    hibernation = node.keeper._hibernation
+    waking = asyncio.ensure_future(hibernation.wake(KEY))
+    await asyncio.sleep(0)
+    # Asked for, not begun.
+    assert hibernation._waking
+    await hibernation.forget(KEY)
+    await waking
+    assert node.keeper._roster.find(KEY) is None
+
+
 async def test_there_is_no_such_session(node):
     with pytest.raises(NotFound):
         await node.keeper.hibernate(SessionKey("tenant", "nobody"))
@@ -229,6 +241,32 @@ async def test_want_of_memory_takes_sessions_from_their_actors(make_node, clock)
         await node.turn(SessionKey("tenant", f"s{i}"), "x", TOKENS)
     assert (await node.keeper.describe(KEY))["state"] == "hibernated"
     assert (await node.keeper.report()).recycles["memory_pressure"] == 1
+
+
+async def test_want_of_memory_passes_over_who_is_changing_hands(make_node, clock):
+    node = make_node(budget=200_000)
+    first, second = SessionKey("tenant", "first"), SessionKey("tenant", "second")
+    for key in (first, second):
+        await node.turn(key, "first ", TOKENS)
+        clock.now += 10
+    async with node.keeper._roster.find(first).moving:
+        await node.turn(SessionKey("tenant", "newcomer"), "x", TOKENS)
+        assert node.keeper._roster.find(second) is None
+        assert first.digest in node.leases()
+
+
+async def test_want_of_memory_takes_all_of_a_session_also_without_a_disk(make_node):
+    """Also the page that one without a cache takes: a turn may want all there is."""
+    node = make_node(budget=200_000, store=None)
+    await node.turn(KEY, "first ", TOKENS)
+    await node.keeper.recycle(KEY, RecycleReason.REQUESTED)
+    await node.keeper.clear(KEY)
+    assert node.leases()[KEY.digest] > 0
+    newcomer = SessionKey("tenant", "newcomer")
+    grant, _ = await node.begin(newcomer, "x")
+    await node.keeper._memory.reserve(newcomer, 200_000)
+    assert node.leases() == {newcomer.digest: 200_000}
+    await node.keeper.abandon(newcomer, grant.epoch)
 
 
 async def test_want_of_memory_is_met_also_if_the_disk_is_full(make_node, tmp_path, clock):
