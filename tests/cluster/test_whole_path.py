@@ -187,17 +187,19 @@ def test_wrong_schemas_are_refused_and_nobody_notices(client, refused):
         assert bystander.finish().text == undisturbed
 
 
-def test_log_probabilities_are_those_of_transformers(client, official, model_folder):
+def test_log_probabilities_are_those_of_transformers(client, model_folder):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
     messages = [{"role": "user", "content": FRANCE}]
-    ask = {"model": "SmolLM2-135M-Instruct", "max_tokens": 12, "logprobs": True, "top_logprobs": 5, "temperature": 0}
+    ask = {"messages": messages, "max_tokens": 12, "logprobs": True, "top_logprobs": 5, "temperature": 0}
     # The second time the prompt's cache is there.
-    for headers in ({"x-session-id": "logprobs"},) * 2:
-        reply = official.chat.completions.create(messages=messages, **ask, extra_headers=headers)
+    for cached in (False, True):
+        answer = client.http.post("/v1/chat/completions", json=ask, headers={"x-session-id": "logprobs"})
+        reply = openai.types.chat.ChatCompletion.model_validate(answer.json())
+        assert (reply.usage.prompt_tokens_details.cached_tokens > 0) == cached
     content = reply.choices[0].logprobs.content
     assert b"".join(bytes(one.bytes) for one in content).decode() == reply.choices[0].message.content
     prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=False)
@@ -547,10 +549,8 @@ def request_bytes(body: dict, header: bytes) -> bytes:
     """A request with this header line, as it is."""
     content = json.dumps(body).encode()
     return (
-        b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Type: application/json\r\n"
-        + header
-        + b"\r\nContent-Length: %d\r\n\r\n" % len(content)
-        + content
+        b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
+        b"Content-Type: application/json\r\n" + header + b"\r\nContent-Length: %d\r\n\r\n" % len(content) + content
     )
 
 
@@ -565,7 +565,7 @@ def oversized_status(port: int, nbytes: int) -> int:
     """The status of the answer to a body of so many bytes, of which no more is sent than the server takes."""
     with socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
         connection.sendall(
-            b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
             b"Content-Length: %d\r\n\r\n" % nbytes
         )
         stop = threading.Event()
