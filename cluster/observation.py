@@ -5,7 +5,16 @@ Owns: the times between its events. Knows nothing of what counts them and of how
 
 from __future__ import annotations
 
-from phi_cluster.cluster.turn_api import Clock, Endpoint, Outcome, RequestObserver, TurnFinished, TurnStarted
+from phi_cluster.cluster.turn_api import (
+    Clock,
+    Endpoint,
+    Outcome,
+    RequestObserver,
+    TextDelta,
+    TurnEvent,
+    TurnFinished,
+    TurnStarted,
+)
 
 
 class Observation:
@@ -38,6 +47,15 @@ class Observation:
         else:
             self._observer.on_token(self._endpoint, num_tokens, now - self._last_token)
         self._last_token = now
+
+    def see(self, event: TurnEvent) -> None:
+        """Any event of its turn."""
+        if isinstance(event, TextDelta):
+            self.tokens(event.num_tokens)
+        elif isinstance(event, TurnStarted):
+            self.started(event)
+        else:
+            self.totals(event)
 
     def totals(self, event: TurnFinished) -> None:
         """The turn's own totals win over what was counted here."""

@@ -28,7 +28,7 @@ class Engine(Protocol):
     def abort(self, sequence_id: int) -> None: ...
 
 
-class Admission:
+class Intake:
     """For the engine's thread, which may wait for `sources` to become readable and then calls `take_compiled`.
 
     Without `grammars` sequences that follow one are refused.

@@ -1,7 +1,7 @@
 """An engine behind a Unix socket, for one replica.
 
 Owns: the socket, the loop and the self-test. Knows nothing of Ray, text, HTTP, who owns a session, or how a sequence
-begins (admission.py's).
+begins (intake.py's).
 
 One thread does everything: read frames, step, send what the step brought. When there is nothing to do it waits for
 frames, and every few seconds computes one token for nothing, so that "ready" means a step was really computed lately;
@@ -24,10 +24,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from phi_cluster.cluster.engine.admission import Admission
 from phi_cluster.cluster.engine.device_kv import DeviceCaches
 from phi_cluster.cluster.engine.engine import Engine, EngineLimits
 from phi_cluster.cluster.engine.heartbeat import HEARTBEAT_SECONDS, FrameSender, Pulse
+from phi_cluster.cluster.engine.intake import Intake
 from phi_cluster.cluster.engine.model_runner import Model as Network
 from phi_cluster.cluster.engine.model_runner import ModelRunner
 from phi_cluster.cluster.engine.settings import EngineSettings
@@ -86,9 +86,9 @@ def build_engine_server(
     caches = None
     if settings.device != "cpu":
         caches = DeviceCaches(served.layout.kv, kv_dtype, settings.device, max_idle=settings.max_num_seqs)
-    admission = Admission(engine, served, kv_dtype, caches, Grammars(served.folder, served.config.vocab_size))
+    intake = Intake(engine, served, kv_dtype, caches, Grammars(served.folder, served.config.vocab_size))
     # `progress` grows with every layer.
-    return EngineServer(engine, admission, settings.socket_path, self_test, lambda: int(getattr(model, "progress", 0)))
+    return EngineServer(engine, intake, settings.socket_path, self_test, lambda: int(getattr(model, "progress", 0)))
 
 
 class SelfTest:
@@ -118,7 +118,7 @@ class EngineServer:
     def __init__(
         self,
         engine: Engine,
-        admission: Admission,
+        intake: Intake,
         socket_path: str,
         self_test: Callable[[], None],
         progress: Callable[[], int],
@@ -128,7 +128,7 @@ class EngineServer:
     ):
         """`self_test` has passed once already. `progress` grows within a step; any thread may ask it at any time."""
         self._engine = engine
-        self._admission = admission
+        self._intake = intake
         self._self_test = self_test
         self._progress = progress
         self._idle_step_seconds = idle_step_seconds
@@ -177,7 +177,7 @@ class EngineServer:
             self._serve(connection, sender)
         finally:
             pulse.stop()
-            self._admission.close()
+            self._intake.close()
 
     def _serve(self, connection: socket.socket, sender: FrameSender) -> None:
         last_step = time.monotonic()
@@ -185,21 +185,21 @@ class EngineServer:
             idle_at = last_step + (_STANDBY_STEP_SECONDS if self._stands_by else self._idle_step_seconds)
             self._busy = self._engine.has_work
             wait = 0.0 if self._busy else max(idle_at - time.monotonic(), 0.0)
-            sources: list[Any] = [connection, *self._admission.sources]
+            sources: list[Any] = [connection, *self._intake.sources]
             readable, _, _ = select.select(sources, [], [], wait)
             self._busy = True
             if connection in readable and not self._receive(connection):
                 return
             if any(source is not connection for source in readable):
-                self._admission.take_compiled()
+                self._intake.take_compiled()
             if self._steps_down:
                 # All that was computed has been sent; the memory of the sequences stays as the last step left it.
                 return
             if self._engine.has_work:
-                self._send(sender, self._admission.take_answers() + self._engine.step())
+                self._send(sender, self._intake.take_answers() + self._engine.step())
                 last_step = time.monotonic()
-            elif self._admission.has_answers or self._unanswered:
-                self._send(sender, self._admission.take_answers())
+            elif self._intake.has_answers or self._unanswered:
+                self._send(sender, self._intake.take_answers())
             elif time.monotonic() >= idle_at:
                 self._self_test()
                 self._idle_steps += 1
@@ -236,9 +236,9 @@ class EngineServer:
 
     def _handle(self, frame: Frame) -> None:
         if isinstance(frame, AddSequence):
-            self._admission.add(frame)
+            self._intake.add(frame)
         elif isinstance(frame, AbortSequence):
-            self._admission.abort(frame.sequence_id)
+            self._intake.abort(frame.sequence_id)
         elif isinstance(frame, ExtendSequence):
             self._engine.extend(frame.sequence_id, frame.max_num_tokens)
         elif isinstance(frame, TakeOver):

@@ -10,6 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, Field, WithJsonSchema, model_validator
 
+from phi_cluster.cluster.http.content_parts import texts_of
 from phi_cluster.cluster.http.schemas import NOT_SUPPORTED, GenerationFields, Usage
 from phi_cluster.cluster.http.strict_model import StrictModel, refusal
 from phi_cluster.model.sampling_params import MAX_LOGPROBS
@@ -27,23 +28,7 @@ def _known_role(given: Any) -> Any:
 
 def _joined_parts(given: Any) -> Any:
     """Content as one string: text parts are joined by line ends, as vLLM does."""
-    if not isinstance(given, list):
-        if isinstance(given, str):
-            return given
-        raise refusal('must be a string or an array of {"type": "text", "text": ...}')
-    texts = []
-    for index, part in enumerate(given):
-        kind = part.get("type") if isinstance(part, dict) else None
-        if not isinstance(kind, str):
-            raise refusal(f'part {index} must be an object, {{"type": "text", "text": ...}}')
-        if kind != "text":
-            raise refusal(f"part {index} has type {kind[:32]}, which is not supported: this model reads text only")
-        if part.keys() != {"type", "text"} or not isinstance(part["text"], str):
-            raise refusal(f'part {index} must be exactly {{"type": "text", "text": "a string"}}')
-        texts.append(part["text"])
-    if not texts:
-        raise refusal("must have at least one part")
-    return "\n".join(texts)
+    return "\n".join(texts_of(given, ("text",)))
 
 
 _CONTENT_SCHEMA = {

@@ -1,6 +1,7 @@
 """A client that leaves: what is done for it ends.
 
-Owns: the watch for a disconnect beside the work on a response. Knows nothing of what the work is.
+Owns: the watch for a disconnect beside the work on a response, and the time in which a whole one is taken. Knows
+nothing of what the work is.
 """
 
 from __future__ import annotations
@@ -9,7 +10,9 @@ import asyncio
 from collections.abc import Coroutine
 from typing import Any
 
-from starlette.types import Receive
+from starlette.requests import ClientDisconnect
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
 
 async def until_disconnect(
@@ -37,6 +40,15 @@ async def until_disconnect(
     for task in tasks:
         if not task.cancelled():
             task.result()
+
+
+async def send_in_time(response: Response, scope: Scope, receive: Receive, send: Send, seconds: float) -> None:
+    """Sends a whole response. Raises ClientDisconnect if it is not taken in time: who does not read is as good as
+    gone."""
+    try:
+        await asyncio.wait_for(response(scope, receive, send), seconds)
+    except asyncio.TimeoutError:
+        raise ClientDisconnect from None
 
 
 async def _disconnected(receive: Receive) -> None:

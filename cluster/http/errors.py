@@ -69,6 +69,15 @@ def log_for_operator(error: PhiError, request_id: str) -> None:
         logger.error("request %s: %s", request_id, error.message)
 
 
+def told_of(error: Exception, request_id: str) -> PhiError:
+    """What the client is told about `error`; what nobody expected goes to the log instead."""
+    if isinstance(error, PhiError):
+        log_for_operator(error, request_id)
+        return error
+    logger.error("request %s failed unexpectedly", request_id, exc_info=error)
+    return internal_error()
+
+
 async def _on_phi_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, PhiError)
     log_for_operator(error, request.state.request_id)

@@ -18,6 +18,7 @@ from pydantic import (
     model_validator,
 )
 
+from phi_cluster.cluster.http.content_parts import texts_of
 from phi_cluster.cluster.http.strict_model import StrictModel, refusal
 from phi_cluster.cluster.response_api import Item
 
@@ -35,25 +36,7 @@ _EMPTY: dict[str, tuple[Any, ...]] = {
 
 
 def _texts(given: Any) -> list[str]:
-    """The text of each part."""
-    if isinstance(given, str):
-        return [given]
-    if not isinstance(given, list):
-        raise refusal('must be a string or an array of {"type": "input_text", "text": ...}')
-    texts = []
-    for index, part in enumerate(given):
-        kind = part.get("type") if isinstance(part, dict) else None
-        if not isinstance(kind, str):
-            raise refusal(f'part {index} must be an object, {{"type": "input_text", "text": ...}}')
-        if kind not in _TEXT_PARTS:
-            raise refusal(f"part {index} has type {kind[:32]}, which is not supported: this model reads text only")
-        rest = part.keys() - {"type", "text"}
-        if not isinstance(part.get("text"), str) or any(part[name] not in _EMPTY.get(name, ()) for name in rest):
-            raise refusal(f'part {index} must be exactly {{"type": "{kind}", "text": "a string"}}')
-        texts.append(part["text"])
-    if not texts:
-        raise refusal("must have at least one part")
-    return texts
+    return texts_of(given, _TEXT_PARTS, _EMPTY)
 
 
 _CONTENT_SCHEMA = {

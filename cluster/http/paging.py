@@ -6,7 +6,7 @@ Owns: `limit`, `order` and `after` as OpenAI's lists have them, and the strictne
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Sequence
 from typing import Any
 
 from starlette.requests import Request
@@ -15,6 +15,7 @@ from phi_cluster.cluster.errors import InvalidRequest
 from phi_cluster.cluster.http.errors import to_json
 from phi_cluster.cluster.response_api import ItemPage, Page
 
+DEFAULT_PAGE = 20
 MAX_PAGE = 100
 
 PAGE_PARAMETERS: list[dict[str, Any]] = [
@@ -22,7 +23,7 @@ PAGE_PARAMETERS: list[dict[str, Any]] = [
         "name": "limit",
         "in": "query",
         "required": False,
-        "schema": {"type": "integer", "minimum": 1, "maximum": MAX_PAGE, "default": 20},
+        "schema": {"type": "integer", "minimum": 1, "maximum": MAX_PAGE, "default": DEFAULT_PAGE},
     },
     {
         "name": "order",
@@ -34,19 +35,39 @@ PAGE_PARAMETERS: list[dict[str, Any]] = [
 ]
 
 
-def query_of(request: Request, known: Collection[str]) -> dict[str, str]:
+def parameters_of(request: Request, known: Sequence[str]) -> dict[str, str]:
     """The parameters. Raises `InvalidRequest` naming one that is unknown or repeated."""
     given: dict[str, str] = {}
     for name, value in request.query_params.multi_items():
-        if name.removesuffix("[]") == "include":
-            raise InvalidRequest(f"include: {value[:64]} is not supported: leave it out", param="include")
         if name not in known:
-            told = f"there are {', '.join(known)}" if known else "there is none"
-            raise InvalidRequest(f"{name[:64]} is not a parameter here: {told}", param=name[:64])
+            raise InvalidRequest(f"{name[:64]} is not a parameter here: {_told(known)}", param=name[:64])
         if name in given:
             raise InvalidRequest(f"{name}: send this parameter once", param=name)
         given[name] = value
     return given
+
+
+def _told(known: Sequence[str]) -> str:
+    if len(known) < 2:
+        return f"there is {known[0] if known else 'none'}"
+    return f"there are {', '.join(known[:-1])} and {known[-1]}"
+
+
+def query_of(request: Request, known: Sequence[str]) -> dict[str, str]:
+    """`parameters_of`, where OpenAI has `include` too."""
+    for name, value in request.query_params.multi_items():
+        if name.removesuffix("[]") == "include":
+            raise InvalidRequest(f"include: {value[:64]} is not supported: leave it out", param="include")
+    return parameters_of(request, known)
+
+
+def limit_of(given: dict[str, str], default: int, most: int) -> int:
+    """How many are asked for. Raises `InvalidRequest`."""
+    limit = given.get("limit", str(default))
+    # No more digits than fit: int() of a million of them takes seconds.
+    if not re.fullmatch("[0-9]{1,4}", limit, re.ASCII) or not 1 <= int(limit) <= most:
+        raise InvalidRequest(f"limit must be an integer from 1 to {most}", param="limit")
+    return int(limit)
 
 
 def flag_of(given: dict[str, str], name: str) -> bool:
@@ -60,12 +81,10 @@ def flag_of(given: dict[str, str], name: str) -> bool:
 def page_of(request: Request) -> Page:
     """Raises `InvalidRequest` naming a parameter that is wrong, unknown or repeated."""
     given = query_of(request, ("limit", "order", "after"))
-    limit, order = given.get("limit", "20"), given.get("order", "desc")
-    if not re.fullmatch("[0-9]{1,3}", limit, re.ASCII) or not 1 <= int(limit) <= MAX_PAGE:
-        raise InvalidRequest(f"limit must be an integer from 1 to {MAX_PAGE}", param="limit")
+    limit, order = limit_of(given, DEFAULT_PAGE, MAX_PAGE), given.get("order", "desc")
     if order not in ("asc", "desc"):
         raise InvalidRequest("order must be asc or desc", param="order")
-    return Page(int(limit), given.get("after"), ascending=order == "asc")
+    return Page(limit, given.get("after"), ascending=order == "asc")
 
 
 def item_list(page: ItemPage) -> bytes:

@@ -6,7 +6,6 @@ made.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Awaitable, Callable, Iterable
 from contextlib import aclosing
 from typing import Any
@@ -16,15 +15,13 @@ from starlette.responses import Response as HTTPResponse
 from starlette.types import Receive, Scope, Send
 
 from phi_cluster.cluster.errors import PhiError
-from phi_cluster.cluster.http.disconnect import until_disconnect
+from phi_cluster.cluster.http.disconnect import send_in_time, until_disconnect
 from phi_cluster.cluster.http.edge import EdgeSettings
-from phi_cluster.cluster.http.errors import error_response, internal_error, log_for_operator, to_json
+from phi_cluster.cluster.http.errors import error_response, to_json, told_of
 from phi_cluster.cluster.http.event_stream import EventStream
 from phi_cluster.cluster.http.rates import rate_headers
 from phi_cluster.cluster.http.response_format import ResponseEvents, response_json
 from phi_cluster.cluster.response_api import Reading, Response
-
-logger = logging.getLogger(__name__)
 
 
 class ResponseStream(HTTPResponse):
@@ -84,9 +81,10 @@ class ResponseStream(HTTPResponse):
 class WholeResponse(HTTPResponse):
     """What `open_reading` gives, when it is over; one in the background at once."""
 
-    def __init__(self, open_reading: Callable[[], Awaitable[Reading]]) -> None:
+    def __init__(self, open_reading: Callable[[], Awaitable[Reading]], settings: EdgeSettings) -> None:
         super().__init__()
         self._open_reading = open_reading
+        self._settings = settings
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await until_disconnect(receive, self._send(scope, receive, send))
@@ -111,14 +109,8 @@ class WholeResponse(HTTPResponse):
         finally:
             if reading is not None:
                 reading.leave()
-        await answer(scope, receive, send)
+        await send_in_time(answer, scope, receive, send, self._settings.write_seconds)
 
 
 def _told(error: Exception, reading: Reading | None) -> PhiError:
-    """What the client is told about `error`; what nobody expected goes to the log instead."""
-    name = "a response" if reading is None else reading.response.id
-    if isinstance(error, PhiError):
-        log_for_operator(error, name)
-        return error
-    logger.error("%s failed unexpectedly", name, exc_info=error)
-    return internal_error()
+    return told_of(error, "for a response" if reading is None else reading.response.id)

@@ -81,7 +81,7 @@ def responses_router(edge: Edge) -> APIRouter:
         create = partial(responses.create, new)
         if fields.stream:
             return ResponseStream(create, settings)
-        return WholeResponse(create)
+        return WholeResponse(create, settings)
 
     @router.get(
         "/{response_id}", **stream_docs(None, ResponseObject, ResponseEvent, parameters=_READ_PARAMETERS, errors=(404,))

@@ -5,7 +5,6 @@ Owns: these routes and what their parameters may be. Knows nothing of actors, se
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -21,6 +20,7 @@ from phi_cluster.cluster.http.caller import SESSION_ID_PATTERN, SESSION_ID_RULE,
 from phi_cluster.cluster.http.edge import Edge
 from phi_cluster.cluster.http.errors import to_json
 from phi_cluster.cluster.http.openapi import error_docs
+from phi_cluster.cluster.http.paging import limit_of, parameters_of
 
 DEFAULT_LIMIT = 100
 MAX_LIMIT = 1000
@@ -181,13 +181,8 @@ _IMPORT: dict[str, Any] = {
 
 def _import_id(request: Request) -> str | None:
     """Raises `InvalidRequest` naming a parameter that is wrong, unknown or repeated."""
-    given = request.query_params.multi_items()
-    for name, _ in given:
-        if name != "id":
-            raise InvalidRequest(f"{name[:64]} is not a parameter here: there is id", param=name[:64])
-    if len(given) > 1:
-        raise InvalidRequest("id: send this parameter once", param="id")
-    return check_session_id(given[0][1], "id") if given else None
+    new_id = parameters_of(request, ("id",)).get("id")
+    return None if new_id is None else check_session_id(new_id, "id")
 
 
 _FORK_BODY: dict[str, Any] = {
@@ -257,19 +252,9 @@ _PAGE_PARAMETERS: dict[str, Any] = {
 
 def _page_of(request: Request) -> tuple[int, str | None, str | None]:
     """`limit`, `after` and `tenant`. Raises `InvalidRequest` naming a parameter that is wrong, unknown or repeated."""
-    given: dict[str, str] = {}
-    for name, value in request.query_params.multi_items():
-        if name not in ("limit", "after", "tenant"):
-            raise InvalidRequest(
-                f"{name[:64]} is not a parameter here: there are limit, after and tenant", param=name[:64]
-            )
-        if name in given:
-            raise InvalidRequest(f"{name}: send this parameter once", param=name)
-        given[name] = value
-    limit = given.get("limit", str(DEFAULT_LIMIT))
-    if not re.fullmatch("[0-9]{1,4}", limit, re.ASCII) or not 1 <= int(limit) <= MAX_LIMIT:
-        raise InvalidRequest(f"limit must be an integer from 1 to {MAX_LIMIT}", param="limit")
+    given = parameters_of(request, ("limit", "after", "tenant"))
+    limit = limit_of(given, DEFAULT_LIMIT, MAX_LIMIT)
     after, tenant = given.get("after"), given.get("tenant")
     if tenant is not None and not 1 <= len(tenant) <= 64:
         raise InvalidRequest("tenant must be the name of a key", param="tenant")
-    return int(limit), None if after is None else check_session_id(after, "after"), tenant
+    return limit, None if after is None else check_session_id(after, "after"), tenant

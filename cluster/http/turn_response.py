@@ -7,8 +7,6 @@ runs.
 
 from __future__ import annotations
 
-import asyncio
-import logging
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Any, Protocol
@@ -19,9 +17,9 @@ from starlette.types import Receive, Scope, Send
 
 from phi_cluster.cluster.errors import PhiError
 from phi_cluster.cluster.http.caller import SESSION_HEADER, Caller
-from phi_cluster.cluster.http.disconnect import until_disconnect
+from phi_cluster.cluster.http.disconnect import send_in_time, until_disconnect
 from phi_cluster.cluster.http.edge import Edge
-from phi_cluster.cluster.http.errors import error_response, internal_error, log_for_operator, to_json
+from phi_cluster.cluster.http.errors import error_response, to_json, told_of
 from phi_cluster.cluster.http.event_stream import EventStream
 from phi_cluster.cluster.http.rates import rate_headers
 from phi_cluster.cluster.observation import Observation
@@ -35,8 +33,6 @@ from phi_cluster.cluster.turn_api import (
     TurnRequest,
     TurnStarted,
 )
-
-logger = logging.getLogger(__name__)
 
 
 class ReplyFormat(Protocol):
@@ -161,24 +157,17 @@ class TurnResponse(Response):
             observation.finish(finished.finish_reason)
         except Exception as error:
             response = error_response(self._told(error, observation), self._extra_headers)
-        try:
-            await asyncio.wait_for(response(scope, receive, send), self._edge.settings.write_seconds)
-        except asyncio.TimeoutError:
-            raise ClientDisconnect from None
+        await send_in_time(response, scope, receive, send, self._edge.settings.write_seconds)
 
     async def _events(self, observation: Observation) -> AsyncGenerator[TurnEvent, None]:
         """The runner's events, observed, and checked: the last one is `TurnFinished`."""
         finished = False
         async with aclosing(self._edge.turns.run(self._request)) as events:
             async for event in events:
-                if isinstance(event, TextDelta):
-                    observation.tokens(event.num_tokens)
-                elif isinstance(event, TurnStarted):
+                observation.see(event)
+                if isinstance(event, TurnStarted):
                     self._extra_headers.update(rate_headers(event.rates))
-                    observation.started(event)
-                else:
-                    observation.totals(event)
-                    finished = True
+                finished = isinstance(event, TurnFinished)
                 yield event
         if not finished:
             raise RuntimeError("the turn ended without TurnFinished")
@@ -187,13 +176,8 @@ class TurnResponse(Response):
         return None if self._request.sampling.get("logprobs") is None else logprobs
 
     def _told(self, error: Exception, observation: Observation) -> PhiError:
-        """What the client is told about `error`; what nobody expected goes to the log instead."""
         observation.finish("error")
-        if isinstance(error, PhiError):
-            log_for_operator(error, self._request.request_id)
-            return error
-        logger.error("request %s failed unexpectedly", self._request.request_id, exc_info=error)
-        return internal_error()
+        return told_of(error, self._request.request_id)
 
     def _add_details(self, body: dict[str, Any], finished: TurnFinished, observation: Observation) -> None:
         if self._caller.wants_details:

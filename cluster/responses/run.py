@@ -154,18 +154,16 @@ class Run:
         num_said = 0
         async with aclosing(self._tools.turns.run(self._request())) as events:
             async for event in events:
+                observation.see(event)
                 if isinstance(event, TextDelta):
-                    observation.tokens(event.num_tokens)
                     for piece in event.pieces or filter(None, (event.text,)):
                         self._say(num_said, piece)
                         num_said += 1
                 elif isinstance(event, TurnStarted):
-                    observation.started(event)
                     self.has_started = True
                     self.rates = event.rates
                     self.response = replace(self.response, status="in_progress")
                 else:
-                    observation.totals(event)
                     finished = event
                 self.tell()
         if finished is None:

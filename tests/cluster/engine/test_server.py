@@ -13,8 +13,8 @@ from typing import Any, cast
 import pytest
 import torch
 
-from phi_cluster.cluster.engine.admission import Admission
 from phi_cluster.cluster.engine.heartbeat import FrameSender
+from phi_cluster.cluster.engine.intake import Intake
 from phi_cluster.cluster.engine.server import EngineServer
 from phi_cluster.cluster.messages import (
     AbortSequence,
@@ -80,7 +80,7 @@ class Replica:
         self._received = b""
         server = EngineServer(
             cast(Any, self.engine),
-            Admission(self.engine, cast(Any, None), torch.float32, None, grammars),
+            Intake(self.engine, cast(Any, None), torch.float32, None, grammars),
             str(folder / "engine.sock"),
             self._self_test,
             lambda: self.engine.progress,

@@ -243,6 +243,14 @@ async def test_a_client_that_does_not_read_is_taken_for_gone(connect, make_app, 
     assert observer.calls[-1][:3] == ("finish", "chat", "abort" if body is STREAM else "stop")
 
 
+@pytest.mark.parametrize("is_streamed", [True, False])
+async def test_nor_is_a_response_kept_for_it(connect, make_app, settings, turns, is_streamed):
+    body = {"input": "Hi", "stream": is_streamed}
+    connection = connect("/v1/responses", body, over=make_app(replace(settings, write_seconds=0.02)))
+    connection.reading.clear()
+    await connection.finished()
+
+
 async def test_a_client_that_reads_slowly_is_not(connect, make_app, settings, turns):
     """The limit is for each write, not for the reply; silence of ours is none of its."""
     patient = make_app(replace(settings, write_seconds=0.03, keep_alive_seconds=0.01))
