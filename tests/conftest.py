@@ -122,17 +122,18 @@ def listens(port: int) -> bool:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
-_next_ports = itertools.count(20_000 + os.getpid() % 2_000, 1_000)
+# Below the ports that the kernel gives to clients; a long run takes those of servers that have ended again.
+_PORT_BLOCKS = range(10_000 + os.getpid() % 1_000, 31_000, 1_000)
+_next_ports = itertools.cycle(_PORT_BLOCKS)
 
 
 def _free_ports() -> tuple[int, int, int]:
-    """(API, metrics, first internal) port; below the ports that the kernel gives to clients."""
-    while True:
-        first = next(_next_ports)
-        assert first + _INTERNAL_PORTS + 2 < 32_000, "no free ports"
+    """(API, metrics, first internal) port of a block that nobody listens on."""
+    for first in itertools.islice(_next_ports, len(_PORT_BLOCKS)):
         api, metrics = first + _INTERNAL_PORTS, first + _INTERNAL_PORTS + 1
         if not any(map(listens, (*range(first, first + 8), *range(first + 899, first + 903), api, metrics))):
             return api, metrics, first
+    raise AssertionError("no free ports")
 
 
 class Server:
