@@ -1,11 +1,12 @@
 """Sessions as users look after them, with the engine that serves them here.
 
-Owns: adding the engine to their descriptions. Knows nothing of where sessions are and what is done with them
-(session/directory.py), or of HTTP.
+Owns: adding the engine to their descriptions, and telling what was said as messages. Knows nothing of where sessions
+are and what is done with them (session/directory.py), or of HTTP.
 """
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import replace
 from typing import Any
 
@@ -13,14 +14,16 @@ from phi_cluster.cluster.engine_client import EngineClient
 from phi_cluster.cluster.responses.store import Branch
 from phi_cluster.cluster.session.directory import SessionDirectory
 from phi_cluster.cluster.session_api import SessionPage, SessionQuery
+from phi_cluster.cluster.spoken import SpokenReader
 
 
 class ManagedSessions:
     """Adds to sessions' descriptions which engine serves them here (implements session_api.SessionAdmin, and what
     responses ask of sessions)."""
 
-    def __init__(self, directory: SessionDirectory, engines: EngineClient):
+    def __init__(self, directory: SessionDirectory, engines: EngineClient, spoken: SpokenReader):
         self._directory = directory
+        self._spoken = spoken
         self._engines = engines
 
     async def browse(self, query: SessionQuery) -> SessionPage:
@@ -38,6 +41,11 @@ class ManagedSessions:
 
     async def hibernate(self, tenant: str, session_id: str) -> dict[str, Any]:
         return self._with_engine(await self._directory.hibernate(tenant, session_id))
+
+    async def messages(self, tenant: str, session_id: str) -> list[dict[str, str]]:
+        text = await self._directory.said(tenant, session_id)
+        # A long one takes a while.
+        return await asyncio.to_thread(self._spoken.messages, text)
 
     async def export(self, tenant: str, session_id: str) -> bytes:
         return await self._directory.export(tenant, session_id)

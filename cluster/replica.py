@@ -45,6 +45,7 @@ from phi_cluster.cluster.served_model import ServedModel
 from phi_cluster.cluster.session.directory import SessionDirectory
 from phi_cluster.cluster.session.recycler import RecycleReason
 from phi_cluster.cluster.session.reports import private_or_zero
+from phi_cluster.cluster.spoken import SpokenReader
 from phi_cluster.cluster.standby import StandbyEngines
 from phi_cluster.cluster.turn import Turns
 from phi_cluster.cluster.turn_api import TurnRunner
@@ -119,7 +120,7 @@ class Replica:
         if self._keys is not None:
             self._runner = AdmittedTurns(self._turns, self._sessions, self._keys.limits_of, process_id())
         self._runner = RefusalsTold(self._runner, self._events)
-        self._managed = ManagedSessions(self._sessions, self._engines)
+        self._managed = ManagedSessions(self._sessions, self._engines, SpokenReader(self._tokenizer))
         self._room = ResponseRoom(
             config.state_path,
             Tools(self._runner, self._metrics, time),

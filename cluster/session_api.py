@@ -70,6 +70,11 @@ class SessionAdmin(Protocol):
         """The session leaves memory, its cache goes to the disk; returns its new description."""
         ...
 
+    async def messages(self, tenant: str, session_id: str) -> list[dict[str, str]]:
+        """What was said, oldest first: each message's `role` and `content`. Raises `InvalidRequest` where it was not
+        said in messages."""
+        ...
+
     async def export(self, tenant: str, session_id: str) -> bytes:
         """The session's turns as a file."""
         ...

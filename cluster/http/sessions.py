@@ -73,6 +73,16 @@ class SessionList(BaseModel):
     totals: SessionTotals
 
 
+class SpokenMessage(BaseModel):
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+class SpokenMessages(BaseModel):
+    object: Literal["list"]
+    data: list[SpokenMessage]
+
+
 class SessionDeleted(BaseModel):
     id: str
     object: Literal["session.deleted"]
@@ -126,6 +136,13 @@ def sessions_router(edge: Edge) -> APIRouter:
         """One session's state."""
         check_session_id(session_id, "session_id")
         return _json(_described(await sessions.get(owner_of(request), session_id)))
+
+    @router.get("/{session_id}/messages", response_model=None, responses=_docs(SpokenMessages, 400, 404))
+    async def get_messages(request: Request, session_id: SessionId) -> Response:
+        """What was said, as messages that go on from there if they are sent again with one more. Only to the session's
+        own tenant; 400 if it was not said in messages."""
+        check_session_id(session_id, "session_id")
+        return _json({"object": "list", "data": await sessions.messages(tenant_of(request), session_id)})
 
     @router.delete(
         "/{session_id}", response_model=None, openapi_extra=OF_A_TENANT, responses=_docs(SessionDeleted, 400, 404, 409)

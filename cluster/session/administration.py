@@ -44,6 +44,12 @@ class Administration:
         # In place: in a thread it could make a journal anew that is being deleted.
         return self._describe_stored(key)
 
+    def said(self, key: SessionKey) -> str:
+        """The conversation's text, as of its last turn. Raises the journal's errors too."""
+        if not self._roster.is_known(key):
+            raise no_session(key)
+        return Transcript.replay(self._custody.recorded(key).turns).text
+
     async def clear(self, key: SessionKey) -> dict[str, Any]:
         """Raises SessionBusy."""
         wait = self._custody.config.turn_wait

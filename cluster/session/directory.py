@@ -109,6 +109,10 @@ class SessionDirectory:
     async def hibernate(self, tenant: str, session_id: str) -> dict[str, Any]:
         return await self._ask_keeper("hibernate", SessionKey(tenant, session_id))
 
+    async def said(self, tenant: str, session_id: str) -> str:
+        """What the conversation's text is (see Transcript.text)."""
+        return await self._ask_keeper("said", SessionKey(tenant, session_id))
+
     async def export(self, tenant: str, session_id: str) -> bytes:
         return await self._ask_keeper("export", SessionKey(tenant, session_id))
 

@@ -274,6 +274,11 @@ class NodeSessions:
         await self.start()
         return self._administration.export(key)
 
+    async def said(self, key: SessionKey) -> str:
+        """The conversation's text. Raises NotFound and the journal's errors."""
+        await self.start()
+        return self._administration.said(key)
+
     async def import_session(self, key: SessionKey, data: bytes, vocab_size: int) -> dict[str, Any]:
         """Makes a session of such a file. Raises SessionExists and BadExport."""
         await self.start()

@@ -96,6 +96,7 @@ class FakeSessions:
         # Asked for by responses: (tenant, what the new session begins like, its name).
         self.branches: list[tuple[str, Branch, str]] = []
         self.queries: list[SessionQuery] = []
+        self.said: dict[str, list[dict[str, str]]] = {}
 
     def add(self, tenant: str, session_id: str) -> None:
         self.known[tenant, session_id] = {
@@ -142,6 +143,10 @@ class FakeSessions:
         session = await self.get(tenant, session_id)
         session.update(state="hibernated", kv_cache_bytes=0, disk_bytes=8192)
         return session
+
+    async def messages(self, tenant: str, session_id: str) -> list[dict[str, str]]:
+        await self.get(tenant, session_id)
+        return self.said.get(session_id, [])
 
     async def export(self, tenant: str, session_id: str) -> bytes:
         return b"exported " + (await self.get(tenant, session_id))["id"].encode()

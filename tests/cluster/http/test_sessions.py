@@ -175,6 +175,12 @@ async def test_a_key_sees_only_its_own(client, named):
     assert len(named.known) == 6
 
 
+async def test_what_was_said(client, named):
+    named.said["a"] = [{"role": "user", "content": "<b>Hi</b>"}, {"role": "assistant", "content": "Hello."}]
+    assert (await client.get("/v1/sessions/a/messages")).json() == {"object": "list", "data": named.said["a"]}
+    assert (await client.get("/v1/sessions/theirs/messages")).status_code == 404
+
+
 async def test_sorting_and_finding_are_asked_for(client, named):
     page = (await client.get("/v1/sessions?sort=tokens&state=held&node=0a&search=B&limit=7")).json()
     query = named.queries[-1]
@@ -209,7 +215,8 @@ async def test_an_admin_sees_and_looks_after_all(keyed, sessions):
         assert answer.status_code == 200, action
     assert ("bob", "made") in sessions.known
     # What was said there is not hers to read.
-    assert (await keyed.get("/v1/sessions/of-bob/export?tenant=bob", headers=admin)).status_code == 404
+    for path in ("export", "messages"):
+        assert (await keyed.get(f"/v1/sessions/of-bob/{path}?tenant=bob", headers=admin)).status_code == 404
     assert (await keyed.delete("/v1/sessions/of-bob?tenant=bob", headers=admin)).status_code == 200
     assert ("bob", "of-bob") not in sessions.known
 
