@@ -6,6 +6,7 @@ import asyncio
 import json
 import re
 import socket
+from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Container, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -118,12 +119,17 @@ class FakeSessions:
 
     async def browse(self, query: SessionQuery) -> SessionPage:
         self.queries.append(query)
-        known = sorted(key for key in self.known if query.tenant in (None, key[0]))
-        here = query.after and query.after.rpartition("/")[2]
-        page = [self.known[key] | {"tenant": key[0]} for key in known if not here or key[1] > here]
-        last = [one["id"] if query.tenant else f"{one['tenant']}/{one['id']}" for one in page[: query.limit]]
-        totals = {"sessions": len(known), "by_state": {"active": len(known)}, "kv_cache_bytes": 8192, "disk_bytes": 0}
-        return SessionPage(page[: query.limit], totals, len(page) > query.limit, last[-1] if last else None)
+        found = [one | {"tenant": tenant} for (tenant, _), one in self.known.items() if query.tenant in (None, tenant)]
+        found = [one for one in found if query.state in (None, one["state"]) and (query.search or "") in one["id"]]
+        field = {"tokens": "num_tokens", "age": "age_seconds", "idle": "idle_seconds"}.get(query.sort, query.sort)
+        found.sort(key=lambda one: one[field], reverse=query.is_descending)
+        cursors = [one["id"] if query.tenant else f"{one['tenant']}/{one['id']}" for one in found]
+        begin = cursors.index(query.after) + 1 if query.after else 0
+        page = slice(begin, begin + query.limit)
+        totals = {"sessions": len(found), "by_state": dict(Counter(one["state"] for one in found))}
+        totals |= {name: sum(one.get(name, 0) for one in found) for name in ("kv_cache_bytes", "disk_bytes")}
+        last = cursors[page][-1] if cursors[page] else None
+        return SessionPage(found[page], totals, page.stop < len(found), last)
 
     async def get(self, tenant: str, session_id: str) -> dict[str, Any]:
         if (tenant, session_id) not in self.known:
