@@ -124,7 +124,7 @@ async function begin() {
   }
   events.restart();
   await Promise.all([refreshCluster(), refreshSessions()]);
-  const usage = await ask("/v1/usage").catch(() => null);
+  const usage = key() ? await ask("/v1/usage").catch(() => null) : null;
   // With keys an admin may look at all tenants: only then is more than one's own told.
   byId("tenant-label").hidden = !(usage && mayWatch);
 }

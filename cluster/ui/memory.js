@@ -31,6 +31,9 @@ export function showMemory(cluster, largest, total, selected, onSelect) {
   if (unnamed > 0) shown.push({ key: "//unnamed", label: "unnamed conversations", size: unnamed });
   if (rest > 65536) shown.push({ key: "//others", label: cluster ? "other sessions" : "smaller sessions", size: rest });
   blocks.classList.toggle("empty", !shown.length);
+  // A name where there is room for it; all of it is in the title, and read out.
+  const widest = blocks.clientWidth / sum(shown, (block) => block.size);
+  const fits = (text, size) => size * widest > 8 + 6.5 * text.length;
   keyed(blocks, shown, (block) => block.key,
     (block) => block.session
       ? el("button", { type: "button", class: "block", onclick: () => onSelect(block.session.id, block.session.tenant) })
@@ -45,8 +48,11 @@ export function showMemory(cluster, largest, total, selected, onSelect) {
       if (block.session) {
         child.dataset.state = block.session.state;
         child.setAttribute("aria-pressed", String(block.key === selected));
-        say(child, block.session.id);
-      } else say(child.firstElementChild, block.label);
+        say(child, fits(block.session.id, block.size) ? block.session.id : "");
+      } else {
+        child.firstElementChild.hidden = !fits(block.label, block.size);
+        say(child.firstElementChild, block.label);
+      }
     });
 }
 

@@ -129,7 +129,7 @@ async def test_a_chat_is_shown_and_goes_on(url, open_page, sessions, turns):
         TurnFinished("stop", 31, 17, 4),
     ]
     page = await open_page(url)
-    await page.locator(".blocks button", has_text="s0063").click()
+    await page.get_by_role("button", name="s0063, 46.1 MB").click()
     said = page.locator("#messages .said p")
     await expect(said).to_have_text([HOSTILE, "Was it?" + HOSTILE])
     await page.get_by_label("Message").fill("And now?")
