@@ -78,7 +78,7 @@ class Prepared:
 
     @property
     def num_threads(self) -> int:
-        return self.config.engine.num_threads or max(self.machine.cores // self.config.replicas, 1)
+        return self.config.engine.num_threads or max(self.machine.cores // self.config.max_replicas, 1)
 
 
 def prepare(config: Config, report: Report) -> Prepared:
@@ -132,6 +132,7 @@ class Server:
         self._lock = _lock_state(prepared.config.state_path)
         self._runtime_dir = runtime_dir
         self._node_id = ""
+        self._drain = prepared.config.server.drain
         self.timeline: dict[str, float] = {}
         try:
             self._start(prepared, report)
@@ -156,7 +157,11 @@ class Server:
         kept = 0
         if ray.is_initialized():
             try:
-                _load_serve()[0].stop_serve()
+                deadline = time.monotonic() + self._drain
+                _load_serve()[0].stop_serve(self._drain)
+                # Serve itself waits for half a minute at most.
+                while self.num_streams() and time.monotonic() < deadline:
+                    time.sleep(0.2)
                 if self._node_id:
                     kept = ray.get(self.keeper.close.remote(), timeout=10)
             except Exception:
@@ -173,7 +178,7 @@ class Server:
         with ThreadPoolExecutor(4) as pool:
             loading = pool.submit(_load_serve)
             with self._timed("ray", report):
-                num_cpus = prepared.num_threads * config.replicas
+                num_cpus = prepared.num_threads * config.max_replicas
                 ray_cluster.start_ray(self._runtime_dir, num_cpus, object_store_nbytes(prepared.weights_nbytes))
             self._node_id = ray.get_runtime_context().get_node_id()
             parts = [
