@@ -6,6 +6,7 @@ through a callback) and of what the parts do.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import importlib
 import os
@@ -157,6 +158,7 @@ class Server:
         kept = 0
         if ray.is_initialized():
             try:
+                self._end_event_streams()
                 deadline = time.monotonic() + self._drain
                 _load_serve()[0].stop_serve(self._drain)
                 # Serve itself waits for half a minute at most.
@@ -171,6 +173,12 @@ class Server:
         remove_runtime_dir(self._runtime_dir)
         self._lock.close()
         return kept
+
+    def _end_event_streams(self) -> None:
+        """Whoever watches would be waited for as if he were talking."""
+        with contextlib.suppress(ValueError, RayError):
+            controller = ray.get_actor(CONTROLLER, namespace=NAMESPACE)
+            ray.get(controller.end_event_streams.remote(), timeout=2)
 
     def _start(self, prepared: Prepared, report: Report) -> None:
         config = prepared.config

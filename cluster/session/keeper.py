@@ -23,18 +23,20 @@ import ray
 
 from phi_cluster.cluster.config import KVConfig, SessionsConfig
 from phi_cluster.cluster.errors import Overloaded
+from phi_cluster.cluster.events import EventKind
 from phi_cluster.cluster.messages import AdmitTurn, BeginTurn, CommitTurn, Moved, SessionKey, TurnGrant, TurnUsage
 from phi_cluster.cluster.processes import private_bytes, process_id
 from phi_cluster.cluster.session.accounts import Accounts, ForgetfulStore, UsageStore
 from phi_cluster.cluster.session.actor import session_settings
 from phi_cluster.cluster.session.actor_pool import RayActors
 from phi_cluster.cluster.session.administration import Administration
+from phi_cluster.cluster.session.catalog import Catalog
 from phi_cluster.cluster.session.conversation import name_digest
 from phi_cluster.cluster.session.custody import Custody, Journals
 from phi_cluster.cluster.session.forks import Forks
 from phi_cluster.cluster.session.hibernation import Hibernation
 from phi_cluster.cluster.session.hibernation_store import FileHibernationStore, HibernationStore, read_key
-from phi_cluster.cluster.session.journal import Journal
+from phi_cluster.cluster.session.journal import Glance, Journal
 from phi_cluster.cluster.session.recycler import RecycleReason
 from phi_cluster.cluster.session.reports import (
     KeeperReport,
@@ -46,9 +48,10 @@ from phi_cluster.cluster.session.retention import Retention
 from phi_cluster.cluster.session.roster import Entry
 from phi_cluster.cluster.session.segment_layout import SegmentLayout
 from phi_cluster.cluster.session.session import SessionSettings, SessionStats
-from phi_cluster.cluster.session.sqlite_journal import SQLiteJournal, last_used, list_sessions
+from phi_cluster.cluster.session.sqlite_journal import SQLiteJournal, glance, list_sessions
 from phi_cluster.cluster.session.tenant_memory import TenantMemory
 from phi_cluster.cluster.session.usage_file import UsageFile
+from phi_cluster.cluster.session_api import SessionPage, SessionQuery
 from phi_cluster.cluster.turn_api import Rates
 
 logger = logging.getLogger(__name__)
@@ -88,6 +91,7 @@ class NodeSessions:
         self._roster = self._custody.roster
         self._hibernation = Hibernation(self._custody, store)
         self._administration = Administration(self._custody, self._hibernation, node_id)
+        self._catalog = Catalog(self._custody, self._hibernation, self._administration, node_id)
         self._forks = Forks(self._custody)
         self._retention = Retention(self._custody, self._administration, self._hibernation, sessions.retention)
         self._accounts = Accounts(usage or ForgetfulStore(), settings.clock, settings.is_alive)
@@ -106,6 +110,7 @@ class NodeSessions:
     async def _start(self) -> None:
         await self._custody.start()
         await self._hibernation.start()
+        self._custody.events.add(EventKind.KEEPER_STARTED)
 
     # A turn.
 
@@ -229,10 +234,10 @@ class NodeSessions:
         await self.start()
         return await self._administration.describe(key)
 
-    async def list(self, tenant: str, limit: int, after: str | None) -> list[dict[str, Any]]:
-        """A tenant's named sessions in ascending order of id."""
+    async def browse(self, query: SessionQuery) -> SessionPage:
+        """A page of the named sessions. Raises InvalidRequest if its place is gone."""
         await self.start()
-        return await self._administration.list(tenant, limit, after)
+        return await self._catalog.browse(query)
 
     async def clear(self, key: SessionKey) -> dict[str, Any]:
         """Raises NotFound and SessionBusy."""
@@ -286,7 +291,8 @@ class NodeSessions:
         await self._forks.fork(key, new, turn)
         return await self._administration.describe(new)
 
-    async def report(self) -> KeeperReport:
+    async def report(self, events_after: int = 0) -> KeeperReport:
+        """With what happened behind the event numbered so in this keeper's log."""
         await self.start()
         entries = list(self._roster)
         leased = [self._custody.ledger.lease(entry.key.digest) for entry in entries]
@@ -315,6 +321,7 @@ class NodeSessions:
             recycles=dict(self._custody.hands.recycles),
             private_nbytes=private_bytes(),
             usage=self._accounts.totals(),
+            events=self._custody.events.after(events_after),
             counts={"forks": self._forks.made, "deletions": self._retention.deleted, **self._hibernation.counts},
         )
 
@@ -353,8 +360,8 @@ class _SQLiteJournals:
     def keys(self) -> Iterable[SessionKey]:
         return list_sessions(self._state_path)
 
-    def last_used(self, key: SessionKey) -> float | None:
-        return last_used(self._state_path, key)
+    def glance(self, key: SessionKey) -> Glance | None:
+        return glance(self._state_path, key)
 
 
 # Whoever waits here, for a turn or for memory, must not take the place of the commit that it waits for: Ray's default

@@ -41,12 +41,12 @@ class Retention:
             if not entry.key.ephemeral and (await custody.stats(entry)).idle_seconds > self._seconds:
                 await self._hibernation.make_room(entry)
         keys = [key for key in custody.roster.stored_keys() if custody.roster.find(key) is None]
-        used = await asyncio.to_thread(lambda: [(custody.journals.last_used(key), key) for key in keys])
-        oldest = sorted(((at, key.digest, key) for at, key in used if at is not None))[:_MAX_PER_SWEEP]
+        seen = await asyncio.to_thread(lambda: [(custody.journals.glance(key), key) for key in keys])
+        oldest = sorted(((one.last_used, key.digest, key) for one, key in seen if one is not None))[:_MAX_PER_SWEEP]
         for _, _, key in oldest:
             # Looked at again: a turn may have come, and from here to the deletion nothing can.
-            last_used = custody.journals.last_used(key)
-            if last_used is None or custody.settings.clock() - last_used <= self._seconds:
+            seen_now = custody.journals.glance(key)
+            if seen_now is None or custody.settings.clock() - seen_now.last_used <= self._seconds:
                 continue
             if custody.roster.find(key) is None and custody.roster.is_known(key):
                 try:
