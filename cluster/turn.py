@@ -25,7 +25,16 @@ from phi_cluster.cluster.engine_client import EngineClient, EngineHandle, Sequen
 from phi_cluster.cluster.errors import ContextOverflow, Overloaded, PhiError, Unavailable
 from phi_cluster.cluster.messages import ProcessId, SessionKey
 from phi_cluster.cluster.prompt import PromptReader
-from phi_cluster.cluster.turn_api import BEGINNING, TextDelta, TurnEvent, TurnFinished, TurnRequest, TurnStarted
+from phi_cluster.cluster.reply import Reply
+from phi_cluster.cluster.turn_api import (
+    BEGINNING,
+    FinishReason,
+    TextDelta,
+    TurnEvent,
+    TurnFinished,
+    TurnRequest,
+    TurnStarted,
+)
 from phi_cluster.cluster.turn_attempt import (
     Carried,
     MemoryLost,
@@ -127,8 +136,9 @@ class Turns:
 
     async def _run_as_it_is(self, request: TurnRequest) -> AsyncGenerator[TurnEvent, None]:
         text = self._around.prompts.render(request)
-        if request.wanted_format is not None:
-            request = replace(request, sampling=request.sampling | {"grammar": await grammar_of(request.wanted_format)})
+        grammar = await grammar_of(request, self._around.tokenizer.tool_format)
+        if grammar is not None:
+            request = replace(request, sampling=request.sampling | {"grammar": grammar})
         if self._around.poison.holds(request):
             raise poisonous()
         engines = self._around.engines
@@ -182,7 +192,7 @@ class Turns:
                 del self._live[name]
         reply = attempt.reply
         yield TurnFinished(
-            finish_reason="length" if reply.finish_reason == "length" else "stop",
+            finish_reason=_finish_reason(reply),
             num_prompt_tokens=reply.num_prompt_tokens,
             num_cached_tokens=reply.num_cached_tokens,
             num_completion_tokens=len(reply.token_ids),
@@ -216,6 +226,12 @@ class Turns:
         if len(self._served_by) > _REMEMBERED_SESSIONS:
             self._served_by.popitem(last=False)
         return before != pid
+
+
+def _finish_reason(reply: Reply) -> FinishReason:
+    if reply.finish_reason == "length":
+        return "length"
+    return "tool_calls" if reply.reader.calls else "stop"
 
 
 def _name_of(request: TurnRequest) -> tuple[str, str]:
