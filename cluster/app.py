@@ -79,7 +79,7 @@ class Prepared:
 
     @property
     def num_threads(self) -> int:
-        return self.config.engine.num_threads or max(self.machine.cores // self.config.replicas, 1)
+        return self.config.engine.num_threads or max(self.machine.cores // self.config.max_replicas, 1)
 
 
 def prepare(config: Config, report: Report) -> Prepared:
@@ -133,6 +133,7 @@ class Server:
         self._lock = _lock_state(prepared.config.state_path)
         self._runtime_dir = runtime_dir
         self._node_id = ""
+        self._drain = prepared.config.server.drain
         self.timeline: dict[str, float] = {}
         try:
             self._start(prepared, report)
@@ -158,7 +159,11 @@ class Server:
         if ray.is_initialized():
             try:
                 self._end_event_streams()
-                _load_serve()[0].stop_serve()
+                deadline = time.monotonic() + self._drain
+                _load_serve()[0].stop_serve(self._drain)
+                # Serve itself waits for half a minute at most.
+                while self.num_streams() and time.monotonic() < deadline:
+                    time.sleep(0.2)
                 if self._node_id:
                     kept = ray.get(self.keeper.close.remote(), timeout=10)
             except Exception:
@@ -181,7 +186,7 @@ class Server:
         with ThreadPoolExecutor(4) as pool:
             loading = pool.submit(_load_serve)
             with self._timed("ray", report):
-                num_cpus = prepared.num_threads * config.replicas
+                num_cpus = prepared.num_threads * config.max_replicas
                 ray_cluster.start_ray(self._runtime_dir, num_cpus, object_store_nbytes(prepared.weights_nbytes))
             self._node_id = ray.get_runtime_context().get_node_id()
             parts = [

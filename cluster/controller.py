@@ -191,6 +191,11 @@ class Controller:
             for _, _, value in samples
         )
 
+    async def num_replicas(self) -> int:
+        """Replicas that have reported lately."""
+        deadline = time.monotonic() - _REPLICA_SILENCE_SECONDS
+        return sum(at >= deadline for at, _, _ in self._replicas.values())
+
     def collect(self) -> Iterator[Metric]:
         """All metrics, for prometheus_client; from what was collected last."""
         reports = list(self._reports.values())

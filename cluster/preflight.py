@@ -128,7 +128,7 @@ def kv_budget(config: Config, machine: Machine, weights_nbytes: int, shm: Path =
     Unset, it is half of what is left: the rest is for activations, page cache and neighbours. KV segments are shared
     memory, which counts as the cgroup's.
     """
-    fixed = weights_nbytes + PROCESSES_NBYTES + config.replicas * ENGINE_NBYTES
+    fixed = weights_nbytes + PROCESSES_NBYTES + config.max_replicas * ENGINE_NBYTES
     room = machine.available_nbytes - fixed
     free_shm = shutil.disk_usage(shm).free
     needed_shm = object_store_nbytes(weights_nbytes)
@@ -158,9 +158,9 @@ def standby_engines(config: Config, machine: Machine, weights_nbytes: int, kv_nb
                 "set it to 0 with device cuda"
             )
         return 0
-    fixed = weights_nbytes + PROCESSES_NBYTES + config.replicas * ENGINE_NBYTES + kv_nbytes
+    fixed = weights_nbytes + PROCESSES_NBYTES + config.max_replicas * ENGINE_NBYTES + kv_nbytes
     left = machine.available_nbytes - fixed
-    needed = config.replicas * STANDBY_ENGINE_NBYTES
+    needed = config.max_replicas * STANDBY_ENGINE_NBYTES
     if wanted is None:
         return 1 if left >= needed else 0
     if wanted and left < wanted * needed:

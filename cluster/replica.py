@@ -7,6 +7,7 @@ the engine. Knows nothing of torch: it must not crash with the model.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import sys
@@ -38,6 +39,7 @@ from phi_cluster.cluster.processes import boot_id, is_alive, process_id
 from phi_cluster.cluster.ray_engine import EngineSpawner
 from phi_cluster.cluster.refusals import RefusalsTold
 from phi_cluster.cluster.replica_news import ReplicaNews
+from phi_cluster.cluster.replica_scaling import scaling_metrics
 from phi_cluster.cluster.responses.assembly import ResponseRoom
 from phi_cluster.cluster.responses.making import MakerLimits
 from phi_cluster.cluster.responses.run import Tools
@@ -136,6 +138,10 @@ class Replica:
             boot_id(),
         )
         self._room.start()
+        if config.max_replicas > 1 and await _others_serve():
+            # What comes meanwhile is for those that can serve it.
+            with contextlib.suppress(Unavailable):
+                await self._engines.wait_ready(_START_SECONDS)
         self._reporting = asyncio.get_running_loop().create_task(self._report())
 
     def __serve_build_asgi_app__(self) -> Any:
@@ -181,6 +187,10 @@ class Replica:
         """Serve replaces a replica whose check raises."""
         if not self.live():
             raise RuntimeError("the engine has made no step lately")
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """Serve asks for it where `autoscaling` is configured."""
+        return scaling_metrics(self._turns)
 
     def live(self) -> bool:
         _, silence = self._observe_step()
@@ -273,6 +283,15 @@ class Replica:
 
     def _keeper(self) -> Any:
         return ray.get_actor(keeper_name(self._node_id), namespace=NAMESPACE)
+
+
+async def _others_serve() -> bool:
+    """Whether there are replicas already: else the server is starting, and its parts do so at once."""
+    try:
+        controller = ray.get_actor(CONTROLLER, namespace=NAMESPACE)
+        return bool(await controller.num_replicas.remote())
+    except (ValueError, RayError):
+        return False
 
 
 def _log_to_ray() -> None:
