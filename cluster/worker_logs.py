@@ -1,4 +1,4 @@
-"""The log files that Ray's worker processes leave behind: three for each session actor that there ever was.
+"""The log files that Ray's worker processes leave behind: five for each session actor that there ever was.
 
 Owns: which of them may go. Knows nothing of Ray's processes, of sessions or of what the files say.
 """
@@ -11,8 +11,13 @@ from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
-# As Ray 2.60 names them: worker-<id>-<job>-<pid>.out and .err, python-core-worker-<id>_<pid>.log.
-_NAME = re.compile(r"(?:worker-([0-9a-f]+)-[0-9a-f]+-(\d+)\.(?:out|err)|python-core-worker-([0-9a-f]+)_(\d+)\.log)")
+# As Ray 2.60 names them: worker-<id>-<job>-<pid>.out and .err, python-core-worker-<id>_<pid>.log, and elsewhere
+# event_CORE_WORKER_<pid>.log.
+_NAME = re.compile(
+    r"(?:worker-[0-9a-f]+-[0-9a-f]+-|python-core-worker-[0-9a-f]+_|event_[A-Z_]+_)(\d+)\.(?:out|err|log)"
+)
+# Under the folder: the second one is where they are put aside.
+_PLACES = ("", "old", "events", "export_events")
 
 
 def logs_folder(runtime_dir: Path) -> Path:
@@ -25,20 +30,18 @@ def prune_logs(folder: Path, keep: int, is_running: Callable[[int], bool]) -> in
 
     `is_running(pid)`. A file that is gone meanwhile, or cannot be deleted, is passed over: the next time looks again.
     """
-    files: dict[str, list[Path]] = defaultdict(list)
-    last_written: dict[str, float] = defaultdict(float)
-    for path in (*folder.glob("*worker-*"), *(folder / "old").glob("*worker-*")):
+    files: dict[int, list[Path]] = defaultdict(list)
+    last_written: dict[int, float] = defaultdict(float)
+    for path in (path for place in _PLACES for path in (folder / place).glob("*.*")):
         match = _NAME.fullmatch(path.name)
-        if match is None or is_running(int(match[2] or match[4])):
+        if match is None or is_running(pid := int(match[1])):
             continue
-        worker = match[1] or match[3]
         with contextlib.suppress(OSError):
-            last_written[worker] = max(last_written[worker], path.stat().st_mtime)
-            files[worker].append(path)
+            last_written[pid] = max(last_written[pid], path.stat().st_mtime)
+            files[pid].append(path)
     deleted = 0
-    newest_first = sorted(files, key=lambda worker: (last_written[worker], worker), reverse=True)
-    for worker in newest_first[keep:]:
-        for path in files[worker]:
+    for pid in sorted(files, key=lambda pid: (last_written[pid], pid), reverse=True)[keep:]:
+        for path in files[pid]:
             with contextlib.suppress(OSError):
                 path.unlink()
                 deleted += 1

@@ -7,7 +7,14 @@ from pathlib import Path
 
 from phi_cluster.cluster.worker_logs import logs_folder, prune_logs
 
-OTHERS = ("raylet.out", "gcs_server.err", "python-core-driver-01ff_7.log", "worker-notes.txt", "debug_state.txt")
+OTHERS = (
+    "raylet.out",
+    "gcs_server.err",
+    "python-core-driver-01ff_7.log",
+    "worker-notes.txt",
+    "debug_state.txt",
+    "event_GCS.log",
+)
 
 
 def write_logs(folder: Path, worker: int, pid: int) -> list[Path]:
@@ -15,6 +22,7 @@ def write_logs(folder: Path, worker: int, pid: int) -> list[Path]:
     name = f"{worker:056x}"
     paths = [folder / f"worker-{name}-01000000-{pid}.{end}" for end in ("out", "err")]
     paths.append(folder / f"python-core-worker-{name}_{pid}.log")
+    paths += [folder / place / f"event_CORE_WORKER_{pid}.log" for place in ("events", "export_events")]
     for path in paths:
         path.write_text("said")
         os.utime(path, (worker, worker))
@@ -23,7 +31,8 @@ def write_logs(folder: Path, worker: int, pid: int) -> list[Path]:
 
 def test_only_the_newest_of_the_dead_are_kept(tmp_path: Path) -> None:
     folder = logs_folder(tmp_path)
-    (folder / "old").mkdir(parents=True)
+    for place in ("old", "events", "export_events"):
+        (folder / place).mkdir(parents=True)
     for name in OTHERS:
         (folder / name).write_text("kept")
     written = {worker: write_logs(folder, worker, pid=100 + worker) for worker in range(1, 7)}
@@ -32,8 +41,8 @@ def test_only_the_newest_of_the_dead_are_kept(tmp_path: Path) -> None:
     written[1][0].rename(moved)
 
     # The oldest one lives.
-    assert prune_logs(folder, keep=2, is_running=lambda pid: pid == 102) == 9
-    left = {path.name for path in folder.iterdir()} - {"old"}
+    assert prune_logs(folder, keep=2, is_running=lambda pid: pid == 102) == 15
+    left = {path.name for path in folder.rglob("*") if path.is_file()}
     assert left == {*OTHERS, *(path.name for worker in (2, 5, 6) for path in written[worker])}
     assert not moved.exists()
     assert prune_logs(folder, keep=2, is_running=lambda pid: pid == 102) == 0
