@@ -11,7 +11,7 @@ import subprocess
 import sys
 from array import array
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -275,7 +275,12 @@ class Node:
             def keys(self) -> list[SessionKey]:
                 return list(list_sessions(state_dir))
 
+            def __init__(self) -> None:
+                # Whose journals were looked into.
+                self.looked_at: list[SessionKey] = []
+
             def last_used(self, key: SessionKey) -> float | None:
+                self.looked_at.append(key)
                 return last_used(state_dir, key)
 
         self.journals = Journals()
@@ -306,7 +311,8 @@ class Node:
         await self.keeper.reserve(key, total)
         Turns(self.settings).write(grant, token_ids, value)
         kept = (grant.num_kept_chars, grant.num_kept_tokens)
-        stats = await commit(commit_turn(key, grant.epoch, text[grant.num_kept_chars :], token_ids, kept=kept))
+        turn = commit_turn(key, grant.epoch, text[grant.num_kept_chars :], token_ids, kept=kept)
+        stats = await commit(replace(turn, committed_at=self.settings.clock()))
         await self.keeper.settle(key, stats.kv_cache_bytes)
         return grant
 
