@@ -9,6 +9,7 @@ import asyncio
 import logging
 
 from phi_cluster.cluster.errors import PhiError
+from phi_cluster.cluster.messages import SessionKey
 from phi_cluster.cluster.session.administration import Administration
 from phi_cluster.cluster.session.custody import Custody
 from phi_cluster.cluster.session.hibernation import Hibernation
@@ -29,6 +30,9 @@ class Retention:
         self._administration = administration
         self._hibernation = hibernation
         self._seconds = seconds
+        # By digest: when each was used last, as far as is known. It may have been used since, so that what is not due
+        # by this is not due: only of the others the journal is opened.
+        self._last_used: dict[str, float] = {}
         self.deleted = 0
 
     async def sweep(self) -> int:
@@ -40,10 +44,7 @@ class Retention:
             # First it leaves memory: whoever comes while that goes on keeps it.
             if not entry.key.ephemeral and (await custody.stats(entry)).idle_seconds > self._seconds:
                 await self._hibernation.make_room(entry)
-        keys = [key for key in custody.roster.stored_keys() if custody.roster.find(key) is None]
-        seen = await asyncio.to_thread(lambda: [(custody.journals.glance(key), key) for key in keys])
-        oldest = sorted(((one.last_used, key.digest, key) for one, key in seen if one is not None))[:_MAX_PER_SWEEP]
-        for _, _, key in oldest:
+        for key in await self._due():
             # Looked at again: a turn may have come, and from here to the deletion nothing can.
             seen_now = custody.journals.glance(key)
             if seen_now is None or custody.settings.clock() - seen_now.last_used <= self._seconds:
@@ -55,3 +56,16 @@ class Retention:
                 except (PhiError, OSError) as error:
                     logger.warning("a session that nobody uses could not be deleted: %s", error)
         return self.deleted - before
+
+    async def _due(self) -> list[SessionKey]:
+        """Stored sessions that seem to be unused for too long, the oldest first, as many as one sweep deletes."""
+        custody, seconds = self._custody, self._seconds
+        assert seconds is not None
+        keys = {key.digest: key for key in custody.roster.stored_keys()}
+        latest = custody.settings.clock() - seconds
+        known = {digest: at for digest, at in self._last_used.items() if digest in keys and at >= latest}
+        unknown = [key for digest, key in keys.items() if digest not in known and custody.roster.find(key) is None]
+        seen = await asyncio.to_thread(lambda: [(custody.journals.glance(key), key) for key in unknown])
+        used = [(one.last_used, key.digest, key) for one, key in seen if one is not None]
+        self._last_used = known | {digest: at for at, digest, _ in used}
+        return [key for at, _, key in sorted(used) if at < latest][:_MAX_PER_SWEEP]
