@@ -35,6 +35,7 @@ from phi_cluster.cluster.poison import PoisonList
 from phi_cluster.cluster.preflight import LOOPBACK
 from phi_cluster.cluster.processes import boot_id, is_alive, process_id
 from phi_cluster.cluster.ray_engine import EngineSpawner
+from phi_cluster.cluster.replica_report import ReplicaReport
 from phi_cluster.cluster.responses.assembly import ResponseRoom
 from phi_cluster.cluster.responses.making import MakerLimits
 from phi_cluster.cluster.responses.run import Tools
@@ -48,7 +49,7 @@ from phi_cluster.cluster.turn import Turns
 from phi_cluster.cluster.turn_api import TurnRunner
 from phi_cluster.cluster.turn_attempt import TurnLimits
 from phi_cluster.model.tokenizer import Tokenizer
-from phi_cluster.monitoring.metrics import RequestMetrics
+from phi_cluster.monitoring.replica_metrics import ReplicaMetrics
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +60,8 @@ _START_SECONDS = 300.0
 _UNASKED_SECONDS = 30.0
 _LAST_COMMITS_SECONDS = 5.0
 _SETTLE_SECONDS = 60.0
+# Why an engine may be renewed.
+_ENGINE_RECYCLES = (RecycleReason.LEAK, RecycleReason.REQUESTED, RecycleReason.MAX_AGE, RecycleReason.MAX_STEPS)
 
 
 @serve.ingress()
@@ -74,11 +77,11 @@ class Replica:
         self._node_id = ray.get_runtime_context().get_node_id()
         self._replica_id = uuid.uuid4().hex
         self._started_at = time.monotonic()
-        self._metrics = RequestMetrics()
+        self._metrics = ReplicaMetrics(reason.value for reason in _ENGINE_RECYCLES)
         self._last_step = (0, time.monotonic())
         self._engine_baseline = (0, 0)
         self._recycling: asyncio.Task[None] | None = None
-        self._sessions = SessionDirectory(self._keeper)
+        self._sessions = SessionDirectory(self._keeper, self._metrics.commits.on_commit)
         self._keys = None if config.keys_path is None else KeyFile(config.keys_path)
         spawner = EngineSpawner(served, config, runtime_dir, num_threads, self._node_id)
         hang_timeout = config.engine.hang_timeout
@@ -87,7 +90,8 @@ class Replica:
         self._standbys = StandbyEngines(
             num_standbys, partial(start_engine, spawner.spawn_standby, hang_timeout), may_begin=self._started
         )
-        self._engines = EngineClient(partial(start_engine, spawner.spawn, hang_timeout), self._standbys)
+        starting = partial(start_engine, spawner.spawn, hang_timeout)
+        self._engines = EngineClient(starting, self._standbys, self._metrics.engines)
         self._engines.start()
         # The engine's process starts meanwhile.
         self._tokenizer = await asyncio.to_thread(Tokenizer.from_folder, served.folder)
@@ -110,7 +114,7 @@ class Replica:
         self._managed = _Sessions(self._sessions, self._engines)
         self._room = ResponseRoom(
             config.state_path,
-            Tools(self._runner, self._metrics, time),
+            Tools(self._runner, self._metrics.requests, time),
             self._managed,
             MakerLimits(
                 retention=config.responses.retention,
@@ -150,7 +154,7 @@ class Replica:
             self._managed,
             self,
             self,
-            self._metrics,
+            self._metrics.requests,
             keys=keys,
             usage=None if keys is None else UsageOfKeys(self._sessions, keys.limits_of),
         )
@@ -199,25 +203,34 @@ class Replica:
         return step, time.monotonic() - self._last_step[1]
 
     async def _report(self) -> None:
-        """Sends the counters to the controller, once a second."""
+        """To the controller, once a second."""
         while True:
-            self._observe_step()
             if self._keys is not None and (told := await asyncio.to_thread(self._keys.refresh)):
                 logger.warning("%s", told)
             if time.monotonic() - self._started_at > _UNASKED_SECONDS and self._engines.ready:
                 self._started.set()
-            engines, standby_pids = self._engines, self._standbys.pids
-            recoveries = {"engine": engines.recoveries, "standby_engine": self._standbys.losses}
-            self._metrics.on_engine(engines.last_step.num_running, recoveries, len(standby_pids), engines.recycles)
-            self._metrics.on_totals(engines.totals._asdict())
             with contextlib.suppress(ValueError, RayError):
                 controller = ray.get_actor(CONTROLLER, namespace=NAMESPACE)
-                reason = await controller.report_replica.remote(
-                    self._replica_id, self._metrics.snapshot(), os.getpid(), self._engine_report(), standby_pids
-                )
+                reason = await controller.report_replica.remote(self._own_report())
                 if reason is not None and self._recycling is None:
                     self._recycling = asyncio.get_running_loop().create_task(self._recycle_engine(reason))
             await asyncio.sleep(1.0)
+
+    def _own_report(self) -> ReplicaReport:
+        engines, standby_pids = self._engines, self._standbys.pids
+        recoveries = {"engine": engines.recoveries, "standby_engine": self._standbys.losses}
+        self._metrics.engines.on_engines(recoveries, len(standby_pids), engines.recycles)
+        self._metrics.engines.on_totals(engines.totals._asdict())
+        return ReplicaReport(
+            replica_id=self._replica_id,
+            node_id=self._node_id,
+            snapshot=self._metrics.snapshot(engines.last_step.num_running),
+            private_nbytes=private_or_zero(os.getpid()),
+            standby_nbytes=tuple(map(private_or_zero, standby_pids)),
+            engine=self._engine_report(),
+            last_step_seconds=self._observe_step()[1],
+            queue_seconds=engines.last_step.queue_seconds,
+        )
 
     def _engine_report(self) -> EngineReport | None:
         engine = self._engines.engine

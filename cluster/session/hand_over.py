@@ -24,6 +24,7 @@ from phi_cluster.cluster.session.reports import private_or_zero
 from phi_cluster.cluster.session.roster import Entry, Roster
 from phi_cluster.cluster.session.segment import SegmentGone, SegmentMismatch
 from phi_cluster.cluster.session.session import Session, SessionSettings, SessionStats
+from phi_cluster.monitoring.session_metrics import SessionMetrics
 
 logger = logging.getLogger(__name__)
 
@@ -43,12 +44,14 @@ class HandOvers:
         settings: SessionSettings,
         journal: Callable[[SessionKey], Journal],
         config: SessionsConfig,
+        metrics: SessionMetrics,
     ):
         self._roster = roster
         self._pool = pool
         self._settings = settings
         self._journal = journal
         self._config = config
+        self._metrics = metrics
         self._tending: asyncio.Task[None] | None = None
         self._needed = asyncio.Event()
         self.activations = 0
@@ -253,6 +256,7 @@ class HandOvers:
         entry.hold(None)
         entry.actor, entry.wants_actor = None, False
         self.recycles[reason.value] += 1
+        self._metrics.on_deactivated(reason.value)
         await self._let_go(entry.key, actor)
 
     async def _begin(

@@ -13,6 +13,7 @@ from phi_cluster.cluster.processes import private_bytes
 from phi_cluster.cluster.session.accounts import UsageTotals
 from phi_cluster.cluster.session.journal import JournalInfo
 from phi_cluster.cluster.session.session import SessionStats
+from phi_cluster.monitoring.snapshots import FamilySnapshot
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class SessionReport:
 @dataclass(frozen=True)
 class KeeperReport:
     """What the controller collects. Bytes; counters since this keeper started; `counts` are those that the metrics
-    declare (see monitoring/metrics.py)."""
+    declare, `snapshot` what it measures (see monitoring/session_metrics.py)."""
 
     node_id: str
     process: ProcessId
@@ -44,6 +45,8 @@ class KeeperReport:
     recycles: dict[str, int]
     private_nbytes: int
     counts: dict[str, int]
+    journal_nbytes: int = 0
+    snapshot: list[FamilySnapshot] = field(default_factory=list)
     usage: list[UsageTotals] = field(default_factory=list)
 
 

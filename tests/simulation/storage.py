@@ -145,6 +145,9 @@ class Journals:
     def last_used(self, key: SessionKey) -> float | None:
         return self._disk.clock() if key.digest in self._disk.files else None
 
+    def nbytes(self) -> int:
+        return 0
+
     def keys(self) -> Iterator[SessionKey]:
         yield from [journal.key for journal in self._disk.files.values()]
 

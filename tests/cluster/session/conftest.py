@@ -27,7 +27,7 @@ from phi_cluster.cluster.session.journal import Journal
 from phi_cluster.cluster.session.keeper import HeldBy, NodeSessions
 from phi_cluster.cluster.session.segment import Segment, SegmentLayout
 from phi_cluster.cluster.session.session import Session, SessionSettings
-from phi_cluster.cluster.session.sqlite_journal import SQLiteJournal, last_used, list_sessions
+from phi_cluster.cluster.session.sqlite_journal import SQLiteJournal, journals_nbytes, last_used, list_sessions
 from phi_cluster.model.kv_layout import KVCacheLayout
 
 FINGERPRINT = "model-1"
@@ -274,6 +274,9 @@ class Node:
 
             def keys(self) -> list[SessionKey]:
                 return list(list_sessions(state_dir))
+
+            def nbytes(self) -> int:
+                return journals_nbytes(state_dir)
 
             def last_used(self, key: SessionKey) -> float | None:
                 return last_used(state_dir, key)
