@@ -270,6 +270,7 @@ class FakeHealth:
 class RecordingObserver:
     def __init__(self) -> None:
         self.calls: list[tuple[Any, ...]] = []
+        self.errors: list[tuple[Any, ...]] = []
 
     def on_start(self, *call: Any) -> None:
         self.calls.append(("start", *call))
@@ -282,6 +283,9 @@ class RecordingObserver:
 
     def on_finish(self, *call: Any) -> None:
         self.calls.append(("finish", *call))
+
+    def on_error(self, *call: Any) -> None:
+        self.errors.append(call)
 
 
 class FakeClock:
