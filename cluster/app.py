@@ -34,6 +34,7 @@ from phi_cluster.cluster.preflight import (
     inspect_machine,
     kv_budget,
     object_store_nbytes,
+    session_actors,
     standby_engines,
 )
 from phi_cluster.cluster.runtime_dir import clear_dead_servers, remove_runtime_dir
@@ -76,6 +77,8 @@ class Prepared:
     budget_nbytes: int
     # Of each replica.
     num_standbys: int
+    # At most, on the node.
+    num_session_actors: int
 
     @property
     def num_threads(self) -> int:
@@ -119,7 +122,13 @@ def prepare(config: Config, report: Report) -> Prepared:
     num_standbys = standby_engines(config, machine, weights_nbytes, budget_nbytes)
     if config.engine.standby_engines is None and not num_standbys and config.device == "cpu":
         report.noted("no memory is left for a standby engine: should the engine die, streams pause for seconds")
-    return Prepared(config, machine, served, weights_nbytes, budget_nbytes, num_standbys)
+    num_actors = session_actors(config, machine, weights_nbytes, budget_nbytes, num_standbys)
+    if num_actors < config.sessions.max_actors:
+        report.noted(
+            f"memory is left for {num_actors} session actors, not for sessions.max_actors "
+            f"({config.sessions.max_actors}): the keeper holds the other sessions"
+        )
+    return Prepared(config, machine, served, weights_nbytes, budget_nbytes, num_standbys, num_actors)
 
 
 class Server:
@@ -213,7 +222,7 @@ class Server:
                 served.layout,
                 served.fingerprint,
                 config.state_path,
-                config.sessions,
+                config.sessions.model_copy(update={"max_actors": prepared.num_session_actors}),
                 config.kv,
                 prepared.budget_nbytes,
             )
@@ -227,6 +236,7 @@ class Server:
                 config.server.metrics_port,
                 prepared.weights_nbytes,
                 config.kv.hibernate_quota > 0,
+                self._runtime_dir,
             )
             ray.get([store.weights.remote(), keeper.start.remote(), controller.start.remote()])
 

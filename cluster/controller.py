@@ -14,6 +14,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -29,13 +30,14 @@ from phi_cluster.cluster.errors import PhiError
 from phi_cluster.cluster.event_ring import EventRing
 from phi_cluster.cluster.events import EventKind, EventLog
 from phi_cluster.cluster.overview import ReplicaView, cluster_view
-from phi_cluster.cluster.processes import kill_for_sure, private_bytes
+from phi_cluster.cluster.processes import is_running, kill_for_sure, private_bytes
 from phi_cluster.cluster.replica_news import ReplicaNews
 from phi_cluster.cluster.session.accounts import UsageTotals
 from phi_cluster.cluster.session.recycler import RecyclePolicy, RecycleReason, SessionSnapshot, decide, sleepers
 from phi_cluster.cluster.session.reports import KeeperReport, SessionReport, private_or_zero
 from phi_cluster.cluster.speed_history import SpeedHistory
 from phi_cluster.cluster.watch_api import EventPage
+from phi_cluster.cluster.worker_logs import logs_folder, prune_logs
 from phi_cluster.monitoring.metrics import (
     FamilySnapshot,
     KeyView,
@@ -57,6 +59,9 @@ _REPLICA_GONE_SECONDS = 600.0
 _RECYCLE_SECONDS = 30.0
 # Between two looks for sessions that nobody has used for long.
 _SWEEP_SECONDS = 600.0
+# Between two looks for logs of dead processes, and of how many of these they are kept.
+_LOGS_SECONDS = 60.0
+_KEPT_LOGS = 100
 
 
 # A keeper that does not answer for so long, so many times in a row, hangs.
@@ -67,7 +72,7 @@ _KEEPER_SILENCES = 3
 @ray.remote(num_cpus=0)
 class Controller:
     """`weights_nbytes` is what the object store holds of them on each node; `hibernates`: keepers have somewhere to put
-    idle sessions' caches."""
+    idle sessions' caches; `runtime_dir` is the server's (runtime_dir.py)."""
 
     def __init__(
         self,
@@ -78,6 +83,7 @@ class Controller:
         metrics_port: int,
         weights_nbytes: int,
         hibernates: bool,
+        runtime_dir: Path,
     ):
         self._policy = RecyclePolicy(
             max_age=sessions.max_age,
@@ -93,6 +99,8 @@ class Controller:
         self._engine_recycles = EngineRecycles(
             EnginePolicy(engine.max_age, engine.max_steps, engine.max_private_growth)
         )
+        self._logs = logs_folder(runtime_dir)
+        self._logs_pruned_at = -math.inf
         self._metrics_address = (metrics_host, metrics_port)
         self._weights_nbytes = weights_nbytes
         self._reports: dict[str, KeeperReport] = {}
@@ -228,6 +236,7 @@ class Controller:
         self._speeds.take(time.time(), [self._past_replicas, *self._snapshots()])
         here = ray.get_runtime_context().get_node_id()
         self._events.take("controller", here, self._own_events.after(self._events.seen("controller")))
+        await self._prune_logs()
         for node in ray.nodes():
             if not node["Alive"]:
                 self._forget_node(node["NodeID"])
@@ -257,6 +266,12 @@ class Controller:
             await asyncio.wait_for(keeper.delete_unused.remote(), _RECYCLE_SECONDS)
         except (PhiError, RayError, asyncio.TimeoutError) as error:
             logger.info("unused sessions were not deleted: %s", error)
+
+    async def _prune_logs(self) -> None:
+        now = time.monotonic()
+        if now - self._logs_pruned_at >= _LOGS_SECONDS:
+            self._logs_pruned_at = now
+            await asyncio.to_thread(prune_logs, self._logs, _KEPT_LOGS, is_running)
 
     async def _on_silence(self, node_id: str) -> None:
         """The node's keeper did not answer. One that hangs keeps every turn of the node waiting: it is ended, and Ray

@@ -69,5 +69,12 @@ def set_environment(config: Config, runtime_dir: Path) -> None:
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": os.environ.get("RAY_AUTH_TOKEN") or secrets.token_hex(32),
             "RAY_DEDUP_LOGS": "0",
+            # What Ray remembers of the dead: of 100,000 actors by default, 50 KB of each. Session actors come and go.
+            "RAY_maximum_gcs_destroyed_actor_cached_count": "64",
+            "RAY_maximum_gcs_dead_worker_cached_count": "64",
+            # Ray's own metrics and task events, which nobody reads here, cost the keeper and Ray's agent 100 KB each
+            # for every session actor. Ours are the controller's.
+            "RAY_enable_metrics_collection": "0",
+            "RAY_task_events_report_interval_ms": "0",
         }
     )

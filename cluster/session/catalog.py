@@ -1,12 +1,10 @@
 """All named sessions of a node, seen at once: found, sorted, counted and told in pages.
 
-Owns: the pages, and what was seen of journals whose sessions only the disk has, so that thousands of them are read once
-and not for every page. Knows nothing of who asks, and of how a session is looked after.
+Owns: the pages. Knows nothing of who asks, of how journals are read, and of how a session is looked after.
 """
 
 from __future__ import annotations
 
-import asyncio
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,15 +14,13 @@ from phi_cluster.cluster.errors import InvalidRequest, PhiError
 from phi_cluster.cluster.messages import SessionKey
 from phi_cluster.cluster.session.administration import Administration
 from phi_cluster.cluster.session.custody import Custody
+from phi_cluster.cluster.session.glances import Glances
 from phi_cluster.cluster.session.hibernation import Hibernation
 from phi_cluster.cluster.session.journal import Glance
 from phi_cluster.cluster.session.reports import stored_description
 from phi_cluster.cluster.session.roster import Entry
 from phi_cluster.cluster.session.session import SessionStats
 from phi_cluster.cluster.session_api import SESSION_STATES, SessionPage, SessionQuery, SessionSort
-
-# So many journals are read before others get their turn.
-_GLANCES_AT_ONCE = 100
 
 
 @dataclass(eq=False)
@@ -46,16 +42,19 @@ class _Row:
 class Catalog:
     """For one event loop."""
 
-    def __init__(self, custody: Custody, hibernation: Hibernation, administration: Administration, node_id: str):
+    def __init__(
+        self,
+        custody: Custody,
+        hibernation: Hibernation,
+        administration: Administration,
+        glances: Glances,
+        node_id: str,
+    ):
         self._custody = custody
         self._hibernation = hibernation
         self._administration = administration
         self._node_id = node_id
-        # Of sessions that only the disk has, by digest. None: its journal cannot be read.
-        self._seen: dict[str, Glance | None] = {}
-        # For each reading under way: whose journal has changed since it began.
-        self._changed: list[set[str]] = []
-        custody.roster.on_change = self._forget
+        self._glances = glances
 
     async def browse(self, query: SessionQuery) -> SessionPage:
         """Raises InvalidRequest if the cursor's session is not in the list any more (by `id` that does not matter)."""
@@ -97,34 +96,10 @@ class Catalog:
         return node_id is None or (row.entry is not None and self._node_id.startswith(node_id))
 
     async def _look_at(self, rows: Sequence[_Row]) -> None:
-        """What is on the disk only is known from then on, until it changes."""
-        unknown = []
-        for row in rows:
-            if row.entry is None and row.seen is None:
-                row.seen = self._seen.get(row.key.digest)
-                if row.key.digest not in self._seen:
-                    unknown.append(row)
-        for first in range(0, len(unknown), _GLANCES_AT_ONCE):
-            some = unknown[first : first + _GLANCES_AT_ONCE]
-            changed: set[str] = set()
-            self._changed.append(changed)
-            try:
-                found = await asyncio.to_thread(self._read, [row.key for row in some])
-            finally:
-                self._changed = [one for one in self._changed if one is not changed]
-            for row, seen in zip(some, found, strict=True):
-                row.seen = seen
-                if row.key.digest not in changed:
-                    self._seen[row.key.digest] = seen
-
-    def _read(self, keys: Sequence[SessionKey]) -> list[Glance | None]:
-        return [self._custody.journals.glance(key) for key in keys]
-
-    def _forget(self, key: SessionKey) -> None:
-        """The session came into memory, or to be, or is gone."""
-        self._seen.pop(key.digest, None)
-        for changed in self._changed:
-            changed.add(key.digest)
+        unknown = [row for row in rows if row.entry is None and row.seen is None]
+        found = await self._glances.look_at(row.key for row in unknown)
+        for row in unknown:
+            row.seen = found[row.key.digest]
 
     async def _described(self, row: _Row) -> dict[str, Any] | None:
         """Fresh; None: deleted meanwhile, or its journal cannot be read, and the others are worth showing."""

@@ -34,6 +34,7 @@ from phi_cluster.cluster.session.catalog import Catalog
 from phi_cluster.cluster.session.conversation import name_digest
 from phi_cluster.cluster.session.custody import Custody, Journals
 from phi_cluster.cluster.session.forks import Forks
+from phi_cluster.cluster.session.glances import Glances
 from phi_cluster.cluster.session.hibernation import Hibernation
 from phi_cluster.cluster.session.hibernation_store import FileHibernationStore, HibernationStore, read_key
 from phi_cluster.cluster.session.journal import Glance, Journal
@@ -91,9 +92,10 @@ class NodeSessions:
         self._roster = self._custody.roster
         self._hibernation = Hibernation(self._custody, store)
         self._administration = Administration(self._custody, self._hibernation, node_id)
-        self._catalog = Catalog(self._custody, self._hibernation, self._administration, node_id)
+        glances = Glances(self._custody)
+        self._catalog = Catalog(self._custody, self._hibernation, self._administration, glances, node_id)
         self._forks = Forks(self._custody)
-        self._retention = Retention(self._custody, self._administration, self._hibernation, sessions.retention)
+        self._retention = Retention(self._custody, self._administration, self._hibernation, glances, sessions.retention)
         self._accounts = Accounts(usage or ForgetfulStore(), settings.clock, settings.is_alive)
         self._memory = TenantMemory(
             self._custody, lambda tenant: self._accounts.limits_of(tenant).kv_bytes, kv.reserve_wait

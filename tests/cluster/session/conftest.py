@@ -11,7 +11,7 @@ import subprocess
 import sys
 from array import array
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -270,6 +270,10 @@ class Node:
         self.layout = settings.layout
 
         class Journals:
+            def __init__(self) -> None:
+                # Whose journals were looked into.
+                self.looked_at: list[SessionKey] = []
+
             def open(self, key: SessionKey) -> SQLiteJournal:
                 return SQLiteJournal(state_dir, key, settings.fingerprint, settings.clock)
 
@@ -277,6 +281,7 @@ class Node:
                 return list(list_sessions(state_dir))
 
             def glance(self, key: SessionKey) -> Glance | None:
+                self.looked_at.append(key)
                 return glance(state_dir, key)
 
         self.journals = Journals()
@@ -311,7 +316,8 @@ class Node:
         await self.keeper.reserve(key, total)
         Turns(self.settings).write(grant, token_ids, value)
         kept = (grant.num_kept_chars, grant.num_kept_tokens)
-        stats = await commit(commit_turn(key, grant.epoch, text[grant.num_kept_chars :], token_ids, kept=kept))
+        turn = commit_turn(key, grant.epoch, text[grant.num_kept_chars :], token_ids, kept=kept)
+        stats = await commit(replace(turn, committed_at=self.settings.clock()))
         await self.keeper.settle(key, stats.kv_cache_bytes)
         return grant
 

@@ -125,7 +125,7 @@ async def test_what_was_seen_of_a_journal_is_forgotten_when_it_changes(node, clo
     assert (ids(page)[0], page.sessions[0]["state"], page.sessions[0]["turns"]) == ("c", "stored", 6)
     await node.keeper.delete(D)
     data = await node.keeper.export(C)
-    assert D.digest not in node.keeper._catalog._seen
+    assert D not in node.keeper._catalog._glances
     await node.keeper.import_session(D, data, 1000)
     assert {one["id"]: one["turns"] for one in (await node.keeper.browse(query)).sessions}["d"] > 0
 

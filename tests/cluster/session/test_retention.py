@@ -70,3 +70,25 @@ async def test_handing_over_and_reading_are_no_use_and_a_fork_is_new(node, tmp_p
     assert [one["id"] for one in await node.listed("tenant")] == ["fork"]
     assert glance(tmp_path, SessionKey("tenant", "nobody")) is None
     assert not list(tmp_path.rglob(f"{SessionKey('tenant', 'nobody').digest}*"))
+
+
+async def test_a_journal_is_opened_again_only_when_it_may_be_due(make_node, tmp_path, clock):
+    node = make_node(retention=30 * DAY)
+    keys = [SessionKey("tenant", f"stored-{number}") for number in range(5)]
+    for key in keys:
+        await node.turn(key, "said ", [1])
+        await node.keeper.hibernate(key)
+    for day in range(29):
+        clock.now += DAY
+        assert await node.keeper.delete_unused() == 0
+        if day == 0:
+            assert sorted(key.session_id for key in node.journals.looked_at) == [key.session_id for key in keys]
+    assert len(node.journals.looked_at) == len(keys)
+    # One has been used meanwhile: what is known of it is too early, and it is looked at before anything is done.
+    await node.turn(keys[0], "said more", [2])
+    await node.keeper.hibernate(keys[0])
+    clock.now += 2 * DAY
+    assert await node.keeper.delete_unused() == 4
+    assert [one["id"] for one in await node.listed("tenant")] == ["stored-0"]
+    clock.now += 30 * DAY
+    assert await node.keeper.delete_unused() == 1
