@@ -37,6 +37,8 @@ VERSION = 2
 # Offsets in the header: magic 8, version 8, nonce 16, identity 32, then the fields.
 _HEAD = struct.Struct("=8sq16s32s")
 _IDENTITY_OFFSET = 32
+_IDENTITY_OFFSET = 32
+_IDENTITY_OFFSET = 32
 FIELDS_OFFSET = 64
 _EPOCH, _FLAGS, _SEED, _NUM_COMPUTED_TOKENS, _NUM_TOKENS, _WRITER_PID, _WRITER_START_TICKS = range(7)
 _COMMITTER_PID, _COMMITTER_START_TICKS, _REQUEST, _, _CLAIM, _ = range(7, 13)
@@ -118,6 +120,16 @@ class Segment:
         if self._fd < 0:
             raise ValueError("the KV segment is closed")
         return SegmentRef(os.getpid(), self._fd, self.nonce)
+
+    @property
+    def identity(self) -> bytes:
+        """32 bytes that only segments of the same model and layout share."""
+        return os.pread(self._fd, 32, _IDENTITY_OFFSET)
+
+    @property
+    def identity(self) -> bytes:
+        """32 bytes that only segments of the same model and layout share."""
+        return os.pread(self._fd, 32, _IDENTITY_OFFSET)
 
     @property
     def identity(self) -> bytes:
