@@ -31,7 +31,8 @@ from phi_cluster.cluster.config import Config
 from phi_cluster.cluster.engine_recycler import EnginePolicy, EngineRecycles
 from phi_cluster.cluster.errors import PhiError
 from phi_cluster.cluster.events import EventKind
-from phi_cluster.cluster.processes import is_running, kill_for_sure
+from phi_cluster.cluster.growth import GrowthWatch
+from phi_cluster.cluster.processes import is_running, kill_for_sure, private_bytes, process_id
 from phi_cluster.cluster.replica_report import ReplicaReport
 from phi_cluster.cluster.session.recycler import RecyclePolicy, RecycleReason, SessionSnapshot, decide, sleepers
 from phi_cluster.cluster.session.reports import KeeperReport, SessionReport
@@ -71,11 +72,13 @@ class Controller:
         # By node: when its keeper was last told to delete what nobody uses.
         self._swept: dict[str, float] = {}
         self._rhythm = config.recycler
+        self._keeper_growth = GrowthWatch(config.recycler.max_keeper_growth)
+        self._own_growth = GrowthWatch(config.recycler.max_controller_growth)
         self._engine_recycles = EngineRecycles(
             EnginePolicy(engine.max_age, engine.max_steps, engine.max_private_growth)
         )
         self._metrics_address = (config.server.metrics_host, config.server.metrics_port)
-        self._view = ClusterView(config.replicas, weights_nbytes, build)
+        self._view = ClusterView(config.max_replicas, weights_nbytes, build)
         self._left_path = runtime_dir / "counters"
         with suppress(FileNotFoundError):
             try:
@@ -180,6 +183,27 @@ class Controller:
             self._news.take_keeper(report)
             await self._recycle(keeper, report)
             await self._sweep(keeper, report.node_id)
+            await self._renew_keeper(keeper, report)
+        if self._own_growth.exceeds("here", os.getpid(), private_bytes(), time.monotonic()):
+            # Ray starts another, which collects all of this again.
+            logger.warning("the controller has grown too much and is renewed")
+            await kill_for_sure(process_id())
+
+    async def _renew_keeper(self, keeper: Any, report: KeeperReport) -> None:
+        """If it has grown too much. Ray starts another one; whoever asks meanwhile asks again."""
+        if not self._keeper_growth.exceeds(report.node_id, report.process, report.private_nbytes, time.monotonic()):
+            return
+        # A process is killed where it runs.
+        if report.node_id != ray.get_runtime_context().get_node_id():
+            return
+        try:
+            is_ready = await asyncio.wait_for(keeper.prepare_end.remote(), _RECYCLE_SECONDS)
+        except (PhiError, RayError, asyncio.TimeoutError) as error:
+            logger.info("the keeper was not renewed: %s", error)
+            return
+        if is_ready:
+            logger.warning("the keeper (pid %d) has grown too much and is renewed", report.process.pid)
+            await kill_for_sure(report.process)
 
     async def _prune_logs(self) -> None:
         now = time.monotonic()

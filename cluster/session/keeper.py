@@ -23,7 +23,7 @@ from typing import Any
 import ray
 
 from phi_cluster.cluster.config import KVConfig, SessionsConfig
-from phi_cluster.cluster.errors import Overloaded
+from phi_cluster.cluster.errors import Overloaded, PhiError
 from phi_cluster.cluster.events import EventKind
 from phi_cluster.cluster.messages import AdmitTurn, BeginTurn, CommitTurn, Moved, SessionKey, TurnGrant, TurnUsage
 from phi_cluster.cluster.processes import private_bytes, process_id
@@ -344,6 +344,23 @@ class NodeSessions:
             events=self._custody.events.after(events_after),
             counts={"forks": self._forks.made, "deletions": self._retention.deleted, **self._hibernation.counts},
         )
+
+    async def prepare_end(self) -> bool:
+        """This keeper is to be renewed: whether it may end now, because no turn is with it and nobody waits for memory.
+        Named sessions that it holds have left memory for the disk then; unnamed ones will be computed again."""
+        await self.start()
+        if self._is_busy():
+            return False
+        for entry in self._roster:
+            if entry.session is not None and not entry.key.ephemeral:
+                with contextlib.suppress(PhiError, OSError):
+                    await self._hibernation.hibernate(entry.key, is_asked=False)
+        await self._save_usage()
+        return not self._is_busy()
+
+    def _is_busy(self) -> bool:
+        in_turn = any(entry.session is not None and entry.session.in_turn for entry in self._roster)
+        return in_turn or self._custody.leases.num_waiting > 0
 
     async def close(self) -> int:
         """Ends all actors; conversations stay in their journals. Returns how many named sessions there are."""

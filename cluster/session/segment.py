@@ -127,16 +127,6 @@ class Segment:
         return os.pread(self._fd, 32, _IDENTITY_OFFSET)
 
     @property
-    def identity(self) -> bytes:
-        """32 bytes that only segments of the same model and layout share."""
-        return os.pread(self._fd, 32, _IDENTITY_OFFSET)
-
-    @property
-    def identity(self) -> bytes:
-        """32 bytes that only segments of the same model and layout share."""
-        return os.pread(self._fd, 32, _IDENTITY_OFFSET)
-
-    @property
     def nbytes_resident(self) -> int:
         """Bytes of memory that the session's segment has, exactly (`st_blocks * 512`)."""
         return memfd.nbytes_resident(self._fd)
