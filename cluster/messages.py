@@ -62,6 +62,8 @@ class BeginTurn:
     claim: str = ""
     # See turn_api.TurnRequest.
     cache_hint: str | None = field(default=None, repr=False)
+    # The ids that are kept are to be told, too.
+    wants_ids: bool = False
 
     @property
     def attempt(self) -> str:
@@ -126,6 +128,8 @@ class TurnGrant:
     holder_pid: int
     # Of a request that reads on: the ids behind `num_kept_tokens` that it has left (int32), if they are still there.
     resumed_ids: bytes | None = field(default=None, repr=False)
+    # The first `num_kept_tokens` ids (int32), if they were asked for.
+    kept_ids: bytes | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,7 @@ class Observation:
             self.tokens(event.num_tokens)
         elif isinstance(event, TurnStarted):
             self.started(event)
-        else:
+        elif isinstance(event, TurnFinished):
             self.totals(event)
 
     def totals(self, event: TurnFinished) -> None:

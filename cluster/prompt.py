@@ -108,7 +108,7 @@ class PromptReader:
             request.sampling
             | grammar
             | {
-                "seed": _seed_of(request.request_id) if seed is None else seed,
+                "seed": seed_of(request.request_id) if seed is None else seed,
                 "max_tokens": max_tokens,
                 "ignore_eos": False,
                 "stop_token_ids": list(dict.fromkeys(stops)),
@@ -117,6 +117,6 @@ class PromptReader:
         )
 
 
-def _seed_of(request_id: str) -> int:
-    """63 bits that nobody guesses who does not know the id, which is random."""
-    return int.from_bytes(hashlib.blake2b(request_id.encode(), digest_size=8).digest(), "big") >> 1
+def seed_of(name: str) -> int:
+    """63 bits that nobody guesses who does not know the name: of a request, its id, which is random."""
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big") >> 1

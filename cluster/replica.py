@@ -29,6 +29,7 @@ from phi_cluster.cluster.engine_link import start_engine
 from phi_cluster.cluster.engine_recycler import EngineReport
 from phi_cluster.cluster.errors import Unavailable
 from phi_cluster.cluster.http.edge import EdgeSettings
+from phi_cluster.cluster.http.schemas import MAX_CHOICES
 from phi_cluster.cluster.http.server import build_app
 from phi_cluster.cluster.keys import KeyFile
 from phi_cluster.cluster.poison import PoisonList
@@ -132,6 +133,7 @@ class Replica:
             max_model_len=served.max_model_len,
             vocab_size=served.config.vocab_size,
             max_body_bytes=server.max_body,
+            max_choices=min(MAX_CHOICES, self._config.engine.max_num_seqs),
             body_seconds=server.body_timeout,
             write_seconds=server.write_timeout,
             session_headers=server.session_headers,

@@ -65,6 +65,9 @@ class TurnRequest:
     session. `request_id` is ours, never the client's: also with `resume_from`, which means that this request came
     before, was interrupted, and is to be read on behind that position of its reply (see `TextDelta.position`).
 
+    `num_choices`: so many replies, each by a seed of its own, of which the first is the turn, and just what it would be
+    alone; the others leave nothing in the session. Not with `resume_from` and `truncate`.
+
     `truncate`: where the messages do not fit, the oldest turns are left out instead of refusing the request.
     """
 
@@ -80,6 +83,7 @@ class TurnRequest:
     continue_final_message: bool = False
     resume_from: Position | None = None
     truncate: bool = False
+    num_choices: int = 1
     # Of an unnamed session: of two conversations that the request continues equally, the one that had this hint before
     # is meant.
     cache_hint: str | None = field(default=None, repr=False)
@@ -112,7 +116,8 @@ class TokenLogprob(NamedTuple):
 
 @dataclass(frozen=True)
 class TextDelta:
-    """Text that is final, and how many new tokens this event stands for. `text` may be empty (held back).
+    """Text that is final, and how many new tokens this event stands for. `text` may be empty (held back). `choice`: in
+    which of several replies.
 
     `position` is where in the reply the text ends. `logprobs`, if they were asked for, are the new tokens', without
     those that have no text. `pieces` are the parts of `text`, none of them empty: the same reply has the same pieces,
@@ -124,11 +129,21 @@ class TextDelta:
     position: Position
     pieces: tuple[str, ...] = field(default=(), repr=False)
     logprobs: tuple[TokenLogprob, ...] = field(default=(), repr=False)
+    choice: int = 0
+
+
+@dataclass(frozen=True)
+class ChoiceFinished:
+    """One of several replies is over (of one alone, `TurnFinished` says it)."""
+
+    choice: int
+    finish_reason: FinishReason
 
 
 @dataclass(frozen=True)
 class TurnFinished:
-    """The last event, once, after the turn has been committed. The counts are the turn's totals."""
+    """The last event, once, after the turn has been committed. The counts are the turn's totals: the prompt counts once
+    for several replies. `finish_reason` is the first one's."""
 
     finish_reason: FinishReason
     num_prompt_tokens: int
@@ -137,14 +152,15 @@ class TurnFinished:
     engine_replaced: bool = False
 
 
-TurnEvent: TypeAlias = TurnStarted | TextDelta | TurnFinished
+TurnEvent: TypeAlias = TurnStarted | TextDelta | ChoiceFinished | TurnFinished
 
 
 class TurnRunner(Protocol):
     """Runs turns."""
 
     def run(self, request: TurnRequest) -> AsyncGenerator[TurnEvent, None]:
-        """An async generator: `TurnStarted`, any number of `TextDelta`, `TurnFinished`.
+        """An async generator: `TurnStarted`, any number of `TextDelta`, `TurnFinished`; of several replies, the deltas
+        come in any order, and each reply's are followed by a `ChoiceFinished`.
 
         Raises `PhiError`; before the first event it becomes the response's HTTP status, later an error event.
         A client that leaves is seen as `asyncio.CancelledError` at an await or as `GeneratorExit` at a yield

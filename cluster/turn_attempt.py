@@ -11,12 +11,20 @@ import uuid
 from array import array
 from collections.abc import AsyncGenerator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NoReturn, Protocol
 
 from phi_cluster.cluster.engine_client import EngineClient, EngineFailed, SequenceStream
 from phi_cluster.cluster.errors import GaveWay, InvalidRequest, Overloaded, PoisonousRequest, ReadElsewhere
-from phi_cluster.cluster.messages import AddSequence, BeginTurn, ProcessId, SequenceOutput, SessionKey, TurnGrant
+from phi_cluster.cluster.messages import (
+    AddSequence,
+    BeginTurn,
+    ProcessId,
+    SegmentRef,
+    SequenceOutput,
+    SessionKey,
+    TurnGrant,
+)
 from phi_cluster.cluster.prompt import PromptReader
 from phi_cluster.cluster.reply import Reply
 from phi_cluster.cluster.turn_api import Position, TextDelta, TokenChoice, TokenLogprob, TurnRequest, TurnStarted
@@ -33,6 +41,11 @@ class Sessions(Recorder, Lessor, Protocol):
 
     async def give_way(self, key: SessionKey) -> None:
         """The session, whose turn has been ended, gives the memory of its keys and values back."""
+        ...
+
+    async def lay_prompt(self, grant: TurnGrant, source: SegmentRef, num_tokens: int) -> None:
+        """The new session that the turn began in gets the first tokens of another one's memory, as far as they are to
+        be had. Memory for them is leased."""
         ...
 
 
@@ -76,14 +89,30 @@ class MemoryYielded(Exception):
 
 
 @dataclass
+class SharedPrompt:
+    """A prompt that several replies answer. The first of them, the turn, sets the rest as soon as it is computed:
+    `request` as it was in the end, `token_ids` of the prompt, `segment`, where it lies."""
+
+    request: TurnRequest | None = None
+    started: TurnStarted | None = None
+    token_ids: list[int] = field(default_factory=list, repr=False)
+    segment: SegmentRef | None = None
+
+
+@dataclass
 class Carried:
     """What of a turn outlives the memory in which it began. `token_ids` are the reply's, None before there are any to
-    speak of; the client has all text up to `given`, and `started` if it was told so."""
+    speak of; the client has all text up to `given`, and `started` if it was told so.
+
+    `shares`: others will answer the same prompt. `shared`: this is one of those others; it leaves nothing, and its
+    prompt is computed already."""
 
     key: SessionKey
     given: Position
     token_ids: list[int] | None = None
     started: TurnStarted | None = None
+    shares: SharedPrompt | None = None
+    shared: SharedPrompt | None = None
 
 
 class TurnAttempt:
@@ -118,6 +147,7 @@ class TurnAttempt:
             resume=request.resume_from is not None and carried.token_ids is None,
             claim=uuid.uuid4().hex,
             cache_hint=request.cache_hint,
+            wants_ids=carried.shares is not None,
         )
         self.grant = await around.sessions.begin_turn(begin)
         self.reply = Reply(
@@ -166,12 +196,16 @@ class TurnAttempt:
                 if isinstance(refusal, GaveWay) or self._carried.started is not None:
                     await self._yield_memory(so_far)
                 raise
+            if self._carried.shared is not None and (source := self._carried.shared.segment) is not None:
+                await around.sessions.lay_prompt(grant, source, num_prompt)
             self.stream = await around.engines.add(add)
-        # Only now is there anything to record: a turn that was refused room leaves the session as it was.
-        record = self.record
-        record.num_kept_tokens, record.num_kept_chars, record.prompt_ids = num_kept, kept_chars, new_ids
-        record.sampling = sampling
         reply.num_prompt_tokens = num_prompt
+        self._prompt_ids = array("i", grant.kept_ids or b"").tolist()[:num_kept] + new_ids
+        if self._carried.shared is None:
+            # Only now is there anything to record: a turn that was refused room leaves the session as it was.
+            record = self.record
+            record.num_kept_tokens, record.num_kept_chars, record.prompt_ids = num_kept, kept_chars, new_ids
+            record.sampling = sampling
 
     async def events(self) -> AsyncGenerator[TurnStarted | TextDelta, None]:
         """Text until the reply is over and the sequence released. Raises MemoryLost and MemoryYielded, with all of the
@@ -203,6 +237,7 @@ class TurnAttempt:
             lease.follow(num_there + len(stream.received))
             if not has_begun:
                 has_begun = True
+                self._share()
                 num_cached = output.num_cached_tokens or 0
                 if stream.was_moved or request.resume_from is not None:
                     # What an engine computed before it died was no cache when the turn began.
@@ -240,6 +275,11 @@ class TurnAttempt:
             if not tokenizer.is_special(token_id)
         )
 
+    def _share(self) -> None:
+        """The prompt is computed: others may answer it."""
+        if (shared := self._carried.shares) is not None:
+            shared.request, shared.token_ids, shared.segment = self._request, self._prompt_ids, self.grant.segment
+
     def _begin(self, num_cached: int) -> list[TurnStarted | TextDelta]:
         """What is told first: once that the turn has started, and the text that was there already."""
         carried, reply = self._carried, self.reply
@@ -267,7 +307,9 @@ class TurnAttempt:
         if not stream.is_poisonous:
             raise EngineFailed(f"the engine gave the request up: {error}")
         with suppress(OSError):
-            self._around.poison.add(self._request)
+            # What the client asked for, of whatever reply to it.
+            shared = self._carried.shared
+            self._around.poison.add((shared and shared.request) or self._request)
         raise poisonous()
 
 

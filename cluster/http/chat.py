@@ -7,7 +7,7 @@ tokens and engines.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fastapi import APIRouter
@@ -21,7 +21,7 @@ from phi_cluster.cluster.http.edge import Edge
 from phi_cluster.cluster.http.logprob_format import chat_logprobs
 from phi_cluster.cluster.http.models import check_model
 from phi_cluster.cluster.http.openapi import generation_docs
-from phi_cluster.cluster.http.schemas import sampling_of
+from phi_cluster.cluster.http.schemas import check_choices, sampling_of
 from phi_cluster.cluster.http.strict_model import validated
 from phi_cluster.cluster.http.turn_response import TurnResponse
 from phi_cluster.cluster.turn_api import Endpoint, FinishReason, TokenLogprob, TurnRequest
@@ -43,6 +43,7 @@ def chat_router(edge: Edge) -> APIRouter:
         chat = validated(ChatRequest, await read_object(request, settings))
         check_model(chat.model, settings)
         check_resumable(caller, chat.num_logprobs)
+        check_choices(chat, caller, settings)
         turn = TurnRequest(
             tenant=caller.tenant,
             session_id=caller.session_id,
@@ -55,9 +56,10 @@ def chat_router(edge: Edge) -> APIRouter:
             add_generation_prompt=chat.add_generation_prompt and not chat.continue_final_message,
             continue_final_message=chat.continue_final_message,
             cache_hint=chat.prompt_cache_key,
+            num_choices=chat.num_choices,
         )
         reply = ChatReply.begin(caller, edge)
-        return TurnResponse(edge, caller, turn, reply, stream=chat.stream, include_usage=chat.include_usage)
+        return TurnResponse(edge, caller, [turn], reply, stream=chat.stream, include_usage=chat.include_usage)
 
     return router
 
@@ -70,6 +72,7 @@ class ChatReply:
     created: int
     model: str
     system_fingerprint: str | None
+    index: int = 0
     endpoint: Endpoint = "chat"
 
     @classmethod
@@ -81,6 +84,9 @@ class ChatReply:
             model=settings.served_model_names[0],
             system_fingerprint=settings.system_fingerprint,
         )
+
+    def of_choice(self, index: int) -> ChatReply:
+        return replace(self, index=index)
 
     def opening(self) -> dict[str, Any]:
         return self._chunk([self._choice({"role": "assistant", "content": ""}, None)])
@@ -103,7 +109,7 @@ class ChatReply:
     ) -> dict[str, Any]:
         message = {"role": "assistant", "content": text, "refusal": None}
         choice = {
-            "index": 0,
+            "index": self.index,
             "message": message,
             "logprobs": None if logprobs is None else chat_logprobs(logprobs),
             "finish_reason": finish_reason,
@@ -120,7 +126,7 @@ class ChatReply:
         logprobs: Sequence[TokenLogprob] | None = None,
     ) -> dict[str, Any]:
         told = None if logprobs is None else chat_logprobs(logprobs)
-        return {"index": 0, "delta": delta, "logprobs": told, "finish_reason": finish_reason}
+        return {"index": self.index, "delta": delta, "logprobs": told, "finish_reason": finish_reason}
 
     def _head(self, kind: str) -> dict[str, Any]:
         return {

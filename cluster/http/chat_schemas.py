@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, BeforeValidator, Field, WithJsonSchema, model_validator
 
 from phi_cluster.cluster.http.content_parts import texts_of
-from phi_cluster.cluster.http.schemas import NOT_SUPPORTED, GenerationFields, Usage
+from phi_cluster.cluster.http.schemas import NOT_SUPPORTED, ChoiceFields, Usage
 from phi_cluster.cluster.http.strict_model import StrictModel, refusal
 from phi_cluster.model.sampling_params import MAX_LOGPROBS
 
@@ -74,7 +74,7 @@ class ChatMessage(StrictModel):
         return message
 
 
-class ChatRequest(GenerationFields):
+class ChatRequest(ChoiceFields):
     """POST /v1/chat/completions."""
 
     not_supported: ClassVar[dict[str, tuple[Any, ...]]] = {

@@ -30,6 +30,8 @@ class EdgeSettings:
     # Token ids are 0 ... vocab_size - 1.
     vocab_size: int
     max_body_bytes: int = 8 * 2**20
+    # The most replies to one prompt.
+    max_choices: int = 16
     # Seconds of silence after which a stream gets a comment line.
     keep_alive_seconds: float = 10.0
     # A request's body must have come within so many seconds, and a client must take what is sent to it within so many.
@@ -51,6 +53,7 @@ class EdgeSettings:
             "max_model_len",
             "vocab_size",
             "max_body_bytes",
+            "max_choices",
             "keep_alive_seconds",
             "body_seconds",
             "write_seconds",

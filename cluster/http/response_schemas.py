@@ -111,6 +111,7 @@ class ResponseRequest(GenerationFields):
         "context_management": ([],),
         "image": (),
         "moderation": (),
+        "n": (1,),
         "prompt": (),
         "prompt_cache_options": ({}, {"mode": "implicit"}),
         "reasoning": ({}, {"effort": None}, {"effort": "none"}, {"effort": None, "summary": None}),
