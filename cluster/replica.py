@@ -45,6 +45,7 @@ from phi_cluster.cluster.session.directory import SessionDirectory
 from phi_cluster.cluster.session.recycler import RecycleReason
 from phi_cluster.cluster.session.reports import private_or_zero
 from phi_cluster.cluster.standby import StandbyEngines
+from phi_cluster.cluster.tokenization import Tokenization
 from phi_cluster.cluster.turn import Turns
 from phi_cluster.cluster.turn_api import TurnRunner
 from phi_cluster.cluster.turn_attempt import TurnLimits
@@ -147,6 +148,7 @@ class Replica:
         return build_app(
             settings,
             self._runner,
+            Tokenization(self._tokenizer, served.max_model_len),
             room.responses,
             room.conversations,
             self._managed,

@@ -170,6 +170,23 @@ class TurnRunner(Protocol):
         ...
 
 
+class Tokens(Protocol):
+    """The model's tokenizer, to look at."""
+
+    async def of_prompt(self, request: TurnRequest, *, add_special_tokens: bool) -> list[int]:
+        """The ids of the prompt of such a turn; `add_special_tokens`: with what the tokenizer puts around a text.
+        Raises `InvalidRequest` if the template refuses it."""
+        ...
+
+    async def names(self, token_ids: Sequence[int]) -> list[str]:
+        """Each token as the tokenizer's file writes it. Ids are of the vocabulary."""
+        ...
+
+    async def text(self, token_ids: Sequence[int]) -> str:
+        """What the ids say, special tokens by their names."""
+        ...
+
+
 class SessionAdmin(Protocol):
     """Looks after the sessions of a tenant. Raises `NotFound`; while a turn is running perhaps `SessionBusy`.
 

@@ -14,6 +14,7 @@ from phi_cluster.cluster.turn_api import (
     Health,
     RequestObserver,
     SessionAdmin,
+    Tokens,
     TurnRunner,
     UsageBook,
 )
@@ -68,6 +69,7 @@ class Edge:
 
     settings: EdgeSettings
     turns: TurnRunner
+    tokens: Tokens
     responses: Responses
     conversations: Conversations
     sessions: SessionAdmin

@@ -100,6 +100,20 @@ def test_greedy_text_is_what_transformers_writes(client, model_folder):
     assert reply.text == tokenizer.decode(expected, skip_special_tokens=True)
 
 
+def test_tokens_are_those_that_a_turn_has(client, tokenizer):
+    messages = [{"role": "user", "content": FRANCE}]
+    told = client.http.post("/tokenize", json={"messages": messages, "return_token_strs": True}).json()
+    talk = client.conversation("tokens")
+    assert told["count"] == len(told["tokens"]) == len(told["token_strs"]) == talk.say(FRANCE, max_tokens=1).prompt
+    assert client.http.post("/detokenize", json={"tokens": told["tokens"]}).json() == {
+        "prompt": tokenizer.render_chat(messages)
+    }
+    raw = client.http.post("/v1/completions", json={"prompt": "Once upon a time", "max_tokens": 1}).json()
+    told = client.http.post("/tokenize", json={"prompt": "Once upon a time"}).json()
+    assert told["tokens"] == tokenizer.encode_prompt("Once upon a time")
+    assert told["count"] == raw["usage"]["prompt_tokens"]
+
+
 def test_a_seed_makes_sampling_reproducible(client):
     ask = {"temperature": 1.0, "max_tokens": 24}
     said = [client.conversation(None).say("Invent a word.", seed=seed, **ask).text for seed in (7, 7, 8)]

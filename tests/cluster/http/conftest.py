@@ -86,6 +86,25 @@ class FakeTurns:
             self.ended.set()
 
 
+class FakeTokens:
+    """A character is a token; chats are their contents; < and > are what stands around a text."""
+
+    async def of_prompt(self, request: TurnRequest, *, add_special_tokens: bool) -> list[int]:
+        text = request.prompt
+        if request.messages is not None:
+            text = "|".join(message["content"] for message in request.messages) + "+" * request.add_generation_prompt
+        assert isinstance(text, str)
+        if text == "refused":
+            raise InvalidRequest("the template refuses this", param="messages")
+        return list(map(ord, f"<{text}>" if add_special_tokens else text))
+
+    async def names(self, token_ids: Sequence[int]) -> list[str]:
+        return [f"U+{token_id:x}" for token_id in token_ids]
+
+    async def text(self, token_ids: Sequence[int]) -> str:
+        return "".join(map(chr, token_ids))
+
+
 class FakeSessions:
     """Sessions in a dictionary, by tenant and id."""
 
@@ -312,6 +331,11 @@ def turns() -> FakeTurns:
 
 
 @pytest.fixture
+def tokens() -> FakeTokens:
+    return FakeTokens()
+
+
+@pytest.fixture
 def sessions() -> FakeSessions:
     return FakeSessions()
 
@@ -387,6 +411,7 @@ async def room(make_room: Callable[..., ResponseRoom]) -> AsyncIterator[Response
 @pytest.fixture
 def make_app(
     turns: FakeTurns,
+    tokens: FakeTokens,
     sessions: FakeSessions,
     engines: FakeEngines,
     health: FakeHealth,
@@ -394,7 +419,7 @@ def make_app(
     room: ResponseRoom,
 ) -> Callable[..., FastAPI]:
     def make_app(settings: EdgeSettings, **keys_and_usage: Any) -> FastAPI:
-        parts = turns, room.responses, room.conversations, sessions, engines, health, observer, FakeClock()
+        parts = turns, tokens, room.responses, room.conversations, sessions, engines, health, observer, FakeClock()
         return build_app(settings, *parts, **keys_and_usage)
 
     return make_app
