@@ -55,4 +55,5 @@ def _other(shared: SharedPrompt, choice: int) -> TurnRequest:
         messages=None,
         prompt=shared.token_ids,
         num_choices=1,
+        echo=False,
     )

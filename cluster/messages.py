@@ -232,6 +232,8 @@ class SequenceOutput:
     error: str | None = None
     # One for each token, if the sequence's parameters ask for them.
     logprobs: list[TokenLogprobs] | None = field(default=None, repr=False)
+    # In the first output with tokens only: one for each of the prompt's tokens but the first, if they are asked for.
+    prompt_logprobs: list[TokenLogprobs] | None = field(default=None, repr=False)
 
 
 class EngineTotals(NamedTuple):
@@ -296,7 +298,16 @@ def encode_frame(message: Frame) -> bytes:
         body = ["heartbeat", message.progress, message.busy]
     else:
         outputs = [
-            [o.sequence_id, o.token_ids, o.finish_reason, o.released, o.num_cached_tokens, o.error, o.logprobs]
+            [
+                o.sequence_id,
+                o.token_ids,
+                o.finish_reason,
+                o.released,
+                o.num_cached_tokens,
+                o.error,
+                o.logprobs,
+                o.prompt_logprobs,
+            ]
             for o in message.outputs
         ]
         body = ["step", message.step, outputs, message.num_running, message.num_waiting, message.totals]
@@ -328,5 +339,11 @@ def decode_frame(packed: bytes) -> Frame:
 
 
 def _read_output(*fields: Any) -> SequenceOutput:
-    *rest, logprobs = fields
-    return replace(SequenceOutput(*rest), logprobs=logprobs and [TokenLogprobs(*one) for one in logprobs])
+    *rest, logprobs, prompt_logprobs = fields
+    return replace(
+        SequenceOutput(*rest), logprobs=_read_logprobs(logprobs), prompt_logprobs=_read_logprobs(prompt_logprobs)
+    )
+
+
+def _read_logprobs(packed: list[Any] | None) -> list[TokenLogprobs] | None:
+    return packed and [TokenLogprobs(*one) for one in packed]

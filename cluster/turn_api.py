@@ -61,6 +61,9 @@ class TurnRequest:
     vocabulary's size. `logprobs` (how many of the likeliest tokens to tell) may be there; None means the same as its
     absence.
 
+    `echo`: the prompt (no messages) is told too, with its tokens' log probabilities if those are asked for, and
+    `max_tokens` may be 0. Not with `resume_from`.
+
     `tenant` is derived from the client's key; two tenants share nothing. `session_id` None: an unnamed
     session. `request_id` is ours, never the client's: also with `resume_from`, which means that this request came
     before, was interrupted, and is to be read on behind that position of its reply (see `TextDelta.position`).
@@ -84,19 +87,10 @@ class TurnRequest:
     resume_from: Position | None = None
     truncate: bool = False
     num_choices: int = 1
+    echo: bool = False
     # Of an unnamed session: of two conversations that the request continues equally, the one that had this hint before
     # is meant.
     cache_hint: str | None = field(default=None, repr=False)
-
-
-@dataclass(frozen=True)
-class TurnStarted:
-    """The first event, once: the turn is admitted and its prompt is known to fit."""
-
-    num_prompt_tokens: int
-    num_cached_tokens: int
-    # Where keys have limits.
-    rates: Rates | None = None
 
 
 class TokenChoice(NamedTuple):
@@ -107,11 +101,25 @@ class TokenChoice(NamedTuple):
 
 
 class TokenLogprob(NamedTuple):
-    """A token of the reply, and the likeliest in its place, in descending order."""
+    """A token, and the likeliest in its place, in descending order. None: it is the prompt's first."""
 
     token: bytes
-    logprob: float
+    logprob: float | None
     top: tuple[TokenChoice, ...]
+
+
+@dataclass(frozen=True)
+class TurnStarted:
+    """The first event, once: the turn is admitted and its prompt is known to fit. `echo`: the prompt, if it was asked
+    for; `echo_logprobs`: of all its tokens. `choice`: the first that it is the prompt of, where there are several."""
+
+    num_prompt_tokens: int
+    num_cached_tokens: int
+    # Where keys have limits.
+    rates: Rates | None = None
+    echo: str | None = field(default=None, repr=False)
+    echo_logprobs: tuple[TokenLogprob, ...] = field(default=(), repr=False)
+    choice: int = 0
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import uuid
 from array import array
 from collections.abc import AsyncGenerator
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NoReturn, Protocol
 
 from phi_cluster.cluster.engine_client import EngineClient, EngineFailed, SequenceStream
@@ -23,6 +23,7 @@ from phi_cluster.cluster.messages import (
     SegmentRef,
     SequenceOutput,
     SessionKey,
+    TokenLogprobs,
     TurnGrant,
 )
 from phi_cluster.cluster.prompt import PromptReader
@@ -132,6 +133,8 @@ class TurnAttempt:
         self._text = text
         self._carried = carried
         self._fresh = ""
+        self._prompt_ids: list[int] = []
+        self._prompt_logprobs: list[TokenLogprobs] | None = None
         self.stream: SequenceStream | None = None
 
     async def enter(self) -> None:
@@ -238,12 +241,18 @@ class TurnAttempt:
             if not has_begun:
                 has_begun = True
                 self._share()
+                self._prompt_logprobs = output.prompt_logprobs
                 num_cached = output.num_cached_tokens or 0
                 if stream.was_moved or request.resume_from is not None:
                     # What an engine computed before it died was no cache when the turn began.
                     num_cached = min(num_cached, self.grant.num_computed_tokens)
                 for event in self._begin(num_cached):
                     yield event
+            if request.sampling["max_tokens"] == 0:
+                # Only the prompt was asked for: what was drawn is nobody's.
+                if output.finish_reason is not None:
+                    reply.end("length")
+                continue
             if reply.is_cut:
                 # What the step in flight brought after a stop string is nobody's.
                 continue
@@ -262,18 +271,31 @@ class TurnAttempt:
 
     def _logprobs(self, output: SequenceOutput, num_tokens: int) -> tuple[TokenLogprob, ...]:
         """Of the first `num_tokens` tokens of an output, as far as they have text."""
-        tokenizer = self._around.tokenizer
-
-        def choice(token_id: int, logprob: float) -> TokenChoice:
-            return TokenChoice(tokenizer.token_bytes(token_id), logprob)
-
         return tuple(
-            TokenLogprob(*choice(token_id, logprob), tuple(map(choice, top_ids, top_logprobs)))
-            for token_id, (logprob, top_ids, top_logprobs) in zip(
-                output.token_ids[:num_tokens], output.logprobs or (), strict=False
-            )
-            if not tokenizer.is_special(token_id)
+            self._token_logprob(token_id, found)
+            for token_id, found in zip(output.token_ids[:num_tokens], output.logprobs or (), strict=False)
+            if not self._around.tokenizer.is_special(token_id)
         )
+
+    def _echo_logprobs(self) -> tuple[TokenLogprob, ...]:
+        """Of all of the prompt's tokens, so that clients can count them; what the tokenizer put before or behind a text
+        has no text in it."""
+        if self._request.sampling.get("logprobs") is None:
+            return ()
+        first, *others = self._prompt_ids
+        tokenizer = self._around.tokenizer
+        told = [TokenLogprob(tokenizer.token_bytes(first), None, ())]
+        told += map(self._token_logprob, others, self._prompt_logprobs or ())
+        if isinstance(self._request.prompt, str):
+            hidden = map(tokenizer.is_special, self._prompt_ids)
+            told = [one._replace(token=b"") if hide else one for one, hide in zip(told, hidden, strict=True)]
+        return tuple(told)
+
+    def _token_logprob(self, token_id: int, found: TokenLogprobs) -> TokenLogprob:
+        def choice(token_id: int, logprob: float) -> TokenChoice:
+            return TokenChoice(self._around.tokenizer.token_bytes(token_id), logprob)
+
+        return TokenLogprob(*choice(token_id, found.logprob), tuple(map(choice, found.top_ids, found.top_logprobs)))
 
     def _share(self) -> None:
         """The prompt is computed: others may answer it."""
@@ -286,6 +308,12 @@ class TurnAttempt:
         told: list[TurnStarted | TextDelta] = []
         if carried.started is None:
             carried.started = TurnStarted(reply.num_prompt_tokens, min(num_cached, reply.num_prompt_tokens))
+            if self._request.echo:
+                carried.started = replace(
+                    carried.started,
+                    echo=self._around.prompts.echoed(self._request, self._prompt_ids),
+                    echo_logprobs=self._echo_logprobs(),
+                )
             told.append(carried.started)
         reply.num_cached_tokens = carried.started.num_cached_tokens
         if self._fresh:

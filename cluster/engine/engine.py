@@ -170,6 +170,7 @@ class Engine:
         if right != draft_ids[: len(right)]:
             self._fail(sequence, RuntimeError("the runner drew a token behind a wrong draft"))
             return
+        sequence.prompt_logprobs += outcome.prompt_logprobs or ()
         taken: list[int] = []
         reason: str | None = None
         try:
@@ -195,7 +196,11 @@ class Engine:
         elif taken:
             self._outputs.append(
                 SequenceOutput(
-                    sequence.sequence_id, taken, num_cached_tokens=self._announce(sequence), logprobs=logprobs
+                    sequence.sequence_id,
+                    taken,
+                    num_cached_tokens=self._announce(sequence),
+                    logprobs=logprobs,
+                    prompt_logprobs=_take_prompt_logprobs(sequence),
                 )
             )
 
@@ -242,6 +247,7 @@ class Engine:
                 num_cached_tokens=num_cached_tokens,
                 error=error,
                 logprobs=logprobs,
+                prompt_logprobs=_take_prompt_logprobs(sequence),
             )
         )
 
@@ -250,6 +256,12 @@ class Engine:
             return None
         self._announced.add(sequence.sequence_id)
         return sequence.num_cached_tokens
+
+
+def _take_prompt_logprobs(sequence: Sequence) -> list[TokenLogprobs] | None:
+    """They are told once."""
+    told, sequence.prompt_logprobs = sequence.prompt_logprobs, []
+    return told or None
 
 
 def _clear(sequence: Sequence) -> None:

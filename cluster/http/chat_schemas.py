@@ -83,6 +83,7 @@ class ChatRequest(ChoiceFields):
         "chat_template": (),
         "chat_template_kwargs": ({},),
         "documents": ([],),
+        "echo": (False,),
         "function_call": ("none", "auto"),
         "functions": ([],),
         "include_reasoning": (True, False),

@@ -70,6 +70,8 @@ class CompletionRequest(ChoiceFields):
     prompt: Annotated[Any, BeforeValidator(_prompts), WithJsonSchema(_PROMPT_SCHEMA)] = Field(
         description="one, or several: each has n choices, in order"
     )
+    max_tokens: int | None = Field(None, ge=0, le=2**31 - 1, description="most tokens in the reply; 0 only with echo")
+    echo: bool = Field(False, description="tell the prompt before the reply, and its tokens' log probabilities too")
     best_of: int | None = Field(
         None, ge=1, le=MAX_CHOICES, description="so many replies are made, and the n likeliest told; not streamed"
     )
@@ -85,6 +87,8 @@ class CompletionRequest(ChoiceFields):
             raise refusal("{param} above n does not go with stream: true", "best_of")
         if len(self.prompt) * self.num_choices > MAX_REPLIES:
             raise refusal(f"{{param}}: at most {MAX_REPLIES} replies in one request", "prompt")
+        if self.max_tokens == 0 and not self.echo:
+            raise refusal("{param} must be at least 1 without echo: true", "max_tokens")
         return self
 
     @property
@@ -104,8 +108,9 @@ class CompletionLogprobs(BaseModel):
     """A chunk's are of its own tokens; offsets are characters from the beginning of the reply."""
 
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]] | None
+    # Null for the first token of a prompt that is told (echo).
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None] | None
     text_offset: list[int]
 
 

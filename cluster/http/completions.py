@@ -63,6 +63,8 @@ def _check_one_turn(completion: CompletionRequest, caller: Caller) -> None:
     if len(completion.prompt) > 1 and (caller.session_id is not None or caller.resume_from is not None):
         what = "a session" if caller.resume_from is None else RESUME_HEADER
         raise InvalidRequest(f"prompt: several prompts do not go with {what}; send one", param="prompt")
+    if completion.echo and caller.resume_from is not None:
+        raise InvalidRequest(f"echo does not go with {RESUME_HEADER}: the prompt was told already", param="echo")
 
 
 def _turns(completion: CompletionRequest, caller: Caller, settings: EdgeSettings) -> list[TurnRequest]:
@@ -82,6 +84,7 @@ def _turns(completion: CompletionRequest, caller: Caller, settings: EdgeSettings
             stop=tuple(completion.stop),
             wanted_format=completion.wanted_format,
             num_choices=completion.num_choices,
+            echo=completion.echo,
         )
         for place, prompt in enumerate(completion.prompt)
     ]
@@ -106,7 +109,8 @@ def _pick_of(completion: CompletionRequest) -> Callable[[Sequence[SaidChoice]], 
 
 def _mean_logprob(one: SaidChoice) -> float:
     """A reply without text comes last: nothing is known of it."""
-    return fmean(token.logprob for token in one.logprobs) if one.logprobs else -math.inf
+    known = [token.logprob for token in one.logprobs if token.logprob is not None]
+    return fmean(known) if known else -math.inf
 
 
 def _checked_prompt(prompt: str | list[int], settings: EdgeSettings) -> str | list[int]:

@@ -33,7 +33,6 @@ async def run_all(turns: TurnRunner, requests: Sequence[TurnRequest]) -> AsyncGe
                 yield event
         return
     places = asyncio.Semaphore(_AT_A_TIME)
-    has_started = False
     ends: dict[int, TurnFinished] = {}
     async with Merged[TurnEvent]() as merged:
         for place, request in enumerate(requests):
@@ -47,9 +46,8 @@ async def run_all(turns: TurnRunner, requests: Sequence[TurnRequest]) -> AsyncGe
                     ends[place] = event
                     if requests[place].num_choices == 1:
                         yield ChoiceFinished(first, event.finish_reason)
-                elif not has_started:
-                    has_started = True
-                    yield event
+                else:
+                    yield replace(event, choice=first)
     yield TurnFinished(
         finish_reason=ends[0].finish_reason,
         num_prompt_tokens=sum(one.num_prompt_tokens for one in ends.values()),

@@ -109,6 +109,7 @@ class ResponseRequest(GenerationFields):
         "access_programs": (),
         "background_options": (),
         "context_management": ([],),
+        "echo": (False,),
         "image": (),
         "moderation": (),
         "n": (1,),

@@ -31,7 +31,6 @@ NOT_SUPPORTED: dict[str, tuple[Any, ...]] = {
     "allowed_token_ids": ([],),
     "bad_words": ([],),
     "cache_salt": (),
-    "echo": (False,),
     "include_stop_str_in_output": (False,),
     "kv_transfer_params": (),
     "length_penalty": (1,),

@@ -74,9 +74,11 @@ class ReplyFormat(Protocol):
 
 @dataclass
 class SaidChoice:
-    """One whole reply."""
+    """One whole reply, and the prompt if it is told too."""
 
     text: str = ""
+    echo: str = ""
+    echo_logprobs: list[TokenLogprob] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: FinishReason = "stop"
 
@@ -129,7 +131,7 @@ class TurnResponse(Response):
 
     async def _send_stream(self, stream: EventStream, observation: Observation) -> None:
         try:
-            finished = None
+            finished, told_openings = None, False
             # Of one choice's tokens, whose text has not come out yet.
             logprobs: dict[int, list[TokenLogprob]] = defaultdict(list)
             async with aclosing(self._events(observation)) as events:
@@ -142,8 +144,8 @@ class TurnResponse(Response):
                             await stream.write(delta, self._position(event))
                     elif isinstance(event, TurnStarted):
                         stream.add_headers(self._extra_headers)
-                        openings = [one.opening() for one in self._formats]
-                        await stream.write_all([one for one in openings if one is not None])
+                        openings, told_openings = [] if told_openings else self._openings(), True
+                        await stream.write_all([*openings, *self._echoes(event)])
                     elif isinstance(event, ChoiceFinished):
                         await stream.write_all(self._closing(event.choice, event.finish_reason, logprobs))
                     else:
@@ -160,6 +162,20 @@ class TurnResponse(Response):
             raise
         except Exception as error:
             await stream.fail(self._told(error, observation))
+
+    def _openings(self) -> list[dict[str, Any]]:
+        return [opening for form in self._formats if (opening := form.opening()) is not None]
+
+    def _echoes(self, started: TurnStarted) -> list[dict[str, Any]]:
+        """The prompt, told for each of its choices."""
+        if started.echo is None:
+            return []
+        told = self._told_of(list(started.echo_logprobs))
+        return [form.delta(started.echo, told) for form in self._formats_of(started)]
+
+    def _formats_of(self, started: TurnStarted) -> list[ReplyFormat]:
+        """Those of a prompt's choices."""
+        return self._formats[started.choice : started.choice + self._requests[0].num_choices]
 
     def _closing(
         self, choice: int, finish_reason: FinishReason, logprobs: dict[int, list[TokenLogprob]]
@@ -183,7 +199,10 @@ class TurnResponse(Response):
                         said[event.choice].logprobs += event.logprobs
                     elif isinstance(event, ChoiceFinished):
                         said[event.choice].finish_reason = event.finish_reason
-                    elif isinstance(event, TurnFinished):
+                    elif isinstance(event, TurnStarted):
+                        for one in said[event.choice : event.choice + self._requests[0].num_choices]:
+                            one.echo, one.echo_logprobs = event.echo or "", list(event.echo_logprobs)
+                    else:
                         finished = event
             assert finished is not None
             if not self._is_several:
@@ -199,7 +218,9 @@ class TurnResponse(Response):
     def _body(self, said: Sequence[SaidChoice], usage: dict[str, Any]) -> dict[str, Any]:
         """One choice's body with the choices of all."""
         bodies = [
-            form.whole(one.text, self._told_of(one.logprobs), one.finish_reason, usage)
+            form.whole(
+                one.echo + one.text, self._told_of([*one.echo_logprobs, *one.logprobs]), one.finish_reason, usage
+            )
             for form, one in zip(self._formats, said, strict=False)
         ]
         return {**bodies[0], "choices": [choice for body in bodies for choice in body["choices"]]}

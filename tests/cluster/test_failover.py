@@ -354,7 +354,7 @@ def several(client, num, kill=None, **fields):
     return texts, ends, (usage["prompt_tokens"], usage["completion_tokens"])
 
 
-def test_several_replies_to_one_prompt_outlive_an_engine_and_leave_nothing(client, server, until):
+def test_several_replies_to_one_prompt_outlive_an_engine_and_leave_nothing(client, server, undisturbed, until):
     expected = several(client, 4)
     texts, ends, (num_prompt, _) = expected
     assert len(set(texts)) == 4

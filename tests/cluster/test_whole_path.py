@@ -228,6 +228,36 @@ def test_log_probabilities_are_those_of_transformers(client, model_folder):
         assert [one.logprob for one in told.top_logprobs] == pytest.approx(best.values.tolist(), abs=1e-3)
 
 
+def test_a_prompts_log_probabilities_are_those_of_transformers(client, model_folder):
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+    text = "The capital of France is Paris, and the capital of Peru is Lima. " * 8
+    ids = tokenizer(text, return_tensors="pt").input_ids
+    with torch.inference_mode():
+        expected = model(ids).logits[0].double().log_softmax(-1)
+    # The second time the prompt's cache is there, and is not used: what it holds has no logits.
+    for _ in range(2):
+        ask = {"prompt": text, "echo": True, "logprobs": 3, "max_tokens": 0}
+        answer = client.http.post("/v1/completions", json=ask, headers={"x-session-id": "echo"})
+        reply = openai.types.Completion.model_validate(answer.json())
+        told = reply.choices[0].logprobs
+        assert reply.choices[0].text == "".join(told.tokens) == text
+        assert (reply.usage.prompt_tokens, reply.usage.completion_tokens) == (ids.shape[1], 0)
+        assert told.token_logprobs[0] is None
+        assert told.token_logprobs[1:] == pytest.approx(
+            [float(row[i]) for row, i in zip(expected, ids[0, 1:], strict=False)], abs=1e-3
+        )
+        for offset, token in zip(told.text_offset, told.tokens, strict=True):
+            assert text[offset:].startswith(token)
+    # What was computed for it is a cache like any other.
+    ask = {"prompt": text, "max_tokens": 1}
+    again = client.http.post("/v1/completions", json=ask, headers={"x-session-id": "echo"}).json()
+    assert again["usage"]["prompt_tokens_details"]["cached_tokens"] == ids.shape[1] - 1
+
+
 # Sessions.
 
 

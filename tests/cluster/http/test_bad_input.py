@@ -199,7 +199,9 @@ CASES = {
     "too many logprobs": (completion(logprobs=21), 400, "logprobs", "must be at most 20"),
     "audio": (chat(audio={"voice": "a"}), 400, "audio", "not supported yet"),
     "stored": (chat(store=True), 400, "store", "not supported yet"),
-    "echo": (completion(echo=True), 400, "echo", "not supported yet"),
+    "echo of a chat": (chat(echo=True), 400, "echo", "not supported yet"),
+    "no token without echo": (completion(max_tokens=0), 400, "max_tokens", "at least 1 without echo"),
+    "fewer than no tokens": (completion(max_tokens=-1, echo=True), 400, "max_tokens", "at least 0"),
     "unknown model": (
         chat(model="gpt-5"),
         404,

@@ -12,6 +12,7 @@ from phi_cluster.cluster.turn_api import (
     ChoiceFinished,
     Position,
     TextDelta,
+    TokenChoice,
     TokenLogprob,
     TurnFinished,
     TurnStarted,
@@ -161,6 +162,7 @@ async def test_a_client_that_leaves_ends_all(connect, turns):
         ({"prompt": ["a", "b"]}, {"x-session-id": "s"}, "prompt"),
         ({"prompt": ["a", "b"]}, {"x-resume-from": "0", "x-request-id": "0" * 32}, "prompt"),
         ({"prompt": "a", "n": 2}, {"x-resume-from": "0", "x-request-id": "0" * 32}, "x-resume-from"),
+        ({"prompt": "a", "echo": True}, {"x-resume-from": "0", "x-request-id": "0" * 32}, "echo"),
     ],
 )
 async def test_what_does_not_go_together_is_refused_by_name(client, turns, body, headers, param):
@@ -180,3 +182,59 @@ async def test_a_server_with_few_places_allows_fewer(make_app, settings, connect
         answer = await connection.until(b"at most 2")
         assert f'"param":"{param}"'.encode() in answer
     assert turns.requests == []
+
+
+# Echo.
+
+ECHO = (TokenLogprob(b"On", None, ()), TokenLogprob(b"ce", -0.5, (TokenChoice(b"ce", -0.5), TokenChoice(b"ly", -3.0))))
+
+
+async def test_the_prompt_is_told_before_the_reply(client, turns, events):
+    turns.script = [replace(TWO[0], echo="Once", echo_logprobs=ECHO), delta(" more", 0, -2.0), TWO[-1]]
+    body = {"prompt": "Once", "echo": True, "logprobs": 2}
+    [choice] = (await client.post("/v1/completions", json=body)).json()["choices"]
+    assert turns.requests[0].echo
+    assert choice["text"] == "Once more"
+    assert choice["logprobs"] == {
+        "tokens": ["On", "ce", " more"],
+        "token_logprobs": [None, -0.5, -2.0],
+        "top_logprobs": [None, {"ce": -0.5, "ly": -3.0}, {}],
+        "text_offset": [0, 2, 4],
+    }
+    streamed = events((await client.post("/v1/completions", json={**body, "stream": True})).content)
+    assert [chunk["choices"][0]["text"] for chunk in streamed] == ["Once", " more", ""]
+    assert [c["logprobs"]["text_offset"] for chunk in streamed[:2] for c in chunk["choices"]] == [[0, 2], [4]]
+
+
+async def test_each_choice_repeats_its_own_prompt(client, turns, events):
+    turns.script = [replace(TWO[0], echo="Once"), *TWO[1:]]
+    body = {"prompt": ["Once", "Once"], "n": 2, "echo": True}
+    whole = (await client.post("/v1/completions", json=body)).json()
+    assert [one["text"] for one in whole["choices"]] == ["Onceab", "Oncex"] * 2
+    streamed = events((await client.post("/v1/completions", json={**body, "stream": True})).content)
+    texts = ["", "", "", ""]
+    for chunk in streamed:
+        for choice in chunk["choices"]:
+            texts[choice["index"]] += choice["text"]
+    assert texts == ["Onceab", "Oncex"] * 2
+
+
+async def test_only_the_prompt(client, turns):
+    turns.script = [replace(TWO[0], echo="Once"), TurnFinished("length", 7, 0, 0)]
+    whole = (await client.post("/v1/completions", json={"prompt": "Once", "echo": True, "max_tokens": 0})).json()
+    assert turns.requests[0].sampling["max_tokens"] == 0
+    assert (whole["choices"][0]["text"], whole["choices"][0]["finish_reason"]) == ("Once", "length")
+    assert whole["usage"]["completion_tokens"] == 0
+
+
+async def test_the_prompts_probabilities_do_not_pick_the_best(client, turns):
+    turns.script = [
+        replace(TWO[0], echo="Once", echo_logprobs=ECHO),
+        delta("a", 0, -9.0),
+        delta("b", 1, -1.0),
+        ChoiceFinished(0, "stop"),
+        ChoiceFinished(1, "stop"),
+        TWO[-1],
+    ]
+    whole = (await client.post("/v1/completions", json={"prompt": "Once", "echo": True, "best_of": 2})).json()
+    assert [one["text"] for one in whole["choices"]] == ["Onceb"]
