@@ -14,6 +14,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -26,10 +27,17 @@ from phi_cluster.cluster.actors import NAMESPACE, keeper_name
 from phi_cluster.cluster.config import EngineConfig, RecyclerConfig, SessionsConfig
 from phi_cluster.cluster.engine_recycler import EnginePolicy, EngineRecycles, EngineReport
 from phi_cluster.cluster.errors import PhiError
-from phi_cluster.cluster.processes import kill_for_sure, private_bytes
+from phi_cluster.cluster.event_ring import EventRing
+from phi_cluster.cluster.events import EventKind, EventLog
+from phi_cluster.cluster.overview import ReplicaView, cluster_view
+from phi_cluster.cluster.processes import is_running, kill_for_sure, private_bytes
+from phi_cluster.cluster.replica_news import ReplicaNews
 from phi_cluster.cluster.session.accounts import UsageTotals
 from phi_cluster.cluster.session.recycler import RecyclePolicy, RecycleReason, SessionSnapshot, decide, sleepers
 from phi_cluster.cluster.session.reports import KeeperReport, SessionReport, private_or_zero
+from phi_cluster.cluster.speed_history import SpeedHistory
+from phi_cluster.cluster.watch_api import EventPage
+from phi_cluster.cluster.worker_logs import logs_folder, prune_logs
 from phi_cluster.monitoring.metrics import (
     FamilySnapshot,
     KeyView,
@@ -51,6 +59,9 @@ _REPLICA_GONE_SECONDS = 600.0
 _RECYCLE_SECONDS = 30.0
 # Between two looks for sessions that nobody has used for long.
 _SWEEP_SECONDS = 600.0
+# Between two looks for logs of dead processes, and of how many of these they are kept.
+_LOGS_SECONDS = 60.0
+_KEPT_LOGS = 100
 
 
 # A keeper that does not answer for so long, so many times in a row, hangs.
@@ -61,7 +72,7 @@ _KEEPER_SILENCES = 3
 @ray.remote(num_cpus=0)
 class Controller:
     """`weights_nbytes` is what the object store holds of them on each node; `hibernates`: keepers have somewhere to put
-    idle sessions' caches."""
+    idle sessions' caches; `runtime_dir` is the server's (runtime_dir.py)."""
 
     def __init__(
         self,
@@ -72,6 +83,7 @@ class Controller:
         metrics_port: int,
         weights_nbytes: int,
         hibernates: bool,
+        runtime_dir: Path,
     ):
         self._policy = RecyclePolicy(
             max_age=sessions.max_age,
@@ -87,6 +99,8 @@ class Controller:
         self._engine_recycles = EngineRecycles(
             EnginePolicy(engine.max_age, engine.max_steps, engine.max_private_growth)
         )
+        self._logs = logs_folder(runtime_dir)
+        self._logs_pruned_at = -math.inf
         self._metrics_address = (metrics_host, metrics_port)
         self._weights_nbytes = weights_nbytes
         self._reports: dict[str, KeeperReport] = {}
@@ -102,6 +116,15 @@ class Controller:
         self._silent_keepers: Counter[str] = Counter()
         # What each tenant has used, on each node.
         self._usage: dict[tuple[str, str], UsageTotals] = {}
+        # What each replica told of itself, beside its counters.
+        self._told: dict[str, tuple[ReplicaNews, EngineReport | None]] = {}
+        self._lost_replicas: set[str] = set()
+        self._speeds = SpeedHistory()
+        # What the controller itself notices, and all that happens.
+        self._own_events = EventLog(time.time)
+        self._own_events.add(EventKind.CONTROLLER_STARTED)
+        self._events = EventRing(time.time)
+        self._started_at = time.monotonic()
         self._running: asyncio.Task[None] | None = None
 
     async def start(self) -> int:
@@ -121,17 +144,49 @@ class Controller:
         pid: int,
         engine: EngineReport | None,
         standby_pids: list[int],
+        news: ReplicaNews,
     ) -> RecycleReason | None:
-        """A replica's counters so far, and the pids of its processes, about once a second. The answer: why its engine
-        is to be renewed now, if it is."""
+        """A replica's counters so far, the pids of its processes, and its news, about once a second. The
+        answer: why its engine is to be renewed now, if it is."""
         await self.start()
         pids = {"replica": [pid], "engine": [engine.pid] if engine else [], "standby_engine": standby_pids}
         self._replicas[replica_id] = (time.monotonic(), snapshot, pids)
+        self._told[replica_id] = (news, engine)
+        self._events.take(f"replica-{replica_id[:12]}", news.node_id, news.events)
         return self._engine_recycles.take(replica_id, engine, time.monotonic())
 
     async def request_engine_recycles(self) -> int:
         """Has the engines of all replicas renewed, one after the other; returns how many."""
         return self._engine_recycles.request_all(time.monotonic())
+
+    async def overview(self) -> dict[str, Any]:
+        """The cluster as it is, under the names of the HTTP API."""
+        now = time.monotonic()
+        replicas = [
+            ReplicaView(name, pids["replica"][0], news, now - at, snapshot, engine, pids["standby_engine"])
+            for name, (at, snapshot, pids) in self._replicas.items()
+            if name not in self._lost_replicas
+            for news, engine in [self._told[name]]
+        ]
+        controller = {"pid": os.getpid(), "age_seconds": round(now - self._started_at, 1)}
+        return cluster_view(
+            time.time(),
+            self._reports.values(),
+            replicas,
+            controller | {"private_bytes": private_bytes()},
+            self._weights_nbytes,
+            self._speeds.speeds(60.0),
+            self._speeds.series(),
+            private_or_zero,
+        )
+
+    async def events(self, after: int | None, limit: int, tenant: str | None, wait_seconds: float) -> EventPage:
+        """See watch_api.Watch."""
+        return await self._events.page(after, limit, tenant, wait_seconds)
+
+    async def end_event_streams(self) -> None:
+        """The server is about to stop: whoever waits for events is told that no more will come."""
+        self._events.close()
 
     async def num_open_requests(self) -> int:
         """Requests running or waiting in all replicas, as last reported."""
@@ -143,6 +198,11 @@ class Controller:
             if name in names
             for _, _, value in samples
         )
+
+    async def num_replicas(self) -> int:
+        """Replicas that have reported lately."""
+        deadline = time.monotonic() - _REPLICA_SILENCE_SECONDS
+        return sum(at >= deadline for at, _, _ in self._replicas.values())
 
     def collect(self) -> Iterator[Metric]:
         """All metrics, for prometheus_client; from what was collected last."""
@@ -172,13 +232,18 @@ class Controller:
 
     async def _round(self) -> None:
         self._forget_silent_replicas()
+        self._notice_lost_replicas()
+        self._speeds.take(time.time(), [self._past_replicas, *self._snapshots()])
+        here = ray.get_runtime_context().get_node_id()
+        self._events.take("controller", here, self._own_events.after(self._events.seen("controller")))
+        await self._prune_logs()
         for node in ray.nodes():
             if not node["Alive"]:
                 self._forget_node(node["NodeID"])
                 continue
             try:
                 keeper = ray.get_actor(keeper_name(node["NodeID"]), namespace=NAMESPACE)
-                report = await asyncio.wait_for(keeper.report.remote(), _KEEPER_SECONDS)
+                report = await asyncio.wait_for(keeper.report.remote(self._events_of(node["NodeID"])), _KEEPER_SECONDS)
             except (ValueError, RayError) as error:
                 # No keeper there (yet), or it is being restarted.
                 logger.info("no report of node %s: %s", node["NodeID"], type(error).__name__)
@@ -202,6 +267,12 @@ class Controller:
         except (PhiError, RayError, asyncio.TimeoutError) as error:
             logger.info("unused sessions were not deleted: %s", error)
 
+    async def _prune_logs(self) -> None:
+        now = time.monotonic()
+        if now - self._logs_pruned_at >= _LOGS_SECONDS:
+            self._logs_pruned_at = now
+            await asyncio.to_thread(prune_logs, self._logs, _KEPT_LOGS, is_running)
+
     async def _on_silence(self, node_id: str) -> None:
         """The node's keeper did not answer. One that hangs keeps every turn of the node waiting: it is ended, and Ray
         starts another."""
@@ -213,6 +284,7 @@ class Controller:
         # A process is killed where it runs.
         if node_id == ray.get_runtime_context().get_node_id():
             logger.error("the keeper (pid %d) hangs and is replaced", report.process.pid)
+            self._own_events.add(EventKind.KEEPER_HUNG)
             await kill_for_sure(report.process)
             del self._silent_keepers[node_id]
 
@@ -240,6 +312,9 @@ class Controller:
         before = self._reports.get(report.node_id)
         if before is not None and before.process != report.process:
             self._remember_counters(before)
+            self._own_events.add(EventKind.KEEPER_REPLACED)
+            self._events.forget(_source(before))
+        self._events.take(_source(report), report.node_id, report.events)
         self._reports[report.node_id] = report
         for totals in report.usage:
             # A keeper that was killed has forgotten its last seconds: a counter that went back would count all anew.
@@ -251,6 +326,7 @@ class Controller:
         report = self._reports.pop(node_id, None)
         if report is not None:
             self._remember_counters(report)
+            self._own_events.add(EventKind.NODE_LOST, reason=node_id[:12])
 
     def _remember_counters(self, report: KeeperReport) -> None:
         self._past_recycles.update(report.recycles)
@@ -262,8 +338,23 @@ class Controller:
         for replica_id, (reported_at, snapshot, _) in list(self._replicas.items()):
             if reported_at < deadline:
                 del self._replicas[replica_id]
+                del self._told[replica_id]
+                self._lost_replicas.discard(replica_id)
+                self._events.forget(f"replica-{replica_id[:12]}")
                 past = merge_snapshots([self._past_replicas, without_gauges(snapshot)])
                 self._past_replicas = snapshot_of(past)
+
+    def _notice_lost_replicas(self) -> None:
+        deadline = time.monotonic() - _REPLICA_SILENCE_SECONDS
+        silent = {name for name, (reported_at, *_) in self._replicas.items() if reported_at < deadline}
+        for name in silent - self._lost_replicas:
+            self._own_events.add(EventKind.REPLICA_LOST, reason=name[:12])
+        self._lost_replicas = silent
+
+    def _events_of(self, node_id: str) -> int:
+        """The last event that the node's keeper has told, by its own count; 0 of another keeper than before."""
+        report = self._reports.get(node_id)
+        return 0 if report is None else self._events.seen(_source(report))
 
     def _view(self, report: KeeperReport) -> NodeView:
         kv_bytes: Counter[str] = Counter()
@@ -294,6 +385,10 @@ class Controller:
             hibernated_bytes=report.hibernated_nbytes,
             private_bytes_by_kind=private,
         )
+
+
+def _source(report: KeeperReport) -> str:
+    return f"keeper-{report.process.pid}-{report.process.start_ticks}"
 
 
 def _key_view(totals: UsageTotals) -> KeyView:

@@ -16,6 +16,7 @@ from dataclasses import replace
 
 from phi_cluster.cluster.engine_link import EngineHandle, EngineLink, EngineLost
 from phi_cluster.cluster.errors import PhiError, Unavailable
+from phi_cluster.cluster.events import EventKind, EventLog
 from phi_cluster.cluster.messages import (
     NO_TOTALS,
     AbortSequence,
@@ -109,14 +110,17 @@ class EngineClient:
         start_engine: Callable[[], Awaitable[EngineLink]],
         standbys: StandbyEngines,
         *,
+        events: EventLog | None = None,
         ready_wait: float = 60.0,
         backoff: Sequence[float] = _BACKOFF_SECONDS,
     ):
         """`start_engine` brings up and connects a new engine, where `standbys` have none; they are closed with this.
-        `ready_wait`: how long a request waits for an engine, also one whose engine died in the middle. `backoff`:
-        before a start, by the number of starts that failed before it. All in seconds."""
+        `events`: where the engines' lives are told. `ready_wait`: how long a request waits for an engine, also one
+        whose engine died in the middle. `backoff`: before a start, by the number of starts that failed before it. All
+        in seconds."""
         self._start_engine = start_engine
         self._standbys = standbys
+        self._events = EventLog(time.time) if events is None else events
         self._ready_wait = ready_wait
         self._backoff = backoff
         self._streams: dict[int, SequenceStream] = {}
@@ -247,8 +251,11 @@ class EngineClient:
             if patience is not None:
                 patience.cancel()
             self._connect(link)
-            if lost_at is not None:
+            if lost_at is None:
+                self._events.add(EventKind.ENGINE_STARTED)
+            else:
                 pause = time.monotonic() - lost_at
+                self._events.add(EventKind.ENGINE_TOOK_OVER, seconds=pause)
                 logger.warning("engine %d took over after %.3f s", link.engine.process.pid, pause)
             how = await link.lost()
             lost_at = time.monotonic()
@@ -312,8 +319,10 @@ class EngineClient:
         died = reason is None or how != "death"
         if reason is not None and not died:
             self.recycles[reason] += 1
+            self._events.add(EventKind.ENGINE_RECYCLED, reason=reason)
         else:
             self.recoveries[how] += 1
+            self._events.add(EventKind.ENGINE_DIED, reason=how)
         self._settle(died=died)
 
     def _settle(self, *, died: bool) -> None:

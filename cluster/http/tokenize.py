@@ -21,7 +21,8 @@ from phi_cluster.cluster.http.models import check_model
 from phi_cluster.cluster.http.openapi import body_docs
 from phi_cluster.cluster.http.schemas import check_token_ids
 from phi_cluster.cluster.http.strict_model import StrictModel, refusal, validated
-from phi_cluster.cluster.turn_api import TurnRequest
+from phi_cluster.cluster.http.tool_schemas import MAX_TOOLS, ChatTool, tool_use_of
+from phi_cluster.cluster.turn_api import ToolUse, TurnRequest
 
 
 class TokenizeRequest(StrictModel):
@@ -31,12 +32,12 @@ class TokenizeRequest(StrictModel):
         "chat_template": (),
         "chat_template_kwargs": ({},),
         "mm_processor_kwargs": ({},),
-        "tools": ([],),
     }
 
     model: str | None = Field(None, description="a name from /v1/models; left out: the model served here")
     prompt: str | None = Field(None, description="plain text, as in /v1/completions")
     messages: list[ChatMessage] | None = Field(None, min_length=1, max_length=MAX_MESSAGES, description="as in a chat")
+    tools: list[ChatTool] = Field(default_factory=list, max_length=MAX_TOOLS, description="of messages: as in a chat")
     add_special_tokens: bool | None = Field(
         None,
         description="what the tokenizer puts around a text, too; left out: true for a prompt, false for messages",
@@ -49,12 +50,19 @@ class TokenizeRequest(StrictModel):
     def _check_one(self) -> TokenizeRequest:
         if (self.prompt is None) == (self.messages is None):
             raise refusal("send either prompt or messages", "prompt")
+        if self.tools and self.messages is None:
+            raise refusal("{param} belong to messages", "tools")
         if self.continue_final_message:
             if self.messages is None or self.messages[-1].role != "assistant":
                 raise refusal("{param}: the last message must be the assistant's", "continue_final_message")
             if self.add_generation_prompt and "add_generation_prompt" in self.model_fields_set:
                 raise refusal("{param} excludes add_generation_prompt: send one", "continue_final_message")
+        tool_use_of(self.tools, None, True, ".function")
         return self
+
+    @property
+    def tool_use(self) -> ToolUse | None:
+        return tool_use_of(self.tools, None, True, ".function")
 
 
 def _integers(given: Any) -> Any:
@@ -120,8 +128,9 @@ def _turn(asked: TokenizeRequest, tenant: str) -> TurnRequest:
         session_id=None,
         request_id="",
         sampling={},
-        messages=None if asked.messages is None else [message.for_template() for message in asked.messages],
+        messages=None if asked.messages is None else [message.for_turn() for message in asked.messages],
         prompt=asked.prompt,
+        tool_use=asked.tool_use,
         add_generation_prompt=asked.add_generation_prompt and not asked.continue_final_message,
         continue_final_message=asked.continue_final_message,
     )

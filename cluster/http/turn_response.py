@@ -27,6 +27,7 @@ from phi_cluster.cluster.http.prompts import run_all
 from phi_cluster.cluster.http.rates import rate_headers
 from phi_cluster.cluster.observation import Observation
 from phi_cluster.cluster.turn_api import (
+    CallPiece,
     ChoiceFinished,
     Endpoint,
     FinishReason,
@@ -53,8 +54,10 @@ class ReplyFormat(Protocol):
         """The chunk before all text, if there is one."""
         ...
 
-    def delta(self, text: str, logprobs: Sequence[TokenLogprob] | None) -> dict[str, Any]:
-        """`logprobs` of the tokens that are new with this text; None: nobody asked for them."""
+    def delta(
+        self, text: str, logprobs: Sequence[TokenLogprob] | None, calls: Sequence[CallPiece] = ()
+    ) -> dict[str, Any]:
+        """`logprobs` of the tokens that are new with this text; None: nobody asked for them. `calls` come behind it."""
         ...
 
     def closing(self, finish_reason: FinishReason) -> dict[str, Any]: ...
@@ -69,6 +72,7 @@ class ReplyFormat(Protocol):
         logprobs: Sequence[TokenLogprob] | None,
         finish_reason: FinishReason,
         usage: dict[str, Any],
+        calls: Sequence[CallPiece] = (),
     ) -> dict[str, Any]: ...
 
 
@@ -80,6 +84,7 @@ class SaidChoice:
     echo: str = ""
     echo_logprobs: list[TokenLogprob] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
+    calls: list[CallPiece] = field(default_factory=list)
     finish_reason: FinishReason = "stop"
 
 
@@ -139,8 +144,9 @@ class TurnResponse(Response):
                     if isinstance(event, TextDelta):
                         choice = event.choice
                         logprobs[choice] += event.logprobs
-                        if event.text:
-                            delta = self._formats[choice].delta(event.text, self._told_of(logprobs.pop(choice)))
+                        if event.text or event.calls:
+                            told = self._told_of(logprobs.pop(choice))
+                            delta = self._formats[choice].delta(event.text, told, event.calls)
                             await stream.write(delta, self._position(event))
                     elif isinstance(event, TurnStarted):
                         stream.add_headers(self._extra_headers)
@@ -197,6 +203,7 @@ class TurnResponse(Response):
                     if isinstance(event, TextDelta):
                         said[event.choice].text += event.text
                         said[event.choice].logprobs += event.logprobs
+                        said[event.choice].calls += event.calls
                     elif isinstance(event, ChoiceFinished):
                         said[event.choice].finish_reason = event.finish_reason
                     elif isinstance(event, TurnStarted):
@@ -219,7 +226,11 @@ class TurnResponse(Response):
         """One choice's body with the choices of all."""
         bodies = [
             form.whole(
-                one.echo + one.text, self._told_of([*one.echo_logprobs, *one.logprobs]), one.finish_reason, usage
+                one.echo + one.text,
+                self._told_of([*one.echo_logprobs, *one.logprobs]),
+                one.finish_reason,
+                usage,
+                one.calls,
             )
             for form, one in zip(self._formats, said, strict=False)
         ]

@@ -23,6 +23,7 @@ import ray
 
 from phi_cluster.cluster.config import KVConfig, SessionsConfig
 from phi_cluster.cluster.errors import Overloaded
+from phi_cluster.cluster.events import EventKind
 from phi_cluster.cluster.messages import (
     AdmitTurn,
     BeginTurn,
@@ -38,12 +39,14 @@ from phi_cluster.cluster.session.accounts import Accounts, ForgetfulStore, Usage
 from phi_cluster.cluster.session.actor import session_settings
 from phi_cluster.cluster.session.actor_pool import RayActors
 from phi_cluster.cluster.session.administration import Administration
+from phi_cluster.cluster.session.catalog import Catalog
 from phi_cluster.cluster.session.conversation import name_digest
 from phi_cluster.cluster.session.custody import Custody, Journals
 from phi_cluster.cluster.session.forks import Forks
+from phi_cluster.cluster.session.glances import Glances
 from phi_cluster.cluster.session.hibernation import Hibernation
 from phi_cluster.cluster.session.hibernation_store import FileHibernationStore, HibernationStore, read_key
-from phi_cluster.cluster.session.journal import Journal
+from phi_cluster.cluster.session.journal import Glance, Journal
 from phi_cluster.cluster.session.recycler import RecycleReason
 from phi_cluster.cluster.session.reports import (
     KeeperReport,
@@ -55,9 +58,10 @@ from phi_cluster.cluster.session.retention import Retention
 from phi_cluster.cluster.session.roster import Entry
 from phi_cluster.cluster.session.segment_layout import SegmentLayout
 from phi_cluster.cluster.session.session import SessionSettings, SessionStats
-from phi_cluster.cluster.session.sqlite_journal import SQLiteJournal, last_used, list_sessions
+from phi_cluster.cluster.session.sqlite_journal import SQLiteJournal, glance, list_sessions
 from phi_cluster.cluster.session.tenant_memory import TenantMemory
 from phi_cluster.cluster.session.usage_file import UsageFile
+from phi_cluster.cluster.session_api import SessionPage, SessionQuery
 from phi_cluster.cluster.turn_api import Rates
 
 logger = logging.getLogger(__name__)
@@ -97,8 +101,10 @@ class NodeSessions:
         self._roster = self._custody.roster
         self._hibernation = Hibernation(self._custody, store)
         self._administration = Administration(self._custody, self._hibernation, node_id)
+        glances = Glances(self._custody)
+        self._catalog = Catalog(self._custody, self._hibernation, self._administration, glances, node_id)
         self._forks = Forks(self._custody)
-        self._retention = Retention(self._custody, self._administration, self._hibernation, sessions.retention)
+        self._retention = Retention(self._custody, self._administration, self._hibernation, glances, sessions.retention)
         self._accounts = Accounts(usage or ForgetfulStore(), settings.clock, settings.is_alive)
         self._memory = TenantMemory(
             self._custody, lambda tenant: self._accounts.limits_of(tenant).kv_bytes, kv.reserve_wait
@@ -115,6 +121,7 @@ class NodeSessions:
     async def _start(self) -> None:
         await self._custody.start()
         await self._hibernation.start()
+        self._custody.events.add(EventKind.KEEPER_STARTED)
 
     # A turn.
 
@@ -252,10 +259,10 @@ class NodeSessions:
         await self.start()
         return await self._administration.describe(key)
 
-    async def list(self, tenant: str, limit: int, after: str | None) -> list[dict[str, Any]]:
-        """A tenant's named sessions in ascending order of id."""
+    async def browse(self, query: SessionQuery) -> SessionPage:
+        """A page of the named sessions. Raises InvalidRequest if its place is gone."""
         await self.start()
-        return await self._administration.list(tenant, limit, after)
+        return await self._catalog.browse(query)
 
     async def clear(self, key: SessionKey) -> dict[str, Any]:
         """Raises NotFound and SessionBusy."""
@@ -292,6 +299,11 @@ class NodeSessions:
         await self.start()
         return self._administration.export(key)
 
+    async def said(self, key: SessionKey) -> str:
+        """The conversation's text. Raises NotFound and the journal's errors."""
+        await self.start()
+        return self._administration.said(key)
+
     async def import_session(self, key: SessionKey, data: bytes, vocab_size: int) -> dict[str, Any]:
         """Makes a session of such a file. Raises SessionExists and BadExport."""
         await self.start()
@@ -309,7 +321,8 @@ class NodeSessions:
         await self._forks.fork(key, new, turn)
         return await self._administration.describe(new)
 
-    async def report(self) -> KeeperReport:
+    async def report(self, events_after: int = 0) -> KeeperReport:
+        """With what happened behind the event numbered so in this keeper's log."""
         await self.start()
         entries = list(self._roster)
         leased = [self._custody.ledger.lease(entry.key.digest) for entry in entries]
@@ -338,6 +351,7 @@ class NodeSessions:
             recycles=dict(self._custody.hands.recycles),
             private_nbytes=private_bytes(),
             usage=self._accounts.totals(),
+            events=self._custody.events.after(events_after),
             counts={"forks": self._forks.made, "deletions": self._retention.deleted, **self._hibernation.counts},
         )
 
@@ -376,8 +390,8 @@ class _SQLiteJournals:
     def keys(self) -> Iterable[SessionKey]:
         return list_sessions(self._state_path)
 
-    def last_used(self, key: SessionKey) -> float | None:
-        return last_used(self._state_path, key)
+    def glance(self, key: SessionKey) -> Glance | None:
+        return glance(self._state_path, key)
 
 
 # Whoever waits here, for a turn or for memory, must not take the place of the commit that it waits for: Ray's default

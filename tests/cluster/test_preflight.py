@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from phi_cluster.cluster.config import Config, EngineConfig, KVConfig, ServerConfig
+from phi_cluster.cluster.config import Config, EngineConfig, KVConfig, ServerConfig, SessionsConfig
 from phi_cluster.cluster.errors import StartError
 from phi_cluster.cluster.preflight import (
     ENGINE_NBYTES,
     PROCESSES_NBYTES,
+    SESSION_ACTOR_NBYTES,
     STANDBY_ENGINE_NBYTES,
     Machine,
     check_config,
@@ -22,6 +23,7 @@ from phi_cluster.cluster.preflight import (
     check_port,
     inspect_machine,
     kv_budget,
+    session_actors,
     standby_engines,
 )
 
@@ -111,6 +113,31 @@ def test_cores_are_what_the_quota_allows(files: dict[str, str], cores: int, proc
     for name, text in files.items():
         write(cgroup, name, text)
     assert inspect_machine(proc, cgroup).cores == cores
+
+
+@pytest.mark.parametrize(("controller", "prefix"), [("0::", ""), ("4:memory:", "memory/")])
+def test_the_tightest_cgroup_above_this_process_counts(controller: str, prefix: str, proc: Path, cgroup: Path) -> None:
+    """A service manager's limit is on the service, not on what is mounted; a limit may also be further up."""
+    write(proc, "self/cgroup", f"9:name=systemd:/elsewhere\n{controller}/app.slice/phi.service\n")
+    limit, used = ("limit_in_bytes", "usage_in_bytes") if prefix else ("max", "current")
+    for place, allowed, taken in (("app.slice/phi.service", 6, 1), ("app.slice", 4, 1), ("elsewhere", 1, 1)):
+        write(cgroup, f"{prefix}{place}/memory.{limit}", str(allowed * 2**30))
+        write(cgroup, f"{prefix}{place}/memory.{used}", str(taken * 2**30))
+    machine = inspect_machine(proc, cgroup)
+    assert (machine.memory_nbytes, machine.available_nbytes) == (4 * 2**30, 3 * 2**30)
+    # Whichever has least left, not whichever is smallest.
+    write(cgroup, f"{prefix}app.slice/phi.service/memory.{used}", str(5 * 2**30))
+    machine = inspect_machine(proc, cgroup)
+    assert (machine.memory_nbytes, machine.available_nbytes) == (4 * 2**30, 2**30)
+
+
+def test_a_containers_own_cgroup_is_what_is_mounted(proc: Path, cgroup: Path) -> None:
+    """The path may be the host's."""
+    write(proc, "self/cgroup", "0::/docker/0123456789ab\n")
+    write(cgroup, "memory.max", str(2**30))
+    write(cgroup, "cpu.max", "100000 100000")
+    machine = inspect_machine(proc, cgroup)
+    assert (machine.memory_nbytes, machine.cores) == (2**30, 1)
 
 
 @pytest.mark.parametrize(
@@ -286,6 +313,16 @@ def test_each_replica_has_a_standby_engine_if_all_fit(replicas: int) -> None:
     needed = 2 * GB + PROCESSES_NBYTES + replicas * (ENGINE_NBYTES + STANDBY_ENGINE_NBYTES)
     assert standby_engines(config, Machine(2, 99 * GB, needed, "AVX2"), GB, GB) == 1
     assert standby_engines(config, Machine(2, 99 * GB, needed - 1, "AVX2"), GB, GB) == 0
+
+
+@pytest.mark.parametrize(("left", "actors"), [(100 * SESSION_ACTOR_NBYTES, 64), (5 * SESSION_ACTOR_NBYTES, 5), (-1, 0)])
+def test_session_actors_are_as_many_as_fit(left: int, actors: int) -> None:
+    fixed = GB + PROCESSES_NBYTES + 2 * (ENGINE_NBYTES + STANDBY_ENGINE_NBYTES) + 2 * GB
+    # A tenth of the machine stays free.
+    machine = Machine(2, 20 * GB, fixed + 2 * GB + left, "AVX2")
+    assert session_actors(Config(replicas=2), machine, GB, 2 * GB, 1) == actors
+    few = Config(replicas=2, sessions=SessionsConfig(max_actors=3))
+    assert session_actors(few, machine, GB, 2 * GB, 1) == min(actors, 3)
 
 
 def test_asked_for_standby_engines_must_fit() -> None:
