@@ -125,6 +125,8 @@ class FakeSessions:
         field = {"tokens": "num_tokens", "age": "age_seconds", "idle": "idle_seconds"}.get(query.sort, query.sort)
         known.sort(key=lambda one: one[1][field], reverse=query.is_descending)
         cursors = [key[1] if query.tenant else "/".join(key) for key, _ in known]
+        if query.after and query.after not in cursors:
+            raise InvalidRequest("after: not in this list", param="after")
         begin = cursors.index(query.after) + 1 if query.after else 0
         page = slice(begin, begin + query.limit)
         found = [one | {"tenant": key[0]} for key, one in known[page]]
