@@ -273,6 +273,7 @@ class FakeHealth:
 class RecordingObserver:
     def __init__(self) -> None:
         self.calls: list[tuple[Any, ...]] = []
+        self.errors: list[tuple[Any, ...]] = []
 
     def on_start(self, *call: Any) -> None:
         self.calls.append(("start", *call))
@@ -285,6 +286,9 @@ class RecordingObserver:
 
     def on_finish(self, *call: Any) -> None:
         self.calls.append(("finish", *call))
+
+    def on_error(self, *call: Any) -> None:
+        self.errors.append(call)
 
 
 class FakeClock:
