@@ -152,8 +152,15 @@ class Hibernation:
                 await self.forget(key)
                 return
             self._asleep.pop(key.digest, None)
+            dropped: list[str] = []
             write = self._store.write
-            written = await asyncio.to_thread(write, key.digest, segment, num_tokens, _mark(recorded))
+            try:
+                written = await asyncio.to_thread(
+                    write, key.digest, segment, num_tokens, _mark(recorded), dropped.append
+                )
+            finally:
+                for digest in dropped:
+                    self._asleep.pop(digest, None)
         finally:
             segment.close()
         self._asleep[key.digest] = written
