@@ -160,7 +160,7 @@ def standby_engines(config: Config, machine: Machine, weights_nbytes: int, kv_nb
         return 0
     fixed = fixed_nbytes(config, weights_nbytes) + kv_nbytes
     left = machine.available_nbytes - fixed
-    needed = config.replicas * STANDBY_ENGINE_NBYTES
+    needed = config.max_replicas * STANDBY_ENGINE_NBYTES
     if wanted is None:
         return 1 if left >= needed else 0
     if wanted and left < wanted * needed:
@@ -177,14 +177,14 @@ def session_actors(config: Config, machine: Machine, weights_nbytes: int, kv_nby
     Sessions without one are held by the keeper, and nothing else is different. A tenth of the machine stays free: for
     the page cache, and for successors that are up before their predecessors have ended.
     """
-    fixed = fixed_nbytes(config, weights_nbytes) + config.replicas * num_standbys * STANDBY_ENGINE_NBYTES
+    fixed = fixed_nbytes(config, weights_nbytes) + config.max_replicas * num_standbys * STANDBY_ENGINE_NBYTES
     left = machine.available_nbytes - fixed - kv_nbytes - machine.memory_nbytes // 10
     return max(min(config.sessions.max_actors, left // SESSION_ACTOR_NBYTES), 0)
 
 
 def fixed_nbytes(config: Config, weights_nbytes: int) -> int:
     """What the server takes in any case, without KV caches, standby engines and session actors."""
-    return object_store_nbytes(weights_nbytes) + PROCESSES_NBYTES + config.replicas * ENGINE_NBYTES
+    return object_store_nbytes(weights_nbytes) + PROCESSES_NBYTES + config.max_replicas * ENGINE_NBYTES
 
 
 def object_store_nbytes(weights_nbytes: int) -> int:

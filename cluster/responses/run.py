@@ -28,6 +28,7 @@ from phi_cluster.cluster.turn_api import (
     BEGINNING,
     Clock,
     Rates,
+    ReplyPiece,
     RequestObserver,
     TextDelta,
     TurnFinished,
@@ -68,7 +69,7 @@ class Run:
         self.left = asyncio.Event()
         self.response = begun.response
         self.claim = begun.claim
-        self.pieces = list(begun.response.pieces)
+        self.pieces: list[ReplyPiece] = list(begun.response.pieces)
         # So many of them are stored.
         self.num_saved = len(self.pieces)
         self.has_started = bool(self.pieces)
@@ -138,8 +139,9 @@ class Run:
                 with suppress(asyncio.TimeoutError):
                     await asyncio.wait_for(self.left.wait(), pause)
                 continue
-            observation.finish("error")
-            return self._failed(error)
+            told = self._told(error)
+            observation.fail(told)
+            return self._failed(told)
 
     def end(self, response: Response | None, error: PhiError | None = None) -> None:
         """Nothing more will happen."""
@@ -172,7 +174,7 @@ class Run:
             raise _another()
         return finished
 
-    def _say(self, index: int, piece: str) -> None:
+    def _say(self, index: int, piece: ReplyPiece) -> None:
         if index == len(self.pieces):
             self.pieces.append(piece)
         elif self.pieces[index] != piece:
@@ -198,10 +200,13 @@ class Run:
         over = self._over("incomplete" if finished.finish_reason == "length" else "completed")
         return replace(over, usage=usage)
 
-    def _failed(self, error: BaseException) -> Response | None:
-        if not isinstance(error, PhiError):
-            logger.error("response %s failed unexpectedly", self.response.id, exc_info=error)
-            error = PhiError("The server failed to make this response; its id is in the server's log")
+    def _told(self, error: BaseException) -> PhiError:
+        if isinstance(error, PhiError):
+            return error
+        logger.error("response %s failed unexpectedly", self.response.id, exc_info=error)
+        return PhiError("The server failed to make this response; its id is in the server's log")
+
+    def _failed(self, error: PhiError) -> Response | None:
         asked = self.response.asked
         if not asked.background:
             # Who waits for a whole reply, or for its first word, is told by an error.

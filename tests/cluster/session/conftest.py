@@ -23,11 +23,12 @@ from phi_cluster.cluster.config import KVConfig, SessionsConfig
 from phi_cluster.cluster.messages import BeginTurn, CommitTurn, ProcessId, SessionKey, TurnGrant
 from phi_cluster.cluster.session.actor import SessionHost
 from phi_cluster.cluster.session.hibernation_store import FileHibernationStore
-from phi_cluster.cluster.session.journal import Journal
+from phi_cluster.cluster.session.journal import Glance, Journal
 from phi_cluster.cluster.session.keeper import HeldBy, NodeSessions
 from phi_cluster.cluster.session.segment import Segment, SegmentLayout
 from phi_cluster.cluster.session.session import Session, SessionSettings
-from phi_cluster.cluster.session.sqlite_journal import SQLiteJournal, last_used, list_sessions
+from phi_cluster.cluster.session.sqlite_journal import SQLiteJournal, glance, journals_nbytes, list_sessions
+from phi_cluster.cluster.session_api import SessionQuery
 from phi_cluster.model.kv_layout import KVCacheLayout
 
 FINGERPRINT = "model-1"
@@ -269,19 +270,22 @@ class Node:
         self.layout = settings.layout
 
         class Journals:
+            def __init__(self) -> None:
+                # Whose journals were looked into.
+                self.looked_at: list[SessionKey] = []
+
             def open(self, key: SessionKey) -> SQLiteJournal:
                 return SQLiteJournal(state_dir, key, settings.fingerprint, settings.clock)
 
             def keys(self) -> list[SessionKey]:
                 return list(list_sessions(state_dir))
 
-            def __init__(self) -> None:
-                # Whose journals were looked into.
-                self.looked_at: list[SessionKey] = []
+            def nbytes(self) -> int:
+                return journals_nbytes(state_dir)
 
-            def last_used(self, key: SessionKey) -> float | None:
+            def glance(self, key: SessionKey) -> Glance | None:
                 self.looked_at.append(key)
-                return last_used(state_dir, key)
+                return glance(state_dir, key)
 
         self.journals = Journals()
         self.actors = LocalActors(settings, self.journals.open, processes)
@@ -290,6 +294,10 @@ class Node:
         kv = KVConfig(reserve_wait=options.pop("reserve_wait", 0.2))
         sessions = SessionsConfig(**{"warm_actors": 0, "turn_wait": 0.2, "spawn_interval": 3600, **options})
         self.keeper = NodeSessions(settings, self.journals, cast(Any, self.actors), "node", sessions, kv, budget, store)
+
+    async def listed(self, tenant: str) -> list[dict[str, Any]]:
+        """Descriptions of the tenant's sessions, in order of their ids."""
+        return (await self.keeper.browse(SessionQuery(tenant, 10))).sessions
 
     async def begin(self, key: SessionKey, text: str) -> tuple[TurnGrant, Any]:
         """The grant, and who gave it: call its `commit`."""
