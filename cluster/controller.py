@@ -29,6 +29,7 @@ from phi_cluster.cluster.cluster_view import ClusterView
 from phi_cluster.cluster.config import Config
 from phi_cluster.cluster.engine_recycler import EnginePolicy, EngineRecycles
 from phi_cluster.cluster.errors import PhiError
+from phi_cluster.cluster.logs import log_as
 from phi_cluster.cluster.processes import kill_for_sure
 from phi_cluster.cluster.replica_report import ReplicaReport
 from phi_cluster.cluster.session.recycler import RecyclePolicy, RecycleReason, SessionSnapshot, decide, sleepers
@@ -51,6 +52,7 @@ class Controller:
     is the file in which one leaves its counters to the next."""
 
     def __init__(self, config: Config, weights_nbytes: int, build: Mapping[str, str], left_path: Path):
+        log_as("controller")
         sessions, engine = config.sessions, config.engine
         self._policy = RecyclePolicy(
             max_age=sessions.max_age,

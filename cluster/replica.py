@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import logging
 import os
-import sys
 import time
 import uuid
 from functools import partial
@@ -31,6 +30,7 @@ from phi_cluster.cluster.errors import Unavailable
 from phi_cluster.cluster.http.edge import EdgeSettings
 from phi_cluster.cluster.http.server import build_app
 from phi_cluster.cluster.keys import KeyFile
+from phi_cluster.cluster.logs import log_as
 from phi_cluster.cluster.poison import PoisonList
 from phi_cluster.cluster.preflight import LOOPBACK
 from phi_cluster.cluster.processes import boot_id, is_alive, process_id
@@ -71,7 +71,7 @@ class Replica:
     async def __init__(  # type: ignore[misc]
         self, served: ServedModel, config: Config, runtime_dir: Path, num_threads: int, num_standbys: int
     ):
-        _log_to_ray()
+        log_as("replica")
         self._served = served
         self._config = config
         self._node_id = ray.get_runtime_context().get_node_id()
@@ -262,13 +262,6 @@ class Replica:
 
     def _keeper(self) -> Any:
         return ray.get_actor(keeper_name(self._node_id), namespace=NAMESPACE)
-
-
-def _log_to_ray() -> None:
-    """What we log goes to this process's file among Ray's. Serve takes over stderr and drops what comes there."""
-    handler = logging.StreamHandler(sys.__stderr__)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    logging.getLogger("phi_cluster").addHandler(handler)
 
 
 class _Sessions:

@@ -24,6 +24,7 @@ import ray
 
 from phi_cluster.cluster.config import KVConfig, SessionsConfig
 from phi_cluster.cluster.errors import Overloaded
+from phi_cluster.cluster.logs import log_as
 from phi_cluster.cluster.messages import AdmitTurn, BeginTurn, CommitTurn, Moved, SessionKey, TurnGrant, TurnUsage
 from phi_cluster.cluster.processes import private_bytes, process_id
 from phi_cluster.cluster.session.accounts import Accounts, ForgetfulStore, UsageStore
@@ -396,6 +397,7 @@ class Keeper(NodeSessions):
         kv: KVConfig,
         budget_nbytes: int,
     ):
+        log_as("keeper")
         settings = session_settings(layout, fingerprint)
         node_id = ray.get_runtime_context().get_node_id()
         actors = RayActors(layout, fingerprint, state_path, node_id)
