@@ -6,6 +6,7 @@ through a callback) and of what the parts do.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import importlib
 import os
@@ -34,6 +35,7 @@ from phi_cluster.cluster.preflight import (
     inspect_machine,
     kv_budget,
     object_store_nbytes,
+    session_actors,
     standby_engines,
 )
 from phi_cluster.cluster.runtime_dir import clear_dead_servers, remove_runtime_dir
@@ -77,10 +79,12 @@ class Prepared:
     budget_nbytes: int
     # Of each replica.
     num_standbys: int
+    # At most, on the node.
+    num_session_actors: int
 
     @property
     def num_threads(self) -> int:
-        return self.config.engine.num_threads or max(self.machine.cores // self.config.replicas, 1)
+        return self.config.engine.num_threads or max(self.machine.cores // self.config.max_replicas, 1)
 
 
 def prepare(config: Config, report: Report) -> Prepared:
@@ -120,7 +124,13 @@ def prepare(config: Config, report: Report) -> Prepared:
     num_standbys = standby_engines(config, machine, weights_nbytes, budget_nbytes)
     if config.engine.standby_engines is None and not num_standbys and config.device == "cpu":
         report.noted("no memory is left for a standby engine: should the engine die, streams pause for seconds")
-    return Prepared(config, machine, served, weights_nbytes, budget_nbytes, num_standbys)
+    num_actors = session_actors(config, machine, weights_nbytes, budget_nbytes, num_standbys)
+    if num_actors < config.sessions.max_actors:
+        report.noted(
+            f"memory is left for {num_actors} session actors, not for sessions.max_actors "
+            f"({config.sessions.max_actors}): the keeper holds the other sessions"
+        )
+    return Prepared(config, machine, served, weights_nbytes, budget_nbytes, num_standbys, num_actors)
 
 
 class Server:
@@ -134,6 +144,7 @@ class Server:
         self._lock = _lock_state(prepared.config.state_path)
         self._runtime_dir = runtime_dir
         self._node_id = ""
+        self._drain = prepared.config.server.drain
         self.timeline: dict[str, float] = {}
         try:
             self._start(prepared, report)
@@ -158,7 +169,12 @@ class Server:
         kept = 0
         if ray.is_initialized():
             try:
-                _load_serve()[0].stop_serve()
+                self._end_event_streams()
+                deadline = time.monotonic() + self._drain
+                _load_serve()[0].stop_serve(self._drain)
+                # Serve itself waits for half a minute at most.
+                while self.num_streams() and time.monotonic() < deadline:
+                    time.sleep(0.2)
                 if self._node_id:
                     kept = ray.get(self.keeper.close.remote(), timeout=10)
             except Exception:
@@ -169,13 +185,19 @@ class Server:
         self._lock.close()
         return kept
 
+    def _end_event_streams(self) -> None:
+        """Whoever watches would be waited for as if he were talking."""
+        with contextlib.suppress(ValueError, RayError):
+            controller = ray.get_actor(CONTROLLER, namespace=NAMESPACE)
+            ray.get(controller.end_event_streams.remote(), timeout=2)
+
     def _start(self, prepared: Prepared, report: Report) -> None:
         config = prepared.config
         # What can be done at once is: cores idle while Ray's processes wait for each other.
         with ThreadPoolExecutor(4) as pool:
             loading = pool.submit(_load_serve)
             with self._timed("ray", report):
-                num_cpus = prepared.num_threads * config.replicas
+                num_cpus = prepared.num_threads * config.max_replicas
                 ray_cluster.start_ray(self._runtime_dir, num_cpus, object_store_nbytes(prepared.weights_nbytes))
             self._node_id = ray.get_runtime_context().get_node_id()
             parts = [
@@ -202,7 +224,7 @@ class Server:
                 served.layout,
                 served.fingerprint,
                 config.state_path,
-                config.sessions,
+                config.sessions.model_copy(update={"max_actors": prepared.num_session_actors}),
                 config.kv,
                 prepared.budget_nbytes,
             )
@@ -212,8 +234,7 @@ class Server:
                 config,
                 prepared.weights_nbytes,
                 _build_info(prepared),
-                # It goes with the server: the next one's counters begin anew, and Prometheus takes it so.
-                self._runtime_dir / "counters",
+                self._runtime_dir,
             )
             ray.get([store.weights.remote(), keeper.start.remote(), controller.start.remote()])
 

@@ -34,7 +34,7 @@ from phi_cluster.monitoring.session_metrics import (
     keeper_counters,
     node_metrics,
 )
-from phi_cluster.monitoring.snapshots import SnapshotSums, merge_snapshots, snapshot_of
+from phi_cluster.monitoring.snapshots import FamilySnapshot, SnapshotSums, merge_snapshots, snapshot_of
 
 # Of a replica that has not reported for so long nothing counts that was true only then; one that is silent for so much
 # longer is gone.
@@ -124,7 +124,7 @@ class ClusterView:
         self._sums.take(replica_id, report.snapshot, now)
         slot = self._free_slot(now) if known is None else known.slot
         # Its counters are in the sums already.
-        self._replicas[replica_id] = _Replica(now, slot, replace(report, snapshot=[]))
+        self._replicas[replica_id] = _Replica(now, slot, replace(report, snapshot=[], events=[]))
 
     def forget_node(self, node_id: str) -> None:
         """The node is dead."""
@@ -144,12 +144,16 @@ class ClusterView:
         node = self._nodes.get(node_id)
         return None if node is None else node.process
 
+    def snapshots(self) -> list[list[FamilySnapshot]]:
+        """Of all that ever counted; of those that are silent, without what was true only then."""
+        return self._sums.snapshots(self._clock())
+
     def num_open_requests(self) -> int:
         """Requests running or waiting in all replicas, as last reported."""
         names = ("phi_num_requests_running", "phi_num_requests_waiting")
         return sum(
             int(value)
-            for snapshot in self._sums.snapshots(self._clock())
+            for snapshot in self.snapshots()
             for name, _, _, samples in snapshot
             if name in names
             for _, _, value in samples
@@ -248,7 +252,7 @@ def _private(nodes: list[_Node], replicas: list[_Replica]) -> Iterator[tuple[str
         yield node_name, "replica", one.report.private_nbytes
         if one.report.engine is not None:
             yield node_name, "engine", one.report.engine.private_nbytes
-        for nbytes in one.report.standby_nbytes:
+        for _, nbytes in one.report.standby_engines:
             yield node_name, "standby_engine", nbytes
     if nodes:
         yield nodes[0].view.node, "controller", private_bytes()

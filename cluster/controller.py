@@ -25,15 +25,20 @@ from prometheus_client.registry import CollectorRegistry
 from ray.exceptions import RayError
 
 from phi_cluster.cluster.actors import NAMESPACE, keeper_name
+from phi_cluster.cluster.cluster_news import ClusterNews
 from phi_cluster.cluster.cluster_view import ClusterView
 from phi_cluster.cluster.config import Config
 from phi_cluster.cluster.engine_recycler import EnginePolicy, EngineRecycles
 from phi_cluster.cluster.errors import PhiError
+from phi_cluster.cluster.events import EventKind
+from phi_cluster.cluster.growth import GrowthWatch
 from phi_cluster.cluster.logs import log_as
-from phi_cluster.cluster.processes import kill_for_sure
+from phi_cluster.cluster.processes import is_running, kill_for_sure, private_bytes, process_id
 from phi_cluster.cluster.replica_report import ReplicaReport
 from phi_cluster.cluster.session.recycler import RecyclePolicy, RecycleReason, SessionSnapshot, decide, sleepers
 from phi_cluster.cluster.session.reports import KeeperReport, SessionReport
+from phi_cluster.cluster.watch_api import EventPage
+from phi_cluster.cluster.worker_logs import logs_folder, prune_logs
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +46,9 @@ logger = logging.getLogger(__name__)
 _RECYCLE_SECONDS = 30.0
 # Between two looks for sessions that nobody has used for long.
 _SWEEP_SECONDS = 600.0
+# Between two looks for logs of dead processes, and of how many of these they are kept.
+_LOGS_SECONDS = 60.0
+_KEPT_LOGS = 100
 # A keeper that does not answer for so long, so many times in a row, hangs.
 _KEEPER_SECONDS = 5.0
 _KEEPER_SILENCES = 3
@@ -48,10 +56,11 @@ _KEEPER_SILENCES = 3
 
 @ray.remote(num_cpus=0)
 class Controller:
-    """`weights_nbytes` is what the object store holds of them on each node; `build`: see cluster_view.py. `left_path`
-    is the file in which one leaves its counters to the next."""
+    """`weights_nbytes` is what the object store holds of them on each node; `build`: see cluster_view.py. `runtime_dir`
+    is the server's (runtime_dir.py): one controller leaves its counters there to the next. They go with the server: the
+    next one's counters begin anew, and Prometheus takes it so."""
 
-    def __init__(self, config: Config, weights_nbytes: int, build: Mapping[str, str], left_path: Path):
+    def __init__(self, config: Config, weights_nbytes: int, build: Mapping[str, str], runtime_dir: Path):
         log_as("controller")
         sessions, engine = config.sessions, config.engine
         self._policy = RecyclePolicy(
@@ -65,15 +74,17 @@ class Controller:
         # By node: when its keeper was last told to delete what nobody uses.
         self._swept: dict[str, float] = {}
         self._rhythm = config.recycler
+        self._keeper_growth = GrowthWatch(config.recycler.max_keeper_growth)
+        self._own_growth = GrowthWatch(config.recycler.max_controller_growth)
         self._engine_recycles = EngineRecycles(
             EnginePolicy(engine.max_age, engine.max_steps, engine.max_private_growth)
         )
         self._metrics_address = (config.server.metrics_host, config.server.metrics_port)
-        self._view = ClusterView(config.replicas, weights_nbytes, build)
-        self._left_path = left_path
+        self._view = ClusterView(config.max_replicas, weights_nbytes, build)
+        self._left_path = runtime_dir / "counters"
         with suppress(FileNotFoundError):
             try:
-                self._view.succeed(left_path.read_bytes())
+                self._view.succeed(self._left_path.read_bytes())
             except (ValueError, OSError) as error:
                 if isinstance(error, FileNotFoundError):
                     raise
@@ -81,6 +92,9 @@ class Controller:
         # How often in a row each node's keeper has not answered, and whose was ended for it.
         self._silent_keepers: Counter[str] = Counter()
         self._hung_keepers: set[str] = set()
+        self._news = ClusterNews(weights_nbytes)
+        self._logs = logs_folder(runtime_dir)
+        self._logs_pruned_at = -math.inf
         self._running: asyncio.Task[None] | None = None
 
     async def start(self) -> int:
@@ -97,11 +111,28 @@ class Controller:
         """About once a second. The answer: why the replica's engine is to be renewed now, if it is."""
         await self.start()
         self._view.take_replica(report)
+        self._news.take_replica(report)
         return self._engine_recycles.take(report.replica_id, report.engine, time.monotonic())
 
     async def request_engine_recycles(self) -> int:
         """Has the engines of all replicas renewed, one after the other; returns how many."""
         return self._engine_recycles.request_all(time.monotonic())
+
+    async def overview(self) -> dict[str, Any]:
+        """The cluster as it is, under the names of the HTTP API."""
+        return self._news.overview()
+
+    async def events(self, after: int | None, limit: int, tenant: str | None, wait_seconds: float) -> EventPage:
+        """See watch_api.Watch."""
+        return await self._news.page(after, limit, tenant, wait_seconds)
+
+    async def end_event_streams(self) -> None:
+        """The server is about to stop."""
+        self._news.close()
+
+    async def num_replicas(self) -> int:
+        """Replicas that have reported lately."""
+        return self._news.num_replicas()
 
     async def num_open_requests(self) -> int:
         """Requests running or waiting in all replicas, as last reported."""
@@ -129,13 +160,17 @@ class Controller:
 
     async def _round(self) -> None:
         self._view.forget_silent()
+        self._news.look(ray.get_runtime_context().get_node_id(), self._view.snapshots())
+        await self._prune_logs()
         for node in ray.nodes():
             if not node["Alive"]:
                 self._view.forget_node(node["NodeID"])
+                self._news.forget_node(node["NodeID"])
                 continue
             try:
                 keeper = ray.get_actor(keeper_name(node["NodeID"]), namespace=NAMESPACE)
-                report = await asyncio.wait_for(keeper.report.remote(), _KEEPER_SECONDS)
+                told = self._news.events_of(node["NodeID"])
+                report = await asyncio.wait_for(keeper.report.remote(told), _KEEPER_SECONDS)
             except (ValueError, RayError) as error:
                 # No keeper there (yet), or it is being restarted.
                 logger.info("no report of node %s: %s", node["NodeID"], type(error).__name__)
@@ -147,8 +182,36 @@ class Controller:
             self._silent_keepers.pop(node["NodeID"], None)
             self._view.take_keeper(report, hung=report.node_id in self._hung_keepers)
             self._hung_keepers.discard(report.node_id)
+            self._news.take_keeper(report)
             await self._recycle(keeper, report)
             await self._sweep(keeper, report.node_id)
+            await self._renew_keeper(keeper, report)
+        if self._own_growth.exceeds("here", os.getpid(), private_bytes(), time.monotonic()):
+            # Ray starts another, which collects all of this again.
+            logger.warning("the controller has grown too much and is renewed")
+            await kill_for_sure(process_id())
+
+    async def _renew_keeper(self, keeper: Any, report: KeeperReport) -> None:
+        """If it has grown too much. Ray starts another one; whoever asks meanwhile asks again."""
+        if not self._keeper_growth.exceeds(report.node_id, report.process, report.private_nbytes, time.monotonic()):
+            return
+        # A process is killed where it runs.
+        if report.node_id != ray.get_runtime_context().get_node_id():
+            return
+        try:
+            is_ready = await asyncio.wait_for(keeper.prepare_end.remote(), _RECYCLE_SECONDS)
+        except (PhiError, RayError, asyncio.TimeoutError) as error:
+            logger.info("the keeper was not renewed: %s", error)
+            return
+        if is_ready:
+            logger.warning("the keeper (pid %d) has grown too much and is renewed", report.process.pid)
+            await kill_for_sure(report.process)
+
+    async def _prune_logs(self) -> None:
+        now = time.monotonic()
+        if now - self._logs_pruned_at >= _LOGS_SECONDS:
+            self._logs_pruned_at = now
+            await asyncio.to_thread(prune_logs, self._logs, _KEPT_LOGS, is_running)
 
     async def _sweep(self, keeper: Any, node_id: str) -> None:
         now = time.monotonic()
@@ -171,6 +234,7 @@ class Controller:
         # A process is killed where it runs.
         if node_id == ray.get_runtime_context().get_node_id():
             logger.error("the keeper (pid %d) hangs and is replaced", process.pid)
+            self._news.add(EventKind.KEEPER_HUNG)
             await kill_for_sure(process)
             self._hung_keepers.add(node_id)
             del self._silent_keepers[node_id]

@@ -17,6 +17,7 @@ from typing import Protocol
 
 from phi_cluster.cluster.engine_link import EngineHandle, EngineLink, EngineLost
 from phi_cluster.cluster.errors import PhiError, Unavailable
+from phi_cluster.cluster.events import EventKind, EventLog
 from phi_cluster.cluster.messages import (
     NO_TOTALS,
     AbortSequence,
@@ -140,16 +141,18 @@ class EngineClient:
         standbys: StandbyEngines,
         observer: EngineObserver | None = None,
         *,
+        events: EventLog | None = None,
         ready_wait: float = 60.0,
         backoff: Sequence[float] = _BACKOFF_SECONDS,
     ):
         """`start_engine` brings up and connects a new engine, where `standbys` have none; they are closed with this.
-        `observer` None: nobody measures.
-        `ready_wait`: how long a request waits for an engine, also one whose engine died in the middle. `backoff`:
-        before a start, by the number of starts that failed before it. All in seconds."""
+        `observer` None: nobody measures. `events`: where the engines' lives are told. `ready_wait`: how long a request
+        waits for an engine, also one whose engine died in the middle. `backoff`: before a start, by the number of
+        starts that failed before it. All in seconds."""
         self._start_engine = start_engine
         self._standbys = standbys
         self._observer = observer or Unobserved()
+        self._events = EventLog(time.time) if events is None else events
         self._ready_wait = ready_wait
         self._backoff = backoff
         self._streams: dict[int, SequenceStream] = {}
@@ -281,8 +284,11 @@ class EngineClient:
             if patience is not None:
                 patience.cancel()
             self._connect(link)
-            if lost_at is not None:
+            if lost_at is None:
+                self._events.add(EventKind.ENGINE_STARTED)
+            else:
                 pause = time.monotonic() - lost_at
+                self._events.add(EventKind.ENGINE_TOOK_OVER, seconds=pause)
                 logger.warning("engine %d took over after %.3f s", link.engine.process.pid, pause)
                 if not was_planned:
                     self._observer.on_recovered(pause)
@@ -353,8 +359,10 @@ class EngineClient:
         died = reason is None or how != "death"
         if reason is not None and not died:
             self.recycles[reason] += 1
+            self._events.add(EventKind.ENGINE_RECYCLED, reason=reason)
         else:
             self.recoveries[how] += 1
+            self._events.add(EventKind.ENGINE_DIED, reason=how)
         self._settle(died=died)
         return reason is not None and not died
 

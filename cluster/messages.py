@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, NamedTuple, TypeAlias
 
 import msgpack
@@ -21,7 +22,7 @@ class SessionKey:
     session_id: str
     ephemeral: bool = False
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """32 hex digits: the only form of a session's name used for files, actors and dictionaries."""
         raw = b"\x00".join((self.tenant.encode(), b"e" if self.ephemeral else b"n", self.session_id.encode()))

@@ -12,6 +12,7 @@ from typing import Any
 
 from phi_cluster.cluster.errors import ContextOverflow, InvalidRequest
 from phi_cluster.cluster.messages import TurnGrant
+from phi_cluster.cluster.tool_prompt import template_input
 from phi_cluster.cluster.truncation import fewest_to_remove, num_removable, without_oldest
 from phi_cluster.cluster.turn_api import TurnRequest
 from phi_cluster.model.tokenizer import TemplateError, Tokenizer
@@ -33,11 +34,14 @@ class PromptReader:
     def render(self, request: TurnRequest) -> str:
         """The whole prompt as text. Raises InvalidRequest if the template refuses it."""
         if request.messages is not None:
+            tokenizer = self._tokenizer
+            given = template_input(request.messages, request.tool_use, tokenizer.tool_format, tokenizer.sanitize)
             try:
-                return self._tokenizer.render_chat(
-                    request.messages,
+                return tokenizer.render_chat(
+                    given.messages,
                     add_generation_prompt=request.add_generation_prompt,
                     continue_final_message=request.continue_final_message,
+                    tools=given.tools,
                 )
             except TemplateError as error:
                 raise InvalidRequest(str(error), param="messages") from None

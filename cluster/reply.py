@@ -1,9 +1,9 @@
 """A reply as it grows: tokens go in, final text comes out.
 
 Owns: the reply's ids and text, where a stop string cut it, and the positions by which a client reads on. Knows nothing
-of engines, sessions or HTTP.
+of engines, sessions or HTTP; how text and calls are told apart is call_reader.py's.
 
-The same tokens give the same pieces of text in any grouping, so a position means the same text whenever it is computed.
+The same tokens give the same pieces in any grouping, so a position means the same text whenever it is computed.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ import zlib
 from array import array
 from collections.abc import Sequence
 
+from phi_cluster.cluster.call_reader import ReplyReader, TextReader
 from phi_cluster.cluster.errors import ReplyGone
-from phi_cluster.cluster.turn_api import BEGINNING, Position
+from phi_cluster.cluster.turn_api import BEGINNING, Position, ReplyPiece
 from phi_cluster.model.tokenizer import Detokenizer, StopStrings
 
 
 class Reply:
-    """`text` is all that has come out, also what the client had before, up to `given`.
+    """`reader` has all that has come out, also what the client had before, up to `given`.
 
     `prompt_text` is what it answers; `finish_reason` is the engine's, or "stop_string"; counts are in tokens.
     """
@@ -31,13 +32,14 @@ class Reply:
         *,
         given: Position = BEGINNING,
         is_known: bool = False,
+        reader: ReplyReader | None = None,
     ):
-        """`is_known`: the tokens up to `given` are for sure the ones that the client got."""
+        """`is_known`: the tokens up to `given` are for sure the ones that the client got. `reader`: None for text."""
         self.prompt_text = prompt_text
         self.num_prompt_tokens = 0
         self.num_cached_tokens = 0
         self.token_ids: list[int] = []
-        self.text = ""
+        self.reader: ReplyReader = reader or TextReader()
         self.finish_reason = "abort"
         self._count = 0
         self._checksum = 0
@@ -45,7 +47,12 @@ class Reply:
         self._stops = StopStrings(list(stops))
         self._given = given
         self._is_known = is_known
-        self._fresh: list[str] = []
+        self._fresh: list[ReplyPiece] = []
+
+    @property
+    def text(self) -> str:
+        """All text that has come out."""
+        return self.reader.content
 
     @property
     def position(self) -> Position:
@@ -60,8 +67,8 @@ class Reply:
         """Whether a stop string has ended it."""
         return self.finish_reason == "stop_string"
 
-    def take_pieces(self) -> tuple[str, ...]:
-        """The pieces of what `push` and `end` have returned since this was asked last."""
+    def take_pieces(self) -> tuple[ReplyPiece, ...]:
+        """The pieces of text and calls that are new to the client since this was asked last."""
         pieces = tuple(self._fresh)
         self._fresh.clear()
         return pieces
@@ -79,7 +86,8 @@ class Reply:
             piece, is_cut = self._stops.push(self._detokenizer.push([token_id]))
             if is_cut:
                 self.finish_reason = "stop_string"
-            fresh += self._take(piece)
+            pieces = self.reader.push(piece)
+            fresh += self._take(pieces + self.reader.flush() if is_cut else pieces)
         return fresh
 
     def end(self, finish_reason: str) -> str:
@@ -90,22 +98,21 @@ class Reply:
             self.finish_reason = "stop_string"
         else:
             piece += self._stops.flush()
-        fresh = self._take(piece) if piece else ""
+        pieces = self.reader.push(piece) + self.reader.flush()
+        fresh = self._take(pieces) if pieces else ""
         if self._count < self._given.count:
             raise _other()
         return fresh
 
-    def _take(self, piece: str) -> str:
+    def _take(self, pieces: list[ReplyPiece]) -> str:
         self._count += 1
-        self.text += piece
         is_other = self._count == self._given.count and self._checksum != self._given.checksum
         if is_other and not self._is_known:
             raise _other()
         if self._count <= self._given.count:
             return ""
-        if piece:
-            self._fresh.append(piece)
-        return piece
+        self._fresh += pieces
+        return "".join(piece for piece in pieces if isinstance(piece, str))
 
 
 def _add(checksum: int, token_ids: Sequence[int]) -> int:

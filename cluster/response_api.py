@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, TypeAlias
 
 from phi_cluster.cluster.errors import PhiError
-from phi_cluster.cluster.turn_api import Rates, WantedFormat
+from phi_cluster.cluster.turn_api import Rates, ReplyPiece, WantedFormat
 
 Item: TypeAlias = dict[str, Any]
 # What stands, and what is still to come.
@@ -79,7 +79,7 @@ class Response:
     asked: NewResponse
     created_at: float
     status: ResponseStatus
-    pieces: tuple[str, ...] = field(default=(), repr=False)
+    pieces: tuple[ReplyPiece, ...] = field(default=(), repr=False)
     usage: ResponseUsage | None = None
     fault: ResponseFault | None = None
     ended_at: float | None = None
@@ -94,7 +94,7 @@ class Response:
 
     @property
     def text(self) -> str:
-        return "".join(self.pieces)
+        return "".join(piece for piece in self.pieces if isinstance(piece, str))
 
     def output(self) -> list[Item]:
         """The assistant's message, if there is one: of a response that failed, or was cancelled, if it said a word."""
@@ -111,7 +111,7 @@ def output_item(asked: NewResponse, text: str, status: str) -> Item:
 
 
 # What comes while a response is read: more pieces of its text, and at last how it stands when it is over.
-ReadingEvent: TypeAlias = "tuple[str, ...] | Response"
+ReadingEvent: TypeAlias = "tuple[ReplyPiece, ...] | Response"
 
 
 class Reading(Protocol):

@@ -42,7 +42,7 @@ def _starts(messages: Sequence[dict[str, Any]]) -> list[int]:
     before = None
     for index, message in enumerate(messages):
         role = message["role"]
-        if role != "system" and (not starts or (role == "user" and before == "assistant")):
+        if role != "system" and (not starts or (role == "user" and before in ("assistant", "tool"))):
             starts.append(index)
         if role != "system":
             before = role

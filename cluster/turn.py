@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections import OrderedDict
 from collections.abc import AsyncGenerator
 from contextlib import aclosing, suppress
@@ -24,7 +25,16 @@ from phi_cluster.cluster.engine_client import EngineClient, EngineHandle, Sequen
 from phi_cluster.cluster.errors import ContextOverflow, Overloaded, PhiError, Unavailable
 from phi_cluster.cluster.messages import ProcessId, SessionKey
 from phi_cluster.cluster.prompt import PromptReader
-from phi_cluster.cluster.turn_api import BEGINNING, TextDelta, TurnEvent, TurnFinished, TurnRequest
+from phi_cluster.cluster.reply import Reply
+from phi_cluster.cluster.turn_api import (
+    BEGINNING,
+    FinishReason,
+    TextDelta,
+    TurnEvent,
+    TurnFinished,
+    TurnRequest,
+    TurnStarted,
+)
 from phi_cluster.cluster.turn_attempt import (
     Carried,
     MemoryLost,
@@ -65,6 +75,8 @@ class Turns:
         # By tenant and request.
         self._live: dict[tuple[str, str], SequenceStream] = {}
         self._running = 0
+        # Since when the turns wait that have not started yet, the first one first.
+        self._waiting: dict[object, float] = {}
         self._endings: set[asyncio.Task[None]] = set()
         # Which engine served a session last, to tell a user that it was replaced.
         self._served_by: OrderedDict[str, int] = OrderedDict()
@@ -73,6 +85,15 @@ class Turns:
     def num_running(self) -> int:
         """Turns that have not ended yet, also those whose client has left."""
         return self._running + len(self._endings)
+
+    @property
+    def num_open(self) -> int:
+        """Turns whose client is still there."""
+        return self._running
+
+    def oldest_wait(self) -> float:
+        """Seconds for which the first of the turns that have not started has waited; 0 if there is none."""
+        return time.monotonic() - next(iter(self._waiting.values())) if self._waiting else 0.0
 
     def check_room(self) -> None:
         """Raises Overloaded if a turn more would be refused. Costs nothing: who is refused should know it at once."""
@@ -83,12 +104,17 @@ class Turns:
         """See turn_api.TurnRunner.run."""
         self.check_room()
         self._running += 1
+        this = object()
+        self._waiting[this] = time.monotonic()
         try:
             # Closed with this one, not when it is collected: a turn that has left has begun to end.
             async with aclosing(self._run(request)) as events:
                 async for event in events:
+                    if isinstance(event, TurnStarted):
+                        self._waiting.pop(this, None)
                     yield event
         finally:
+            self._waiting.pop(this, None)
             self._running -= 1
 
     async def _run(self, request: TurnRequest) -> AsyncGenerator[TurnEvent, None]:
@@ -110,8 +136,9 @@ class Turns:
 
     async def _run_as_it_is(self, request: TurnRequest) -> AsyncGenerator[TurnEvent, None]:
         text = self._around.prompts.render(request)
-        if request.wanted_format is not None:
-            request = replace(request, sampling=request.sampling | {"grammar": await grammar_of(request.wanted_format)})
+        grammar = await grammar_of(request, self._around.tokenizer.tool_format)
+        if grammar is not None:
+            request = replace(request, sampling=request.sampling | {"grammar": grammar})
         if self._around.poison.holds(request):
             raise poisonous()
         engines = self._around.engines
@@ -165,7 +192,7 @@ class Turns:
                 del self._live[name]
         reply = attempt.reply
         yield TurnFinished(
-            finish_reason="length" if reply.finish_reason == "length" else "stop",
+            finish_reason=_finish_reason(reply),
             num_prompt_tokens=reply.num_prompt_tokens,
             num_cached_tokens=reply.num_cached_tokens,
             num_completion_tokens=len(reply.token_ids),
@@ -199,6 +226,12 @@ class Turns:
         if len(self._served_by) > _REMEMBERED_SESSIONS:
             self._served_by.popitem(last=False)
         return before != pid
+
+
+def _finish_reason(reply: Reply) -> FinishReason:
+    if reply.finish_reason == "length":
+        return "length"
+    return "tool_calls" if reply.reader.calls else "stop"
 
 
 def _name_of(request: TurnRequest) -> tuple[str, str]:

@@ -1,8 +1,8 @@
 """What the HTTP edge asks of the rooms below it, as shapes and protocols.
 
-Owns: the request for one turn, the events of its run, and the protocols of whoever runs turns, administers
-sessions, knows the server's health and counts requests. A leaf: the edge calls these, `turn` and `replica`
-implement them, tests fake them. Knows nothing of HTTP, Ray, torch, the tokenizer or the engine.
+Owns: the request for one turn, the events of its run, and the protocols of whoever runs turns, knows the server's
+health and counts requests (sessions: session_api.py). A leaf: the edge calls these, `turn` and `replica` implement
+them, tests fake them. Knows nothing of HTTP, Ray, torch, the tokenizer or the engine.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
-FinishReason: TypeAlias = Literal["stop", "length"]
+FinishReason: TypeAlias = Literal["stop", "length", "tool_calls"]
 # How a request ended, for counting: as its turn did, or the client left, or it failed.
-Outcome: TypeAlias = Literal["stop", "length", "abort", "error"]
+Outcome: TypeAlias = Literal["stop", "length", "tool_calls", "abort", "error"]
 Endpoint: TypeAlias = Literal["chat", "completions", "responses"]
 # What a key may still use, by what is counted ("requests", "tokens"): the limit a minute, what is left of it, and the
 # seconds until all of it is there again.
@@ -47,12 +47,52 @@ class WantedFormat:
 
 
 @dataclass(frozen=True)
+class Tool:
+    """A function that a reply may ask its client to call. `parameters` is the JSON schema of its arguments (None: there
+    are none); `param` is the field that has it."""
+
+    name: str
+    param: str
+    parameters: dict[str, Any] | None = field(default=None, repr=False)
+    description: str | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True)
+class ToolUse:
+    """The tools that a prompt tells of, which of them (by name) the reply may call, whether it has to call one, and
+    whether it may make several calls."""
+
+    tools: tuple[Tool, ...]
+    callable: tuple[str, ...]
+    is_required: bool = False
+    is_parallel: bool = True
+
+
+class CallPiece(NamedTuple):
+    """A part of a call, `number` in its reply (from 0): with its `name` it begins, then come `arguments` (JSON text, in
+    pieces)."""
+
+    number: int
+    name: str | None
+    arguments: str
+
+
+ReplyPiece: TypeAlias = "str | CallPiece"
+
+
+def call_id(request_id: str, number: int) -> str:
+    """What a call is answered under: at most 40 characters, as OpenAI's. The same whenever the reply is made."""
+    return f"call_{request_id}{number:02x}"
+
+
+@dataclass(frozen=True)
 class TurnRequest:
     """One turn, validated as far as that is possible without a tokenizer.
 
     Exactly one of `messages` and `prompt` is given. `messages` have a `role` (system, user or assistant), a
-    `content` (str) and perhaps a `name`: content parts are joined and `developer` has become `system`.
-    `prompt` is text or token ids, every id below the vocabulary's size.
+    `content` (str) and perhaps a `name`: content parts are joined and `developer` has become `system`. An assistant's
+    may have `tool_calls`, a list of dicts with `id`, `name` and `arguments` (JSON text); a `tool`'s have the
+    `tool_call_id` of one of the calls before them. `prompt` is text or token ids, every id below the vocabulary's size.
 
     `sampling` always has these keys, each within its documented range: temperature, top_p, top_k (0 is off),
     min_p, repetition_penalty, presence_penalty, frequency_penalty, seed (int | None: choose one; signed, 64
@@ -76,6 +116,8 @@ class TurnRequest:
     prompt: str | list[int] | None = field(default=None, repr=False)
     stop: tuple[str, ...] = field(default=(), repr=False)
     wanted_format: WantedFormat | None = None
+    # With a JSON format beside them, a reply is either calls or text of that format.
+    tool_use: ToolUse | None = None
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     resume_from: Position | None = None
@@ -115,15 +157,20 @@ class TextDelta:
     """Text that is final, and how many new tokens this event stands for. `text` may be empty (held back).
 
     `position` is where in the reply the text ends. `logprobs`, if they were asked for, are the new tokens', without
-    those that have no text. `pieces` are the parts of `text`, none of them empty: the same reply has the same pieces,
-    however its tokens come together in events.
+    those that have no text. `pieces` are the parts of `text` and then of calls, none of them empty: the same reply has
+    the same pieces, however its tokens come together in events.
     """
 
     text: str = field(repr=False)
     num_tokens: int
     position: Position
-    pieces: tuple[str, ...] = field(default=(), repr=False)
+    pieces: tuple[ReplyPiece, ...] = field(default=(), repr=False)
     logprobs: tuple[TokenLogprob, ...] = field(default=(), repr=False)
+
+    @property
+    def calls(self) -> tuple[CallPiece, ...]:
+        """The parts of calls among the pieces."""
+        return tuple(piece for piece in self.pieces if isinstance(piece, CallPiece))
 
 
 @dataclass(frozen=True)
@@ -151,51 +198,6 @@ class TurnRunner(Protocol):
         (never both): a `finally` that aborts the sequence serves both. What may not be torn in the middle (a
         commit) wants `asyncio.shield`.
         """
-        ...
-
-
-class SessionAdmin(Protocol):
-    """Looks after the sessions of a tenant. Raises `NotFound`; while a turn is running perhaps `SessionBusy`.
-
-    A session is described by a JSON-able dict: id, state, num_tokens, kv_cache_bytes, process_bytes, turns,
-    age_seconds, idle_seconds, activation, recycles, holder, node_id, actor_pid, engine_pid.
-    """
-
-    async def list(self, tenant: str, limit: int, after: str | None) -> Sequence[dict[str, Any]]:
-        """At most `limit` named sessions in ascending order of id, all with an id greater than `after`."""
-        ...
-
-    async def get(self, tenant: str, session_id: str) -> dict[str, Any]: ...
-
-    async def delete(self, tenant: str, session_id: str) -> None: ...
-
-    async def clear(self, tenant: str, session_id: str) -> dict[str, Any]:
-        """Forget the conversation and its KV cache; the session stays. Returns its new description."""
-        ...
-
-    async def recycle(self, tenant: str, session_id: str) -> dict[str, Any]:
-        """Give the session a new actor that takes over the same memory; returns its new description."""
-        ...
-
-    async def hibernate(self, tenant: str, session_id: str) -> dict[str, Any]:
-        """The session leaves memory, its cache goes to the disk; returns its new description."""
-        ...
-
-    async def export(self, tenant: str, session_id: str) -> bytes:
-        """The session's turns as a file."""
-        ...
-
-    async def import_session(
-        self, tenant: str, new_session_id: str | None, data: bytes, vocab_size: int
-    ) -> dict[str, Any]:
-        """A session made of such a file (None: under a name that is made for it); returns its description. Raises
-        `SessionExists`, and `InvalidRequest` for a file that is not one."""
-        ...
-
-    async def fork(self, tenant: str, session_id: str, new_session_id: str | None, turn: int | None) -> dict[str, Any]:
-        """A new session (None: under a name that is made for it) with the same conversation, as it was after the
-        `turn`-th turn of those that it consists of (None: as it is), and a copy of its KV cache. Returns the new one's
-        description. Raises `SessionExists`, and `InvalidRequest` if there are fewer turns."""
         ...
 
 

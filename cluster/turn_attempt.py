@@ -14,6 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import NoReturn, Protocol
 
+from phi_cluster.cluster.call_reader import CallReader
 from phi_cluster.cluster.engine_client import EngineClient, EngineFailed, SequenceStream
 from phi_cluster.cluster.errors import GaveWay, InvalidRequest, Overloaded, PoisonousRequest, ReadElsewhere
 from phi_cluster.cluster.messages import AddSequence, BeginTurn, ProcessId, SequenceOutput, SessionKey, TurnGrant
@@ -22,6 +23,7 @@ from phi_cluster.cluster.reply import Reply
 from phi_cluster.cluster.turn_api import Position, TextDelta, TokenChoice, TokenLogprob, TurnRequest, TurnStarted
 from phi_cluster.cluster.turn_lease import Lessor, TurnLease
 from phi_cluster.cluster.turn_record import Recorder, TurnRecord
+from phi_cluster.cluster.wanted_format import format_param
 from phi_cluster.model.sampling_params import SamplingParams
 from phi_cluster.model.tokenizer import Tokenizer
 
@@ -126,6 +128,7 @@ class TurnAttempt:
             request.stop,
             given=carried.given,
             is_known=carried.token_ids is not None,
+            reader=None if request.tool_use is None else CallReader(around.tokenizer.tool_format),
         )
         self.record = TurnRecord(around.sessions, around.tokenizer, self.grant, request, self.reply)
 
@@ -195,7 +198,7 @@ class TurnAttempt:
             if output.finish_reason == "error":
                 self._give_up(stream, output.error)
             if output.finish_reason == "bad_grammar":
-                param = None if request.wanted_format is None else request.wanted_format.param
+                param = format_param(request)
                 raise InvalidRequest(f"{param} cannot be followed: {output.error}", param=param)
             if output.finish_reason == "abort" and not reply.is_cut:
                 if isinstance(lease.refusal, GaveWay):
@@ -223,8 +226,9 @@ class TurnAttempt:
                 around.engines.abort(stream)
             elif output.finish_reason is not None:
                 text = reply.end(output.finish_reason)
-                if text:
-                    yield TextDelta(text, 0, reply.position, reply.take_pieces())
+                pieces = reply.take_pieces()
+                if pieces:
+                    yield TextDelta(text, 0, reply.position, pieces)
 
     def _logprobs(self, output: SequenceOutput, num_tokens: int) -> tuple[TokenLogprob, ...]:
         """Of the first `num_tokens` tokens of an output, as far as they have text."""
@@ -249,8 +253,9 @@ class TurnAttempt:
             carried.started = TurnStarted(reply.num_prompt_tokens, min(num_cached, reply.num_prompt_tokens))
             told.append(carried.started)
         reply.num_cached_tokens = carried.started.num_cached_tokens
-        if self._fresh:
-            told.append(TextDelta(self._fresh, 0, reply.position, reply.take_pieces()))
+        pieces = reply.take_pieces()
+        if pieces:
+            told.append(TextDelta(self._fresh, 0, reply.position, pieces))
         return told
 
     async def _yield_memory(self, token_ids: list[int]) -> NoReturn:

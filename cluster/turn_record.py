@@ -12,6 +12,7 @@ from array import array
 from contextlib import suppress
 from typing import Any, Protocol
 
+from phi_cluster.cluster.call_text import written_reply
 from phi_cluster.cluster.messages import CommitTurn, SessionKey, TurnGrant
 from phi_cluster.cluster.reply import Reply
 from phi_cluster.cluster.turn_api import TurnRequest
@@ -94,15 +95,16 @@ class TurnRecord:
     def _reply_text(self, chars: int, tokens: int) -> tuple[str, tuple[tuple[int, int], ...]]:
         """The reply as the template will render it, and where its text and ids agree.
 
-        A reply cut by a stop string or an abort has no such place: its last tokens' text was not given out. Later
-        prompts are then matched id by id.
+        A reply cut by a stop string or an abort, or in the middle of a call, has no such place: its last tokens' text
+        was not given out. Later prompts are then matched id by id.
         """
         reply = self.reply
         if isinstance(self._request.prompt, list):
             text = "".join(f"{token_id} " for token_id in reply.token_ids)
             return text, ((chars + len(text), tokens + len(reply.token_ids)),)
-        text = self._tokenizer.sanitize(reply.text)
-        if reply.finish_reason not in ("stop", "length") or not reply.token_ids:
+        reader, tokenizer = reply.reader, self._tokenizer
+        text = written_reply(reader.content, reader.calls, tokenizer.tool_format, tokenizer.sanitize)
+        if reply.finish_reason not in ("stop", "length") or not reply.token_ids or not reader.is_whole:
             return text, ()
         end = (chars + len(text), tokens + len(reply.token_ids))
         last = reply.token_ids[-1]

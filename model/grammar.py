@@ -36,11 +36,7 @@ class GrammarError(ValueError):
 def json_schema_grammar(schema: dict[str, Any] | bool) -> str:
     """Of compact JSON documents that the schema allows. Raises GrammarError for a schema that is too large or that
     cannot be written as JSON; what is wrong in it is found when the grammar is compiled."""
-    try:
-        text = json.dumps(schema)
-    except (RecursionError, ValueError) as error:
-        raise GrammarError(f"it cannot be written as JSON: {type(error).__name__}") from None
-    _check_size(text)
+    text = json_text(schema)
     try:
         return LLMatcher.grammar_from_json_schema(text, overrides=_JSON_OPTIONS)
     except ValueError as error:
@@ -54,19 +50,19 @@ def json_object_grammar() -> str:
 
 def regex_grammar(pattern: str) -> str:
     """Of all texts that the whole pattern matches (Rust's syntax: no look-around, no back-references)."""
-    _check_size(pattern)
+    check_size(pattern)
     return LLMatcher.grammar_from_regex(pattern)
 
 
 def lark_grammar(text: str) -> str:
     """Of a context-free grammar in llguidance's variant of Lark's syntax."""
-    _check_size(text)
+    check_size(text)
     return LLMatcher.grammar_from_lark(text)
 
 
 def choice_grammar(choices: Sequence[str]) -> str:
     """Of these texts, nothing else."""
-    _check_size("".join(choices))
+    check_size("".join(choices))
     return LLMatcher.grammar_from_lark("start: " + " | ".join(json.dumps(choice) for choice in choices))
 
 
@@ -171,7 +167,18 @@ def _limits() -> LLParserLimits:
     )
 
 
-def _check_size(text: str) -> None:
+def json_text(schema: dict[str, Any] | bool) -> str:
+    """A schema in one line. Raises GrammarError if it is too large, or cannot be written as JSON."""
+    try:
+        text = json.dumps(schema)
+    except (RecursionError, ValueError) as error:
+        raise GrammarError(f"it cannot be written as JSON: {type(error).__name__}") from None
+    check_size(text)
+    return text
+
+
+def check_size(text: str) -> None:
+    """Raises GrammarError for more than may be compiled."""
     if len(text) > MAX_GRAMMAR_CHARS:
         raise GrammarError(f"it has {len(text)} characters, more than {MAX_GRAMMAR_CHARS}")
 

@@ -18,6 +18,10 @@ _REPLACEMENT = "\ufffd"
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
+class Rendered(str):
+    """Text that is rendered already: its marks and literals are meant."""
+
+
 class SpecialText:
     """Breaks a set of literals (what special tokens look like as text) wherever users write them."""
 
@@ -46,6 +50,8 @@ class SpecialText:
         """A copy of plain JSON data in which all strings (keys too) are sanitized, and their ends are marked
         where what follows could complete a literal. Text made of it must go through `settle`. Raises
         TypeError for anything that is not plain data: a template could call its methods."""
+        if isinstance(value, Rendered):
+            return str(value)
         if isinstance(value, str):
             text = self.sanitize(str(value))
             ends = (text[-n:] for n in range(1, min(self._reach, len(text)) + 1))

@@ -18,12 +18,13 @@ from phi_cluster.model.chat_template import ChatTemplate, TemplateError
 from phi_cluster.model.detokenizer import Decoding, Detokenizer
 from phi_cluster.model.special_text import BREAK, SpecialText
 from phi_cluster.model.stop_strings import StopStrings
+from phi_cluster.model.tool_format import tool_format_of
 
 __all__ = ["BREAK", "Detokenizer", "StopStrings", "TemplateError", "Tokenizer"]
 
 # A template puts a role beside its own text, as in '<|' + role + '|>': free text there could form a special
 # token.
-_ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
+_ROLES = ("system", "developer", "user", "assistant", "tool", "tool_response", "function", "ipython")
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -65,6 +66,9 @@ class Tokenizer:
         special |= {t.content for t in self._added.values() if t.content[:2] == "<|" and t.content[-2:] == "|>"}
         self._special_text = SpecialText(special)
         self._template = None if chat_template is None else ChatTemplate(chat_template, named)
+        # How its prompts and replies spell tools and calls.
+        shown = {token.content for i, token in self._added.items() if i not in self._specials}
+        self.tool_format = tool_format_of(chat_template, shown)
         # So are those that the template writes itself. Only replies may hold them: a template takes such a
         # reply apart.
         spoken = {t.content for t in self._added.values() if t.content in (chat_template or "")}

@@ -23,8 +23,9 @@ from phi_cluster.cluster.http.models import check_model
 from phi_cluster.cluster.http.openapi import generation_docs
 from phi_cluster.cluster.http.schemas import sampling_of
 from phi_cluster.cluster.http.strict_model import validated
+from phi_cluster.cluster.http.tool_format import call_delta, whole_calls
 from phi_cluster.cluster.http.turn_response import TurnResponse
-from phi_cluster.cluster.turn_api import Endpoint, FinishReason, TokenLogprob, TurnRequest
+from phi_cluster.cluster.turn_api import CallPiece, Endpoint, FinishReason, TokenLogprob, TurnRequest, call_id
 
 
 def chat_router(edge: Edge) -> APIRouter:
@@ -49,9 +50,10 @@ def chat_router(edge: Edge) -> APIRouter:
             request_id=caller.request_id,
             resume_from=caller.resume_from,
             sampling=sampling_of(chat, settings),
-            messages=[message.for_template() for message in chat.messages],
+            messages=chat.turn_messages,
             stop=tuple(chat.stop),
             wanted_format=chat.wanted_format,
+            tool_use=chat.tool_use,
             add_generation_prompt=chat.add_generation_prompt and not chat.continue_final_message,
             continue_final_message=chat.continue_final_message,
             cache_hint=chat.prompt_cache_key,
@@ -67,6 +69,7 @@ class ChatReply:
     """A `ReplyFormat`: OpenAI's chat.completion and its chunks."""
 
     id: str
+    request_id: str
     created: int
     model: str
     system_fingerprint: str | None
@@ -77,6 +80,7 @@ class ChatReply:
         settings = edge.settings
         return cls(
             id=f"chatcmpl-{caller.request_id}",
+            request_id=caller.request_id,
             created=int(edge.clock.time()),
             model=settings.served_model_names[0],
             system_fingerprint=settings.system_fingerprint,
@@ -85,8 +89,13 @@ class ChatReply:
     def opening(self) -> dict[str, Any]:
         return self._chunk([self._choice({"role": "assistant", "content": ""}, None)])
 
-    def delta(self, text: str, logprobs: Sequence[TokenLogprob] | None) -> dict[str, Any]:
-        return self._chunk([self._choice({"content": text}, None, logprobs)])
+    def delta(
+        self, text: str, logprobs: Sequence[TokenLogprob] | None, calls: Sequence[CallPiece] = ()
+    ) -> dict[str, Any]:
+        delta: dict[str, Any] = {"content": text} if text or not calls else {}
+        if calls:
+            delta["tool_calls"] = [call_delta(call, self._call_id(call)) for call in calls]
+        return self._chunk([self._choice(delta, None, logprobs)])
 
     def closing(self, finish_reason: FinishReason) -> dict[str, Any]:
         return self._chunk([self._choice({}, finish_reason)])
@@ -100,8 +109,12 @@ class ChatReply:
         logprobs: Sequence[TokenLogprob] | None,
         finish_reason: FinishReason,
         usage: dict[str, Any],
+        calls: Sequence[CallPiece] = (),
     ) -> dict[str, Any]:
-        message = {"role": "assistant", "content": text, "refusal": None}
+        message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+        if calls:
+            message["content"] = text or None
+            message["tool_calls"] = whole_calls(calls, self._call_id)
         choice = {
             "index": 0,
             "message": message,
@@ -110,12 +123,15 @@ class ChatReply:
         }
         return {**self._head("chat.completion"), "choices": [choice], "usage": usage}
 
+    def _call_id(self, call: CallPiece) -> str:
+        return call_id(self.request_id, call.number)
+
     def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {**self._head("chat.completion.chunk"), "choices": choices}
 
     def _choice(
         self,
-        delta: dict[str, str],
+        delta: dict[str, Any],
         finish_reason: FinishReason | None,
         logprobs: Sequence[TokenLogprob] | None = None,
     ) -> dict[str, Any]:

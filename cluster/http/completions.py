@@ -25,7 +25,7 @@ from phi_cluster.cluster.http.openapi import generation_docs
 from phi_cluster.cluster.http.schemas import check_token_ids, sampling_of
 from phi_cluster.cluster.http.strict_model import validated
 from phi_cluster.cluster.http.turn_response import TurnResponse
-from phi_cluster.cluster.turn_api import Endpoint, FinishReason, TokenLogprob, TurnRequest
+from phi_cluster.cluster.turn_api import CallPiece, Endpoint, FinishReason, TokenLogprob, TurnRequest
 
 
 def completions_router(edge: Edge) -> APIRouter:
@@ -100,7 +100,9 @@ class CompletionReply:
     def opening(self) -> None:
         return None
 
-    def delta(self, text: str, logprobs: Sequence[TokenLogprob] | None) -> dict[str, Any]:
+    def delta(
+        self, text: str, logprobs: Sequence[TokenLogprob] | None, calls: Sequence[CallPiece] = ()
+    ) -> dict[str, Any]:
         return self._completion([self._choice(text, None, logprobs)])
 
     def closing(self, finish_reason: FinishReason) -> dict[str, Any]:
@@ -115,6 +117,7 @@ class CompletionReply:
         logprobs: Sequence[TokenLogprob] | None,
         finish_reason: FinishReason,
         usage: dict[str, Any],
+        calls: Sequence[CallPiece] = (),
     ) -> dict[str, Any]:
         return {**self._completion([self._choice(text, finish_reason, logprobs)]), "usage": usage}
 

@@ -5,7 +5,8 @@ Knows nothing of the routes and of what a caller may do inside. Decides by the p
 headers, never by a URL that was put together from a Host header.
 
 While no keys are set up the server is on loopback, where every page in a user's browser can reach it: requests for
-hosts that are not this one (a name that was pointed here) and from pages of others are turned away.
+hosts that are not this one (a name that was pointed here) and from pages of others are turned away. The live page's own
+files want no key, but are under this rule too.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from phi_cluster.cluster.errors import Forbidden, InvalidRequest, PhiError
 from phi_cluster.cluster.http.auth import identify
 from phi_cluster.cluster.http.edge import EdgeSettings
 from phi_cluster.cluster.http.errors import OPEN_PATHS, OnError, error_response
+from phi_cluster.cluster.http.ui import is_page
 from phi_cluster.cluster.turn_api import Keys
 
 
@@ -37,7 +39,8 @@ class Door:
                 try:
                     if self._keys is None:
                         self._check_neighbourhood(headers)
-                    scope["state"]["identity"] = identify(headers, self._keys)
+                    if not is_page(scope["path"]):
+                        scope["state"]["identity"] = identify(headers, self._keys)
                 except PhiError as error:
                     self._on_error(error.status, error.code)
                     # The rest of the request is not read, so the connection cannot be used again.

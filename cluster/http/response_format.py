@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 from phi_cluster.cluster.response_api import Response, ResponseStatus, ResponseUsage, output_item
+from phi_cluster.cluster.turn_api import ReplyPiece
 
 _LAST_EVENTS: dict[str, str] = {"completed": "response.completed", "failed": "response.failed"}
 
@@ -61,7 +62,7 @@ class ResponseEvents:
         status: ResponseStatus = "in_progress"
         yield self._event("response.in_progress", response=response_json(replace(self._response, status=status)))
 
-    def said(self, pieces: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+    def said(self, pieces: tuple[ReplyPiece, ...]) -> Iterator[dict[str, Any]]:
         """More pieces of the text."""
         yield from self._item()
         for piece in pieces:

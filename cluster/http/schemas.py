@@ -15,6 +15,7 @@ from phi_cluster.cluster.errors import ContextOverflow, InvalidRequest
 from phi_cluster.cluster.http.edge import EdgeSettings
 from phi_cluster.cluster.http.strict_model import StrictModel, refusal
 from phi_cluster.cluster.http.structured_output import StructuredFields
+from phi_cluster.cluster.turn_api import ToolUse
 
 MAX_STOPS = 16
 MAX_STOP_LENGTH = 1024
@@ -129,7 +130,17 @@ class GenerationFields(StructuredFields):
             for param, given in (("min_tokens", self.min_tokens > 0), ("ignore_eos", self.ignore_eos)):
                 if given:
                     raise refusal("{param} does not go with a format that the reply has to follow", param)
+        if self.tool_use is not None:
+            # A reply that calls ends with its calls, and a call is whole.
+            for param, given in (("min_tokens", self.min_tokens > 0), ("ignore_eos", self.ignore_eos)):
+                if given:
+                    raise refusal("{param} does not go with tools", param)
         return self
+
+    @property
+    def tool_use(self) -> ToolUse | None:
+        """None: there are no tools. Raises a validation error."""
+        return None
 
     @property
     def reply_limit(self) -> int | None:

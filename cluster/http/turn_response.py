@@ -24,6 +24,7 @@ from phi_cluster.cluster.http.event_stream import EventStream
 from phi_cluster.cluster.http.rates import rate_headers
 from phi_cluster.cluster.observation import Observation
 from phi_cluster.cluster.turn_api import (
+    CallPiece,
     Endpoint,
     FinishReason,
     TextDelta,
@@ -45,8 +46,10 @@ class ReplyFormat(Protocol):
         """The chunk before all text, if there is one."""
         ...
 
-    def delta(self, text: str, logprobs: Sequence[TokenLogprob] | None) -> dict[str, Any]:
-        """`logprobs` of the tokens that are new with this text; None: nobody asked for them."""
+    def delta(
+        self, text: str, logprobs: Sequence[TokenLogprob] | None, calls: Sequence[CallPiece] = ()
+    ) -> dict[str, Any]:
+        """`logprobs` of the tokens that are new with this text; None: nobody asked for them. `calls` come behind it."""
         ...
 
     def closing(self, finish_reason: FinishReason) -> dict[str, Any]: ...
@@ -61,6 +64,7 @@ class ReplyFormat(Protocol):
         logprobs: Sequence[TokenLogprob] | None,
         finish_reason: FinishReason,
         usage: dict[str, Any],
+        calls: Sequence[CallPiece] = (),
     ) -> dict[str, Any]: ...
 
 
@@ -115,8 +119,9 @@ class TurnResponse(Response):
                 async for event in events:
                     if isinstance(event, TextDelta):
                         logprobs += event.logprobs
-                        if event.text:
-                            await stream.write(self._format.delta(event.text, self._told_of(logprobs)), event.position)
+                        if event.text or event.calls:
+                            delta = self._format.delta(event.text, self._told_of(logprobs), event.calls)
+                            await stream.write(delta, event.position)
                             logprobs = []
                     elif isinstance(event, TurnStarted):
                         stream.add_headers(self._extra_headers)
@@ -143,17 +148,19 @@ class TurnResponse(Response):
         try:
             texts: list[str] = []
             logprobs: list[TokenLogprob] = []
+            calls: list[CallPiece] = []
             finished = None
             async with aclosing(self._events(observation)) as events:
                 async for event in events:
                     if isinstance(event, TextDelta):
                         texts.append(event.text)
                         logprobs += event.logprobs
+                        calls += event.calls
                     elif isinstance(event, TurnFinished):
                         finished = event
             assert finished is not None
             told = self._told_of(logprobs)
-            body = self._format.whole("".join(texts), told, finished.finish_reason, usage_of(finished))
+            body = self._format.whole("".join(texts), told, finished.finish_reason, usage_of(finished), calls)
             self._add_details(body, finished, observation)
             response = Response(to_json(body), 200, self._extra_headers, media_type="application/json")
             observation.finish(finished.finish_reason)

@@ -28,6 +28,7 @@ from phi_cluster.cluster.turn_api import (
     BEGINNING,
     Clock,
     Rates,
+    ReplyPiece,
     RequestObserver,
     TextDelta,
     TurnFinished,
@@ -68,7 +69,7 @@ class Run:
         self.left = asyncio.Event()
         self.response = begun.response
         self.claim = begun.claim
-        self.pieces = list(begun.response.pieces)
+        self.pieces: list[ReplyPiece] = list(begun.response.pieces)
         # So many of them are stored.
         self.num_saved = len(self.pieces)
         self.has_started = bool(self.pieces)
@@ -173,7 +174,7 @@ class Run:
             raise _another()
         return finished
 
-    def _say(self, index: int, piece: str) -> None:
+    def _say(self, index: int, piece: ReplyPiece) -> None:
         if index == len(self.pieces):
             self.pieces.append(piece)
         elif self.pieces[index] != piece:

@@ -16,6 +16,7 @@ from typing import Literal, Protocol, TypeAlias
 from phi_cluster.cluster.errors import SessionBusy
 from phi_cluster.cluster.messages import ProcessId
 from phi_cluster.cluster.response_api import Conversation, Item, ItemPage, NewResponse, Page, Response
+from phi_cluster.cluster.turn_api import ReplyPiece
 
 # What becomes of a piece of work in the store's eyes: it goes on, somebody wants it ended, or it is another's by now.
 Verdict: TypeAlias = Literal["goes on", "to be cancelled", "lost"]
@@ -56,7 +57,7 @@ class Progress:
     claim: str
     has_started: bool
     first: int
-    pieces: tuple[str, ...] = field(repr=False)
+    pieces: tuple[ReplyPiece, ...] = field(repr=False)
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from phi_cluster.cluster.messages import AdmitTurn, BeginTurn, CommitTurn, Moved
 from phi_cluster.cluster.session.keeper import HeldBy
 from phi_cluster.cluster.session.recycler import RecycleReason
 from phi_cluster.cluster.session.session import SessionStats
+from phi_cluster.cluster.session_api import SessionPage, SessionQuery
 from phi_cluster.cluster.turn_api import Rates
 
 _REMEMBERED_HOLDERS = 4096
@@ -94,8 +95,8 @@ class SessionDirectory:
         """See turn_api.UsageBook."""
         return await self._ask_keeper("usage", tenant)
 
-    async def list(self, tenant: str, limit: int, after: str | None) -> list[dict[str, Any]]:
-        return await self._ask_keeper("list", tenant, limit, after)
+    async def browse(self, query: SessionQuery) -> SessionPage:
+        return await self._ask_keeper("browse", query)
 
     async def get(self, tenant: str, session_id: str) -> dict[str, Any]:
         return await self._ask_keeper("describe", SessionKey(tenant, session_id))
@@ -111,6 +112,10 @@ class SessionDirectory:
 
     async def hibernate(self, tenant: str, session_id: str) -> dict[str, Any]:
         return await self._ask_keeper("hibernate", SessionKey(tenant, session_id))
+
+    async def said(self, tenant: str, session_id: str) -> str:
+        """What the conversation's text is (see Transcript.text)."""
+        return await self._ask_keeper("said", SessionKey(tenant, session_id))
 
     async def export(self, tenant: str, session_id: str) -> bytes:
         return await self._ask_keeper("export", SessionKey(tenant, session_id))

@@ -16,6 +16,7 @@ from ray.exceptions import RayError, RayTaskError
 
 from phi_cluster.cluster.config import SessionsConfig
 from phi_cluster.cluster.errors import PhiError, SessionBusy
+from phi_cluster.cluster.events import EventKind, EventLog
 from phi_cluster.cluster.messages import Moved, SegmentRef, SessionKey
 from phi_cluster.cluster.session.actor_pool import ANSWER_SECONDS, ActorPool, PooledActor
 from phi_cluster.cluster.session.journal import Journal
@@ -44,6 +45,7 @@ class HandOvers:
         settings: SessionSettings,
         journal: Callable[[SessionKey], Journal],
         config: SessionsConfig,
+        events: EventLog,
         metrics: SessionMetrics,
     ):
         self._roster = roster
@@ -51,6 +53,7 @@ class HandOvers:
         self._settings = settings
         self._journal = journal
         self._config = config
+        self._events = events
         self._metrics = metrics
         self._tending: asyncio.Task[None] | None = None
         self._needed = asyncio.Event()
@@ -178,6 +181,7 @@ class HandOvers:
             logger.error("a session actor (pid %d) does not answer and is replaced", actor.process.pid)
             await self._pool.actors.kill_for_sure(actor.process)
             self.recycles[RecycleReason.UNRESPONSIVE.value] += 1
+            self._events.add(EventKind.SESSION_ACTOR_HUNG, entry.key)
 
     def _hold(self, entry: Entry, ref: SegmentRef | None) -> None:
         """Whatever becomes of the actor: its memory is not lost with it. (One that cannot be had is computed again.)"""
@@ -230,9 +234,11 @@ class HandOvers:
         if predecessor is None:
             assert held is not None
             held.complete_hand_over()
+            self._events.add(EventKind.SESSION_ACTIVATED, key)
         else:
             assert reason is not None
             self.recycles[reason.value] += 1
+            self._events.add(EventKind.SESSION_RECYCLED, key, reason=reason.value)
             await self._let_go(key, predecessor)
 
     async def to_keeper(self, entry: Entry, reason: RecycleReason, wait_seconds: float = _WAIT_SECONDS) -> None:
@@ -256,6 +262,7 @@ class HandOvers:
         entry.hold(None)
         entry.actor, entry.wants_actor = None, False
         self.recycles[reason.value] += 1
+        self._events.add(EventKind.SESSION_DEACTIVATED, entry.key, reason=reason.value)
         self._metrics.on_deactivated(reason.value)
         await self._let_go(entry.key, actor)
 

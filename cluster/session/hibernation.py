@@ -16,6 +16,7 @@ from collections.abc import Callable
 from ray.exceptions import RayError
 
 from phi_cluster.cluster.errors import PhiError, SessionBusy
+from phi_cluster.cluster.events import EventKind
 from phi_cluster.cluster.messages import Moved, SegmentRef, SessionKey
 from phi_cluster.cluster.session.custody import Custody, Recorded, no_session
 from phi_cluster.cluster.session.hibernation_file import BadHibernation, Mark
@@ -158,6 +159,7 @@ class Hibernation:
         finally:
             segment.close()
         self._asleep[key.digest] = written
+        self._custody.events.add(EventKind.SESSION_HIBERNATED, key)
         self._custody.metrics.on_hibernated(self._monotonic() - began)
         self.counts["hibernations"] += 1
         self.counts["hibernated_bytes"] += written.nbytes
@@ -211,6 +213,7 @@ class Hibernation:
                 entry = Entry(key, session=session)
                 self._roster.adopt(entry)
                 custody.settle(entry, session.describe())
+                custody.events.add(EventKind.SESSION_WOKEN, key)
                 self.counts["restores"] += 1
                 self.counts["restored_bytes"] += asleep.nbytes
         finally:

@@ -78,7 +78,9 @@ class World:
         metrics.requests.on_start("chat")
         metrics.requests.on_finish("chat", "stop", 1.0, prompt, 0, 1)
         report = None if engine is None else EngineReport(engine, 9.0, 5, 200, 150)
-        self.view.take_replica(ReplicaReport(name, "n" * 40, metrics.snapshot(1), 50, (30,), report, 0.5, 0.25))
+        self.view.take_replica(
+            ReplicaReport(name, "n" * 40, 7, 10.0, metrics.snapshot(1), 50, ((8, 30),), report, 0.5, 0.25)
+        )
 
     def keeper(self, pid: int, activations: int, *sessions: SessionReport, hung: bool = False, **more: object) -> None:
         snapshot = SessionMetrics(["idle"]).snapshot()

@@ -46,6 +46,8 @@ from phi_cluster.cluster.turn_api import (
     BEGINNING,
     Position,
     TextDelta,
+    Tool,
+    ToolUse,
     TurnEvent,
     TurnFinished,
     TurnRequest,
@@ -54,6 +56,7 @@ from phi_cluster.cluster.turn_api import (
 from phi_cluster.cluster.turn_attempt import TurnLimits
 from phi_cluster.model.sampling_params import SamplingParams
 from phi_cluster.model.tokenizer import Tokenizer
+from phi_cluster.model.tool_grammar import tools_grammar
 
 # Only a hang ends in it.
 PATIENCE = 5.0
@@ -1306,3 +1309,140 @@ async def test_an_unchanged_history_costs_nothing(seed: int, world: World) -> No
         stream = world.engines.streams[-1]
         commit = world.sessions.commits[-1]
         assert stored_ids(commit) == stream.add.token_ids + stream.received
+
+
+# Tools. The template knows none, so calls are spelled in our own form.
+
+CITY = {"type": "object", "properties": {"city": {"type": "string"}, "days": {"type": "integer"}}}
+TOOL_USE = ToolUse(
+    (Tool("weather", "tools[0].parameters", CITY), Tool("now", "tools[1].parameters")), ("weather", "now")
+)
+CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Rome", "days": 2}}\n</tool_call>'
+
+
+def called(events: list[TurnEvent]) -> list[tuple[str, str]]:
+    """Name and arguments of each call."""
+    calls: list[tuple[str, str]] = []
+    for event in events:
+        for piece in event.calls if isinstance(event, TextDelta) else ():
+            if piece.name is not None:
+                assert piece.number == len(calls)
+                calls.append((piece.name, ""))
+            calls[-1] = (calls[-1][0], calls[-1][1] + piece.arguments)
+    return calls
+
+
+def after_call(text: str, arguments: str, result: str = "sunny") -> TurnRequest:
+    """The client has called the tool and sends what it said."""
+    call = {"id": "call_1", "name": "weather", "arguments": arguments}
+    messages = [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": text, "tool_calls": [call]},
+        {"role": "tool", "content": result, "tool_call_id": "call_1"},
+    ]
+    return chat(messages=messages, tool_use=TOOL_USE)
+
+
+async def test_a_reply_calls_tools(world: World, tokenizer: Tokenizer) -> None:
+    world.reply("Look:\n" + CALL)
+    events = await world.run(chat("hi", tool_use=TOOL_USE))
+    assert said(events) == "Look:\n"
+    assert called(events) == [("weather", '{"city": "Rome", "days": 2}')]
+    assert finished(events).finish_reason == "tool_calls"
+    add = world.engines.streams[0].add
+    expected = tools_grammar(tokenizer.tool_format, {"weather": CITY, "now": None})
+    assert (add.sampling["grammar"], add.sampling["grammar_end_ids"]) == (expected, [world.end])
+    # The prompt tells of them.
+    prompt = tokenizer.decode(add.token_ids)
+    assert prompt.startswith("system\n")
+    assert '"name": "weather"' in prompt
+    assert '"name": "now"' in prompt
+
+
+async def test_the_call_that_comes_back_is_the_one_that_was_made(world: World) -> None:
+    """Whatever its client has made of the arguments' spelling: what was generated stays, ids and all."""
+    reply = world.reply("Look:\n" + CALL)
+    first = finished(await world.run(chat("hi", tool_use=TOOL_USE)))
+    world.reply("It is sunny.")
+    events = await world.run(after_call("Look:\n", '{\n "days":2.0, "city":"Rome"}'))
+    kept = first.num_prompt_tokens + len(reply)
+    assert world.engines.streams[1].add.num_kept_tokens == kept
+    assert finished(events).num_cached_tokens == kept - 1
+    assert (said(events), finished(events).finish_reason) == ("It is sunny.", "stop")
+    text = world.sessions.transcript("tenant", "demo").text
+    assert "<tool_response>\nsunny\n</tool_response>" in text
+
+
+async def test_another_call_is_another_history(world: World) -> None:
+    world.reply(CALL)
+    await world.run(chat("hi", tool_use=TOOL_USE))
+    world.reply("It is sunny.")
+    await world.run(after_call("", '{"days": 3, "city": "Rome"}'))
+    # Up to the end of the prompt.
+    assert world.engines.streams[1].add.num_kept_tokens == world.engines.streams[0].add.num_prompt_tokens
+
+
+@pytest.mark.parametrize("length", [3, 14, 40, 60, len(CALL) - 3])
+async def test_a_call_that_was_cut_off_is_not_spliced(world: World, length: int) -> None:
+    world.reply(CALL[:length], stop=False)
+    events = await world.run(chat("hi", tool_use=TOOL_USE))
+    assert finished(events).finish_reason == "length"
+    assert said(events) == (CALL[:length] if length < 12 else "")
+    text = said(events)
+    calls = called(events)
+    world.reply("Well.")
+    if calls:
+        assert '{"city": "Rome", "days": 2}'.startswith(calls[0][1])
+        await world.run(after_call(text, calls[0][1]))
+    else:
+        await world.run(chat("hi", text, "more", tool_use=TOOL_USE))
+    kept = world.engines.streams[1].add.num_kept_tokens - world.engines.streams[0].add.num_prompt_tokens
+    assert kept == (length if length < 12 else 0)
+
+
+@pytest.mark.parametrize("moment", range(0, 90, 7))
+async def test_a_reply_with_calls_is_read_on_with_the_same_pieces(
+    make_world: Callable[..., World], moment: int
+) -> None:
+    text = "Look:\n" + CALL + "\n" + CALL.replace("Rome", "Oslo")
+    request = chat("hi", tool_use=TOOL_USE)
+    world = make_world()
+    ids = world.reply(text)
+    deltas = [event for event in await world.run(request) if isinstance(event, TextDelta)]
+    there = [delta for delta in deltas if delta.text or delta.calls]
+    seen = there[: moment * len(there) // 90]
+    other = make_world()
+    # A part of the reply is left, the rest is generated again.
+    other.sessions.resumed, other.sessions.behind_prompt = array("i", ids[:moment]).tobytes(), True
+    other.engines.replies.append((ids[moment:], "stop"))
+    given = seen[-1].position if seen else BEGINNING
+    rest = await other.run(replace(request, resume_from=given))
+    pieces = [piece for event in rest if isinstance(event, TextDelta) for piece in event.pieces]
+    assert pieces == [piece for delta in there[len(seen) :] for piece in delta.pieces]
+    assert finished(rest).finish_reason == "tool_calls"
+
+
+async def test_tools_that_cannot_be_followed_are_refused_by_name(world: World) -> None:
+    broken = Tool("broken", "tools[1].function.parameters", {"type": "object", "properties": {"a": {"type": "intger"}}})
+    request = chat("hi", tool_use=ToolUse((TOOL_USE.tools[0], broken), ("weather", "broken")))
+    with pytest.raises(InvalidRequest, match=r"tools\[1\]\.function\.parameters cannot be followed.*intger") as caught:
+        await world.run(request)
+    assert caught.value.param == "tools[1].function.parameters"
+    assert world.calls == []
+
+
+async def test_results_stand_in_the_order_of_their_calls(world: World, tokenizer: Tokenizer) -> None:
+    calls = [{"id": f"call_{name}", "name": "now", "arguments": ""} for name in "ab"]
+    messages = [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": "", "tool_calls": calls},
+        {"role": "tool", "content": "second", "tool_call_id": "call_b"},
+        {"role": "tool", "content": "first", "tool_call_id": "call_a"},
+    ]
+    world.reply("ok")
+    await world.run(chat(messages=messages))
+    prompt = tokenizer.decode(world.engines.streams[0].add.token_ids)
+    call = '{"name": "now", "arguments": {}}'
+    assert f"<tool_call>\n{call}\n</tool_call>\n<tool_call>\n{call}\n</tool_call>" in prompt
+    results = [f"<tool_response>\n{word}\n</tool_response>" for word in ("first", "second")]
+    assert f"user\n{results[0]}\n{results[1]}" in prompt
