@@ -115,8 +115,8 @@ class Run:
     async def go(self) -> Response | None:
         """The response when it is over; None: it never started (`error` says why, or the client left), or was given
         up."""
-        observation = Observation(self._tools.observer, "responses", self._tools.clock)
         asked = self.response.asked
+        observation = Observation(self._tools.observer, "responses", self._tools.clock, asked.request_id)
         deadline = asyncio.get_running_loop().time() + _PATIENCE_SECONDS
         while True:
             if self.left.is_set():
