@@ -32,7 +32,7 @@ ORDER = [
     ["cluster.engine_link"],
     ["cluster.controller"],
     ["cluster.session."],
-    ["cluster.messages", "cluster.errors", "cluster.turn_api", "cluster.response_api"],
+    ["cluster.messages", "cluster.errors", "cluster.turn_api", "cluster.response_api", "cluster.response_items"],
 ]
 MAY_IMPORT_RAY = {
     "cluster.engine.actor",
@@ -233,7 +233,7 @@ def test_only_these_files_know_ray() -> None:
 
 
 def test_the_edge_knows_only_its_protocols() -> None:
-    protocols = ["cluster.turn_api", "cluster.response_api", "cluster.observation"]
+    protocols = ["cluster.turn_api", "cluster.response_api", "cluster.response_items", "cluster.observation"]
     allowed = ["cluster.http.", *protocols, "cluster.errors", "cluster.http", "model.sampling_params"]
     for module in MODULES:
         if is_in(module, ["cluster.http."]):

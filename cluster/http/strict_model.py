@@ -61,6 +61,11 @@ def refusal(message: str, field: str | None = None) -> PydanticCustomError:
     return PydanticCustomError("refused", "{message}", {"message": message, "field": field})
 
 
+def untold(name: str) -> str:
+    """As a tag of a union: it is no part of a field's path."""
+    return f"<{name}>"
+
+
 def validated(model: type[Model], given: dict[str, Any]) -> Model:
     """`given` as a `model`. Raises `InvalidRequest` about the first thing that is wrong with it."""
     try:
@@ -87,6 +92,8 @@ def _explain(detail: ErrorDetails) -> InvalidRequest:
 def _path(loc: tuple[int | str, ...]) -> str:
     path = ""
     for part in loc:
+        if isinstance(part, str) and part == untold(part[1:-1]):
+            continue
         if isinstance(part, int):
             path += f"[{part}]"
         else:
