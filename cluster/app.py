@@ -6,6 +6,7 @@ through a callback) and of what the parts do.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import importlib
 import os
@@ -14,6 +15,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 from typing import IO, Any
@@ -33,6 +35,7 @@ from phi_cluster.cluster.preflight import (
     inspect_machine,
     kv_budget,
     object_store_nbytes,
+    session_actors,
     standby_engines,
 )
 from phi_cluster.cluster.runtime_dir import clear_dead_servers, remove_runtime_dir
@@ -42,6 +45,7 @@ from phi_cluster.cluster.session.keeper import Keeper
 from phi_cluster.cluster.weight_store import WeightStore, ensure_packed
 from phi_cluster.model.hub import resolve_model
 from phi_cluster.model.model_cache import ProgressEvent
+from phi_cluster.model.ops.library import ISA_VARIABLE
 from phi_cluster.model.tokenizer import Tokenizer
 
 
@@ -75,10 +79,12 @@ class Prepared:
     budget_nbytes: int
     # Of each replica.
     num_standbys: int
+    # At most, on the node.
+    num_session_actors: int
 
     @property
     def num_threads(self) -> int:
-        return self.config.engine.num_threads or max(self.machine.cores // self.config.replicas, 1)
+        return self.config.engine.num_threads or max(self.machine.cores // self.config.max_replicas, 1)
 
 
 def prepare(config: Config, report: Report) -> Prepared:
@@ -118,7 +124,13 @@ def prepare(config: Config, report: Report) -> Prepared:
     num_standbys = standby_engines(config, machine, weights_nbytes, budget_nbytes)
     if config.engine.standby_engines is None and not num_standbys and config.device == "cpu":
         report.noted("no memory is left for a standby engine: should the engine die, streams pause for seconds")
-    return Prepared(config, machine, served, weights_nbytes, budget_nbytes, num_standbys)
+    num_actors = session_actors(config, machine, weights_nbytes, budget_nbytes, num_standbys)
+    if num_actors < config.sessions.max_actors:
+        report.noted(
+            f"memory is left for {num_actors} session actors, not for sessions.max_actors "
+            f"({config.sessions.max_actors}): the keeper holds the other sessions"
+        )
+    return Prepared(config, machine, served, weights_nbytes, budget_nbytes, num_standbys, num_actors)
 
 
 class Server:
@@ -132,6 +144,7 @@ class Server:
         self._lock = _lock_state(prepared.config.state_path)
         self._runtime_dir = runtime_dir
         self._node_id = ""
+        self._drain = prepared.config.server.drain
         self.timeline: dict[str, float] = {}
         try:
             self._start(prepared, report)
@@ -156,7 +169,12 @@ class Server:
         kept = 0
         if ray.is_initialized():
             try:
-                _load_serve()[0].stop_serve()
+                self._end_event_streams()
+                deadline = time.monotonic() + self._drain
+                _load_serve()[0].stop_serve(self._drain)
+                # Serve itself waits for half a minute at most.
+                while self.num_streams() and time.monotonic() < deadline:
+                    time.sleep(0.2)
                 if self._node_id:
                     kept = ray.get(self.keeper.close.remote(), timeout=10)
             except Exception:
@@ -167,13 +185,19 @@ class Server:
         self._lock.close()
         return kept
 
+    def _end_event_streams(self) -> None:
+        """Whoever watches would be waited for as if he were talking."""
+        with contextlib.suppress(ValueError, RayError):
+            controller = ray.get_actor(CONTROLLER, namespace=NAMESPACE)
+            ray.get(controller.end_event_streams.remote(), timeout=2)
+
     def _start(self, prepared: Prepared, report: Report) -> None:
         config = prepared.config
         # What can be done at once is: cores idle while Ray's processes wait for each other.
         with ThreadPoolExecutor(4) as pool:
             loading = pool.submit(_load_serve)
             with self._timed("ray", report):
-                num_cpus = prepared.num_threads * config.replicas
+                num_cpus = prepared.num_threads * config.max_replicas
                 ray_cluster.start_ray(self._runtime_dir, num_cpus, object_store_nbytes(prepared.weights_nbytes))
             self._node_id = ray.get_runtime_context().get_node_id()
             parts = [
@@ -200,20 +224,17 @@ class Server:
                 served.layout,
                 served.fingerprint,
                 config.state_path,
-                config.sessions,
+                config.sessions.model_copy(update={"max_actors": prepared.num_session_actors}),
                 config.kv,
                 prepared.budget_nbytes,
             )
             controller = create(
                 Controller,
                 detached_options(CONTROLLER, self._node_id),
-                config.sessions,
-                config.recycler,
-                config.engine,
-                config.server.metrics_host,
-                config.server.metrics_port,
+                config,
                 prepared.weights_nbytes,
-                config.kv.hibernate_quota > 0,
+                _build_info(prepared),
+                self._runtime_dir,
             )
             ray.get([store.weights.remote(), keeper.start.remote(), controller.start.remote()])
 
@@ -235,6 +256,20 @@ class Server:
         yield
         self.timeline[part] = time.monotonic() - begin
         report.started(part, self.timeline[part])
+
+
+def _build_info(prepared: Prepared) -> dict[str, str]:
+    """Labels of phi_build_info."""
+    served = prepared.served
+    return {
+        "version": version("phi-cluster"),
+        "torch": version("torch"),
+        "ray": version("ray"),
+        "isa": os.environ.get(ISA_VARIABLE) or prepared.machine.instructions,
+        "dtype": served.dtype,
+        "kv_cache_dtype": served.kv_cache_dtype,
+        "model": served.names[0],
+    }
 
 
 def _load_serve() -> tuple[ModuleType, Any]:

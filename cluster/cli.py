@@ -1,4 +1,4 @@
-"""The command line: `phi-cluster serve | check | chat | sessions | keys`.
+"""The command line: `phi-cluster serve | check | chat | sessions | top | events | keys`.
 
 Owns: arguments, what is printed, exit statuses, and signals. Knows nothing of how serving is done: `app` does it.
 """
@@ -14,15 +14,17 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 from phi_cluster.cluster.client import ChatAnswer, Client
 from phi_cluster.cluster.config import Config, describe_config, load_config
-from phi_cluster.cluster.errors import PhiError, StartError
+from phi_cluster.cluster.errors import PhiError
 from phi_cluster.cluster.keys import KeyFile, append_entry, entry_text, new_key
 from phi_cluster.cluster.processes import forbid_core_dumps
 from phi_cluster.cluster.ray_environment import set_environment
 from phi_cluster.cluster.runtime_dir import create_runtime_dir, remove_runtime_dir
+from phi_cluster.cluster.session_commands import add_filters, run_sessions
+from phi_cluster.cluster.terminal_watch import show_events, show_top
 
 _DEFAULT_CONFIG = Path(__file__).parent.parent / "configs" / "smollm2.yaml"
 # How often the file of keys is looked at, to tell whether it was read.
@@ -71,7 +73,18 @@ def _parser() -> argparse.ArgumentParser:
     sessions.add_argument("--to", metavar="ID", help="fork, import: the new session's id (default: one is made)")
     sessions.add_argument("--file", type=Path, help="export, import: where to (default: ID.phisession) or from")
     sessions.add_argument("--turn", type=int, help="fork: the new session ends after so many turns (default: all)")
-    sessions.set_defaults(run=_sessions)
+    add_filters(sessions)
+    sessions.set_defaults(run=run_sessions)
+
+    top = _with_url(commands.add_parser("top", help="watch the cluster; prints once where there is no terminal"))
+    top.add_argument("--interval", type=float, default=2.0, metavar="SECONDS", help="between two looks (default: 2)")
+    top.set_defaults(run=_top)
+
+    events = _with_url(commands.add_parser("events", help="what happened to the cluster"))
+    events.add_argument("--follow", action="store_true", help="go on with what comes, until Ctrl-C")
+    events.add_argument("--json", action="store_true", help="one JSON object a line")
+    events.add_argument("--limit", type=int, default=100, metavar="N", help="so many that were (default: 100)")
+    events.set_defaults(run=_events)
 
     keys = commands.add_parser("keys", help="make an API key")
     keys.add_argument("action", choices=["new"])
@@ -228,85 +241,16 @@ def _chat(parsed: argparse.Namespace, ask: Callable[[str], str] = input) -> int:
             messages.append({"role": "assistant", "content": reply})
 
 
-_COLUMNS = ("ID", "STATE", "TOKENS", "KV", "PROCESS", "TURNS", "ACTOR", "ENGINE")
-
-
-def _sessions(parsed: argparse.Namespace) -> int:
+def _top(parsed: argparse.Namespace) -> int:
     with Client(parsed.url, parsed.api_key) as client:
-        if parsed.action == "list":
-            _print_table([_row(d) for d in _all_sessions(client)])
-            return 0
-        if parsed.action == "import":
-            return _import(client, parsed)
-        if not parsed.id:
-            raise StartError(f"phi-cluster sessions {parsed.action} needs a session's id")
-        if parsed.action == "delete":
-            client.ask("DELETE", f"/v1/sessions/{parsed.id}")
-            print(f"deleted {parsed.id}")
-        elif parsed.action == "export":
-            file = parsed.file or Path(f"{parsed.id}.phisession")
-            data = client.download(f"/v1/sessions/{parsed.id}/export")
-            # Conversations are private, and an earlier export is not overwritten by mistake.
-            _write_new(file, data)
-            print(f"exported {parsed.id} to {file} ({len(data)} bytes)")
-        elif parsed.action == "show":
-            for name, value in client.ask("GET", f"/v1/sessions/{parsed.id}").items():
-                print(f"{name:<16} {value}")
-        else:
-            fields = {"id": parsed.to, "turn": parsed.turn} if parsed.action == "fork" else {}
-            body = {name: value for name, value in fields.items() if value is not None}
-            _print_table([_row(client.ask("POST", f"/v1/sessions/{parsed.id}/{parsed.action}", body))])
+        show_top(client, sys.stdout, max(parsed.interval, 0.2))
     return 0
 
 
-def _import(client: Client, parsed: argparse.Namespace) -> int:
-    if parsed.file is None:
-        raise StartError("phi-cluster sessions import needs --file")
-    try:
-        data = parsed.file.read_bytes()
-    except OSError as error:
-        raise StartError(f"cannot read {parsed.file}: {error.strerror}") from None
-    query = f"?id={parsed.to}" if parsed.to else ""
-    _print_table([_row(client.upload(f"/v1/sessions/import{query}", data))])
+def _events(parsed: argparse.Namespace) -> int:
+    with Client(parsed.url, parsed.api_key) as client:
+        show_events(client, sys.stdout, parsed.limit, follows=parsed.follow, as_json=parsed.json)
     return 0
-
-
-def _write_new(file: Path, data: bytes) -> None:
-    """Raises StartError, also if there is such a file."""
-    try:
-        with open(os.open(file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as opened:
-            opened.write(data)
-    except OSError as error:
-        raise StartError(f"cannot write {file}: {error.strerror}") from None
-
-
-def _all_sessions(client: Client) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = []
-    while True:
-        after = f"&after={found[-1]['id']}" if found else ""
-        page = client.ask("GET", f"/v1/sessions?limit=100{after}")
-        found += page["data"]
-        if not page.get("has_more"):
-            return found
-
-
-def _row(description: dict[str, Any]) -> tuple[str, ...]:
-    return (
-        description["id"],
-        description["state"],
-        str(description["num_tokens"]),
-        f"{description['kv_cache_bytes'] / 1e6:.1f} MB",
-        f"{description['process_bytes'] / 1e6:.0f} MB" if description["process_bytes"] else "-",
-        str(description["turns"]),
-        str(description["actor_pid"] or "-"),
-        str(description["engine_pid"] or "-"),
-    )
-
-
-def _print_table(rows: list[tuple[str, ...]]) -> None:
-    widths = [max(map(len, column)) for column in zip(_COLUMNS, *rows, strict=True)]
-    for row in (_COLUMNS, *rows):
-        print("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The command line's client side: talks to a running server over HTTP, as any other client would.
 
-Owns: the requests of `phi-cluster chat` and `phi-cluster sessions`. Knows nothing of the server's inside.
+Owns: the requests of `phi-cluster chat`, `sessions`, `top` and `events`. Knows nothing of the server's inside.
 """
 
 from __future__ import annotations
@@ -93,6 +93,16 @@ class Client:
             raise _refusal(answer.status_code, answer.content)
         return answer.content
 
+    def events(self, after: int) -> Iterator[dict[str, Any]]:
+        """What happens to the cluster behind the event numbered `after`, until the server ends the stream."""
+        try:
+            with self._http.stream("GET", "/v1/events?stream=true", headers={"last-event-id": str(after)}) as stream:
+                if stream.is_error:
+                    raise _refusal(stream.status_code, stream.read())
+                yield from _data(stream)
+        except httpx.TransportError:
+            raise Unavailable(f"the connection to {self._url} broke") from None
+
     def chat(self, messages: list[dict[str, str]], session_id: str, temperature: float) -> Iterator[str | ChatAnswer]:
         """Streams the reply's text, then one ChatAnswer."""
         body = {
@@ -108,12 +118,7 @@ class Client:
             with self._http.stream("POST", "/v1/chat/completions", json=body, headers=headers) as stream:
                 if stream.is_error:
                     raise _refusal(stream.status_code, stream.read())
-                for line in stream.iter_lines():
-                    if not line.startswith("data: ") or line == "data: [DONE]":
-                        continue
-                    event = json.loads(line.removeprefix("data: "))
-                    if "error" in event:
-                        raise PhiError(event["error"]["message"])
+                for event in _data(stream):
                     answer.usage = event.get("usage") or answer.usage
                     answer.details = event.get("phi") or answer.details
                     for choice in event["choices"]:
@@ -125,6 +130,16 @@ class Client:
             raise Unavailable(f"the connection to {self._url} broke; the session keeps what was said") from None
         answer.seconds = time.monotonic() - begin
         yield answer
+
+
+def _data(stream: httpx.Response) -> Iterator[dict[str, Any]]:
+    """The JSON of a stream's events. Raises PhiError for one that is an error."""
+    for line in stream.iter_lines():
+        if line.startswith("data: ") and line != "data: [DONE]":
+            event = json.loads(line.removeprefix("data: "))
+            if "error" in event:
+                raise PhiError(event["error"]["message"])
+            yield event
 
 
 def _refusal(status: int, content: bytes) -> PhiError:

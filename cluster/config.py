@@ -1,6 +1,6 @@
 """The one configuration file: every field, its default and its meaning.
 
-Owns: the pydantic models, durations and byte sizes in words (`10m`, `2GiB`), loading from YAML, and printing.
+Owns: the pydantic models, loading from YAML, and printing.
 Knows nothing of what the fields do to Ray, the engine or HTTP.
 """
 
@@ -8,42 +8,14 @@ from __future__ import annotations
 
 import difflib
 import os
-import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from phi_cluster.cluster.config_values import Bytes, HeaderName, Origin, Seconds
 from phi_cluster.cluster.errors import StartError
-
-_NUMBER = r"[0-9]+(?:\.[0-9]+)?"
-_DURATION = {"ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
-_SIZE = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-
-
-def _seconds(value: object) -> object:
-    """`90`, `1.5` (seconds), `"2s"`, `"10m"`, `"6h"`, `"30d"` -> seconds."""
-    if isinstance(value, str):
-        match = re.fullmatch(rf"\s*({_NUMBER})\s*(ms|s|m|h|d)?\s*", value)
-        if not match:
-            raise ValueError(f"{value!r} is not a duration; write for example 30s, 10m or 6h")
-        return float(match[1]) * _DURATION[match[2] or "s"]
-    return value
-
-
-def _bytes(value: object) -> object:
-    """`1000`, `"64MB"`, `"2GiB"` -> bytes."""
-    if isinstance(value, str):
-        match = re.fullmatch(rf"\s*({_NUMBER})\s*([A-Za-z]*)\s*", value)
-        if not match or match[2].upper() not in _SIZE:
-            raise ValueError(f"{value!r} is not a size; write for example 64MB or 2GiB")
-        return int(float(match[1]) * _SIZE[match[2].upper()])
-    return value
-
-
-Seconds = Annotated[float, BeforeValidator(_seconds), Field(gt=0, allow_inf_nan=False)]
-Bytes = Annotated[int, BeforeValidator(_bytes), Field(ge=0)]
 
 
 class _Section(BaseModel):
@@ -145,29 +117,6 @@ class KVConfig(_Section):
     reserve_wait: Seconds = Field(20.0, description="how long a turn waits for KV memory before it gets 429")
 
 
-def _header(value: object) -> object:
-    if not isinstance(value, str) or not re.fullmatch(r"[A-Za-z0-9-]{1,64}", value):
-        raise ValueError("a header's name is expected, such as x-session-id")
-    name = value.lower()
-    if name in _TAKEN_HEADERS:
-        raise ValueError(f"{name} means something else already")
-    return name
-
-
-def _origin(value: object) -> object:
-    if value != "*" and not re.fullmatch(r"https?://[^/\s?#@]+", str(value)):
-        raise ValueError(f"{value!r} is not an origin; write for example https://app.example.com")
-    return value
-
-
-_TAKEN_HEADERS = frozenset(
-    {"authorization", "connection", "content-encoding", "content-length", "content-type", "cookie", "host", "origin"}
-    | {"transfer-encoding", "x-phi-details", "x-request-id", "x-resume-from"}
-)
-_HeaderName = Annotated[str, BeforeValidator(_header)]
-_Origin = Annotated[str, BeforeValidator(_origin)]
-
-
 class ServerConfig(_Section):
     """HTTP."""
 
@@ -188,13 +137,13 @@ class ServerConfig(_Section):
     write_timeout: Seconds = Field(
         60.0, ge=1.0, description="a client that takes nothing of its reply for so long is taken for gone"
     )
-    session_headers: tuple[_HeaderName, ...] = Field(
+    session_headers: tuple[HeaderName, ...] = Field(
         ("x-session-id",),
         min_length=1,
         max_length=8,
         description="headers that may name a session, for clients that have one of their own (x-correlation-id, ...)",
     )
-    cors_origins: tuple[_Origin, ...] = Field(
+    cors_origins: tuple[Origin, ...] = Field(
         (), max_length=256, description="origins whose pages may ask, such as https://app.example.com; * is any"
     )
     allowed_hosts: tuple[str, ...] = Field(
@@ -222,11 +171,42 @@ class ResponsesConfig(_Section):
     )
 
 
+class AutoscalingConfig(_Section):
+    """More replicas while there is more to do."""
+
+    max_replicas: int | None = Field(
+        None,
+        ge=1,
+        le=256,
+        description="so many replicas at most, and `replicas` at least; CPU threads and memory are divided among "
+        "all of them from the beginning; unset: always as many as `replicas`",
+    )
+    target_turns: float | None = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="turns, running and waiting, that a replica is to have; unset: half of engine.max_num_seqs",
+    )
+    max_wait: Seconds = Field(2.0, description="a turn that waits longer for its first token wants one replica more")
+    up_delay: Seconds = Field(3.0, description="a replica is added when more have been wanted for so long")
+    down_delay: Seconds = Field(
+        120.0, description="a replica is drained when fewer have been wanted for so long; its streams end first"
+    )
+
+
 class RecyclerConfig(_Section):
-    """The controller's rhythm."""
+    """The controller's rhythm, and when it and the keeper are renewed."""
 
     interval: Seconds = Field(1.0, description="how often the controller collects and decides")
     max_per_round: int = Field(4, ge=1, le=1000, description="session actors renewed in one round at most")
+    max_keeper_growth: Bytes | None = Field(
+        256 * 10**6,
+        description="a keeper whose private memory grew by more than this is renewed, between turns; Ray leaves some "
+        "8 KB in it for each session actor that there ever was",
+    )
+    max_controller_growth: Bytes | None = Field(
+        256 * 10**6, description="a controller whose private memory grew by more than this is renewed"
+    )
 
 
 class Config(_Section):
@@ -250,6 +230,9 @@ class Config(_Section):
         None, ge=16, le=2**20, description="longest conversation in tokens; unset: what the model was trained for"
     )
     replicas: int = Field(1, ge=1, le=256, description="replicas, each with an engine of its own")
+    autoscaling: AutoscalingConfig = Field(
+        default_factory=AutoscalingConfig, description="more replicas while there is more to do"
+    )
     state_dir: Path | None = Field(None, description="journals; unset: $XDG_STATE_HOME/phi-cluster")
     cache_dir: Path | None = Field(None, description="converted models; unset: $XDG_CACHE_HOME/phi-cluster")
     engine: EngineConfig = Field(default_factory=EngineConfig, description="the engine")
@@ -260,6 +243,18 @@ class Config(_Section):
     )
     server: ServerConfig = Field(default_factory=ServerConfig, description="HTTP")
     recycler: RecyclerConfig = Field(default_factory=RecyclerConfig, description="the controller")
+
+    @model_validator(mode="after")
+    def _room_to_scale(self) -> Config:
+        most = self.autoscaling.max_replicas
+        if most is not None and most < self.replicas:
+            raise ValueError(f"autoscaling.max_replicas: {most} is less than replicas: {self.replicas}")
+        return self
+
+    @property
+    def max_replicas(self) -> int:
+        """As many there may be at once."""
+        return self.autoscaling.max_replicas or self.replicas
 
     @property
     def keys_path(self) -> Path | None:
@@ -320,7 +315,8 @@ def _explain(error: ValidationError) -> str:
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"])
     if first["type"] != "extra_forbidden":
-        return f"{where}: {first['msg'].removeprefix('Value error, ')}"
+        message = first["msg"].removeprefix("Value error, ")
+        return f"{where}: {message}" if where else message
     model: type[BaseModel] = Config
     for part in first["loc"][:-1]:
         annotation = model.model_fields[str(part)].annotation

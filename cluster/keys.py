@@ -32,7 +32,7 @@ from typing import Annotated, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from phi_cluster.cluster.config import Bytes
+from phi_cluster.cluster.config_values import Bytes
 from phi_cluster.cluster.errors import StartError, Unauthorized
 from phi_cluster.cluster.messages import TenantLimits
 from phi_cluster.cluster.turn_api import Identity

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, NamedTuple, TypeAlias
 
 import msgpack
@@ -21,7 +22,7 @@ class SessionKey:
     session_id: str
     ephemeral: bool = False
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """32 hex digits: the only form of a session's name used for files, actors and dictionaries."""
         raw = b"\x00".join((self.tenant.encode(), b"e" if self.ephemeral else b"n", self.session_id.encode()))
@@ -226,6 +227,8 @@ class SequenceOutput:
     # In the first output only: how many prompt tokens the cache saved.
     num_cached_tokens: int | None = None
     error: str | None = None
+    # In the output after its first step only: for how long it had waited for that, in seconds.
+    queue_seconds: float | None = field(default=None, compare=False)
     # One for each token, if the sequence's parameters ask for them.
     logprobs: list[TokenLogprobs] | None = field(default=None, repr=False)
 
@@ -241,15 +244,27 @@ class EngineTotals(NamedTuple):
 NO_TOTALS = EngineTotals()
 
 
+class StepWork(NamedTuple):
+    """What a step computed: for how many sequences, how many tokens, and in what time."""
+
+    num_seqs: int
+    num_tokens: int
+    seconds: float
+
+
 @dataclass(frozen=True)
 class StepFrame:
-    """Frame engine -> replica: all that one step brought, and the engine's counters (`totals`: since its start)."""
+    """Frame engine -> replica: all that one step brought, and the engine's counters (`totals`: since its start).
+    `work` None: nothing of a sequence was computed. `queue_seconds`: how long the oldest of those has waited that have
+    not been computed yet."""
 
     step: int
     outputs: list[SequenceOutput]
     num_running: int
     num_waiting: int
     totals: EngineTotals = NO_TOTALS
+    work: StepWork | None = None
+    queue_seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -292,10 +307,14 @@ def encode_frame(message: Frame) -> bytes:
         body = ["heartbeat", message.progress, message.busy]
     else:
         outputs = [
-            [o.sequence_id, o.token_ids, o.finish_reason, o.released, o.num_cached_tokens, o.error, o.logprobs]
+            [
+                *(o.sequence_id, o.token_ids, o.finish_reason, o.released, o.num_cached_tokens, o.error),
+                *(o.queue_seconds, o.logprobs),
+            ]
             for o in message.outputs
         ]
-        body = ["step", message.step, outputs, message.num_running, message.num_waiting, message.totals]
+        counts = (message.num_running, message.num_waiting, message.totals, message.work, message.queue_seconds)
+        body = ["step", message.step, outputs, *counts]
     packed = msgpack.packb(body)
     return len(packed).to_bytes(4, "big") + packed
 
@@ -317,9 +336,10 @@ def decode_frame(packed: bytes) -> Frame:
     if kind == "heartbeat":
         return Heartbeat(*fields)
     if kind == "step":
-        step, outputs, num_running, num_waiting, totals = fields
+        step, outputs, num_running, num_waiting, totals, work, queue_seconds = fields
         read = [_read_output(*fields) for fields in outputs]
-        return StepFrame(step, read, num_running, num_waiting, EngineTotals(*totals))
+        work = None if work is None else StepWork(*work)
+        return StepFrame(step, read, num_running, num_waiting, EngineTotals(*totals), work, queue_seconds)
     raise ValueError(f"unknown frame kind {kind!r}")
 
 

@@ -1,6 +1,6 @@
 """What would stop a start, found before anything is started, each in one sentence with the remedy.
 
-Owns: the limits of this machine as a cgroup sees them (cores, memory), and the checks of ports, disk and /dev/shm.
+Owns: what this machine has for us (cores, memory) and how that is shared out, and the checks of ports, disk, /dev/shm.
 Knows nothing of Ray, models' contents or HTTP.
 """
 
@@ -13,6 +13,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from phi_cluster.cluster.cgroup import CGROUP, PROC, cpu_quota, memory_limits
 from phi_cluster.cluster.config import Config
 from phi_cluster.cluster.errors import StartError
 from phi_cluster.cluster.keys import KeyFile
@@ -22,6 +23,7 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 PROCESSES_NBYTES = 1_500 * 10**6
 ENGINE_NBYTES = 500 * 10**6
 STANDBY_ENGINE_NBYTES = 400 * 10**6
+SESSION_ACTOR_NBYTES = 60 * 10**6
 _LEAST_DISK_NBYTES = 500 * 10**6
 # Room for large messages, and Ray's own limit (80 %) with a distance.
 _OBJECT_STORE_EXTRA_NBYTES = 200 * 10**6
@@ -30,7 +32,7 @@ _SPILL_SHARE = 0.7
 
 @dataclass(frozen=True)
 class Machine:
-    """What this process may use. `memory_nbytes` is the least of the cgroup's limit and the machine's memory."""
+    """What this process may use. `memory_nbytes` is the least of the cgroups' limits and the machine's memory."""
 
     cores: int
     memory_nbytes: int
@@ -38,20 +40,18 @@ class Machine:
     instructions: str
 
 
-def inspect_machine(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) -> Machine:
-    """Reads /proc and the cgroup (v2, or v1's memory and cpu controllers)."""
+def inspect_machine(proc: Path = PROC, cgroup: Path = CGROUP) -> Machine:
+    """Reads /proc and what the cgroups of this process allow."""
     meminfo = {}
     for line in (proc / "meminfo").read_text().splitlines():
         name, _, value = line.partition(":")
         meminfo[name] = int(value.split()[0]) * 1024
     memory, available = meminfo["MemTotal"], meminfo["MemAvailable"]
-    limit = _read_number(cgroup / "memory.max", cgroup / "memory" / "memory.limit_in_bytes")
-    if limit is not None and limit < memory:
-        used = _read_number(cgroup / "memory.current", cgroup / "memory" / "memory.usage_in_bytes") or 0
-        # File pages that nobody used lately count as used, but are given back at once where memory is needed.
-        used -= _reclaimable(cgroup / "memory.stat", cgroup / "memory" / "memory.stat")
-        memory, available = limit, max(min(available, limit - used), 0)
-    return Machine(_cores(cgroup), memory, available, _instructions(proc))
+    for limit in memory_limits(proc, cgroup):
+        if limit.limit_nbytes < meminfo["MemTotal"]:
+            memory = min(memory, limit.limit_nbytes)
+            available = max(min(available, limit.limit_nbytes - limit.used_nbytes), 0)
+    return Machine(_cores(proc, cgroup), memory, available, _instructions(proc))
 
 
 def check_platform() -> None:
@@ -128,7 +128,7 @@ def kv_budget(config: Config, machine: Machine, weights_nbytes: int, shm: Path =
     Unset, it is half of what is left: the rest is for activations, page cache and neighbours. KV segments are shared
     memory, which counts as the cgroup's.
     """
-    fixed = weights_nbytes + PROCESSES_NBYTES + config.replicas * ENGINE_NBYTES
+    fixed = fixed_nbytes(config, weights_nbytes)
     room = machine.available_nbytes - fixed
     free_shm = shutil.disk_usage(shm).free
     needed_shm = object_store_nbytes(weights_nbytes)
@@ -158,9 +158,9 @@ def standby_engines(config: Config, machine: Machine, weights_nbytes: int, kv_nb
                 "set it to 0 with device cuda"
             )
         return 0
-    fixed = weights_nbytes + PROCESSES_NBYTES + config.replicas * ENGINE_NBYTES + kv_nbytes
+    fixed = fixed_nbytes(config, weights_nbytes) + kv_nbytes
     left = machine.available_nbytes - fixed
-    needed = config.replicas * STANDBY_ENGINE_NBYTES
+    needed = config.max_replicas * STANDBY_ENGINE_NBYTES
     if wanted is None:
         return 1 if left >= needed else 0
     if wanted and left < wanted * needed:
@@ -171,23 +171,31 @@ def standby_engines(config: Config, machine: Machine, weights_nbytes: int, kv_nb
     return wanted
 
 
+def session_actors(config: Config, machine: Machine, weights_nbytes: int, kv_nbytes: int, num_standbys: int) -> int:
+    """How many session actors there may be: `sessions.max_actors`, or as many as memory is left for.
+
+    Sessions without one are held by the keeper, and nothing else is different. A tenth of the machine stays free: for
+    the page cache, and for successors that are up before their predecessors have ended.
+    """
+    fixed = fixed_nbytes(config, weights_nbytes) + config.max_replicas * num_standbys * STANDBY_ENGINE_NBYTES
+    left = machine.available_nbytes - fixed - kv_nbytes - machine.memory_nbytes // 10
+    return max(min(config.sessions.max_actors, left // SESSION_ACTOR_NBYTES), 0)
+
+
+def fixed_nbytes(config: Config, weights_nbytes: int) -> int:
+    """What the server takes in any case, without KV caches, standby engines and session actors."""
+    return object_store_nbytes(weights_nbytes) + PROCESSES_NBYTES + config.max_replicas * ENGINE_NBYTES
+
+
 def object_store_nbytes(weights_nbytes: int) -> int:
     """Size of Ray's object store in bytes: with the weights it stays below the share at which Ray begins to spill."""
     return int(weights_nbytes / _SPILL_SHARE) + _OBJECT_STORE_EXTRA_NBYTES
 
 
-def _cores(cgroup: Path) -> int:
+def _cores(proc: Path, cgroup: Path) -> int:
     cores = len(os.sched_getaffinity(0))
-    quota, period = _read_number(cgroup / "cpu" / "cpu.cfs_quota_us"), None
-    try:
-        words = (cgroup / "cpu.max").read_text().split()
-        quota, period = (None if words[0] == "max" else int(words[0])), int(words[1])
-    except (OSError, ValueError, IndexError):
-        period = _read_number(cgroup / "cpu" / "cpu.cfs_period_us")
-    # Version 1 writes -1 for no limit.
-    if quota is None or quota <= 0 or not period:
-        return cores
-    return max(1, min(cores, round(quota / period)))
+    quota = cpu_quota(proc, cgroup)
+    return cores if quota is None else max(1, min(cores, round(quota)))
 
 
 def _instructions(proc: Path) -> str:
@@ -203,23 +211,3 @@ def _instructions(proc: Path) -> str:
         if flag in words:
             return name
     return "no vector instructions"
-
-
-def _reclaimable(*candidates: Path) -> int:
-    """`inactive_file` of the first memory.stat that there is, in bytes."""
-    for path in candidates:
-        try:
-            fields = dict(line.split() for line in path.read_text().splitlines())
-            return int(fields.get("total_inactive_file", fields.get("inactive_file", 0)))
-        except (OSError, ValueError):
-            continue
-    return 0
-
-
-def _read_number(*candidates: Path) -> int | None:
-    for path in candidates:
-        try:
-            return int(path.read_text())
-        except (OSError, ValueError):
-            continue
-    return None

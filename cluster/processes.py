@@ -40,6 +40,15 @@ def is_alive(process: ProcessId) -> bool:
     return state not in _DEAD_STATES or num_threads > 1
 
 
+def is_running(pid: int) -> bool:
+    """Whether there is any process of this number now."""
+    try:
+        process = process_id(pid)
+    except ProcessLookupError:
+        return False
+    return is_alive(process)
+
+
 def boot_id() -> str:
     """What tells this run of the machine's kernel from all others: ids of processes mean something within one only."""
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()

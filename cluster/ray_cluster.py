@@ -9,6 +9,7 @@ import logging
 import os
 import warnings
 from pathlib import Path
+from typing import Any
 
 import ray
 
@@ -35,10 +36,19 @@ def start_ray(runtime_dir: Path, num_cpus: int, object_store_nbytes: int) -> Non
                 _temp_dir=str(runtime_dir / "ray"),
                 _node_ip_address="127.0.0.1",
             )
+        _end_log_monitor()
     except Exception as error:
         raise StartError(f"Ray did not start: {' '.join(str(error).split())[:300]}") from None
     finally:
         os.chdir(before)
+
+
+def _end_log_monitor() -> None:
+    """It reads all workers' logs for the driver, which does not want them, and remembers every one there ever was."""
+    # Ray has no setting for it; where this name is no more, it stays.
+    node: Any = getattr(ray._private.worker, "_global_node", None)
+    if hasattr(node, "kill_log_monitor"):
+        node.kill_log_monitor(check_alive=False)
 
 
 def stop_ray() -> None:

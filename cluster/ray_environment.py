@@ -17,7 +17,7 @@ from phi_cluster.cluster.runtime_dir import RUNTIME_DIR_VARIABLE
 # By name: importing it here would cost every start a web framework.
 INGRESS_PATH = "phi_cluster.cluster.http.ingress.middlewares"
 # A stream may last so long while its replica or HAProxy is being replaced.
-_LONGEST_STREAM_SECONDS = 3600
+LONGEST_STREAM_SECONDS = 3600
 
 
 def set_environment(config: Config, runtime_dir: Path) -> None:
@@ -44,8 +44,10 @@ def set_environment(config: Config, runtime_dir: Path) -> None:
             "RAY_SERVE_HAPROXY_NBTHREAD": "1",
             # A client that neither sends nor takes anything, when it is its turn to.
             "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": str(math.ceil(config.server.write_timeout) + 60),
-            "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(_LONGEST_STREAM_SECONDS),
+            "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(LONGEST_STREAM_SECONDS),
             "RAY_SERVE_PORT_QUARANTINE_S": "60",
+            # A replica that hangs is not drained: where replicas come and go, a drain may last an hour.
+            "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "0" if config.autoscaling.max_replicas is None else "1",
             "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
             "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(first_port),
             "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(first_port + 400),
@@ -63,9 +65,19 @@ def set_environment(config: Config, runtime_dir: Path) -> None:
             "RAY_worker_niceness": "0",
             # Segments are shared memory: Ray's monitor would kill bystanders for them. Our ledger keeps the bounds.
             "RAY_memory_monitor_refresh_ms": "0",
+            # The object store has its pages from the start: were /dev/shm full when one is touched, whoever writes a
+            # long message would die of SIGBUS.
+            "RAY_preallocate_plasma_memory": "1",
             # Ray's gRPC ports listen on all interfaces: without this secret they refuse.
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": os.environ.get("RAY_AUTH_TOKEN") or secrets.token_hex(32),
             "RAY_DEDUP_LOGS": "0",
+            # What Ray remembers of the dead: of 100,000 actors by default, 50 KB of each. Session actors come and go.
+            "RAY_maximum_gcs_destroyed_actor_cached_count": "64",
+            "RAY_maximum_gcs_dead_worker_cached_count": "64",
+            # Ray's own metrics and task events, which nobody reads here, cost the keeper and Ray's agent 100 KB each
+            # for every session actor. Ours are the controller's.
+            "RAY_enable_metrics_collection": "0",
+            "RAY_task_events_report_interval_ms": "0",
         }
     )

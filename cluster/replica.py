@@ -28,27 +28,33 @@ from phi_cluster.cluster.engine_client import EngineClient
 from phi_cluster.cluster.engine_link import start_engine
 from phi_cluster.cluster.engine_recycler import EngineReport
 from phi_cluster.cluster.errors import Unavailable
+from phi_cluster.cluster.events import EventKind, EventLog
 from phi_cluster.cluster.http.edge import EdgeSettings
 from phi_cluster.cluster.http.server import build_app
 from phi_cluster.cluster.keys import KeyFile
+from phi_cluster.cluster.managed_sessions import ManagedSessions
 from phi_cluster.cluster.poison import PoisonList
 from phi_cluster.cluster.preflight import LOOPBACK
 from phi_cluster.cluster.processes import boot_id, is_alive, process_id
 from phi_cluster.cluster.ray_engine import EngineSpawner
+from phi_cluster.cluster.refusals import RefusalsTold
+from phi_cluster.cluster.replica_report import ReplicaReport
+from phi_cluster.cluster.replica_scaling import scaling_metrics
 from phi_cluster.cluster.responses.assembly import ResponseRoom
 from phi_cluster.cluster.responses.making import MakerLimits
 from phi_cluster.cluster.responses.run import Tools
-from phi_cluster.cluster.responses.store import Branch
 from phi_cluster.cluster.served_model import ServedModel
 from phi_cluster.cluster.session.directory import SessionDirectory
 from phi_cluster.cluster.session.recycler import RecycleReason
 from phi_cluster.cluster.session.reports import private_or_zero
+from phi_cluster.cluster.spoken import SpokenReader
 from phi_cluster.cluster.standby import StandbyEngines
 from phi_cluster.cluster.turn import Turns
 from phi_cluster.cluster.turn_api import TurnRunner
 from phi_cluster.cluster.turn_attempt import TurnLimits
+from phi_cluster.cluster.watch import ClusterWatch
 from phi_cluster.model.tokenizer import Tokenizer
-from phi_cluster.monitoring.metrics import RequestMetrics
+from phi_cluster.monitoring.replica_metrics import ReplicaMetrics
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +65,8 @@ _START_SECONDS = 300.0
 _UNASKED_SECONDS = 30.0
 _LAST_COMMITS_SECONDS = 5.0
 _SETTLE_SECONDS = 60.0
+# Why an engine may be renewed.
+_ENGINE_RECYCLES = (RecycleReason.LEAK, RecycleReason.REQUESTED, RecycleReason.MAX_AGE, RecycleReason.MAX_STEPS)
 
 
 @serve.ingress()
@@ -74,20 +82,31 @@ class Replica:
         self._node_id = ray.get_runtime_context().get_node_id()
         self._replica_id = uuid.uuid4().hex
         self._started_at = time.monotonic()
-        self._metrics = RequestMetrics()
+        self._events = EventLog(time.time)
+        self._events.add(EventKind.REPLICA_STARTED)
+        self._events_told = 0
+        self._metrics = ReplicaMetrics(reason.value for reason in _ENGINE_RECYCLES)
         self._last_step = (0, time.monotonic())
         self._engine_baseline = (0, 0)
         self._recycling: asyncio.Task[None] | None = None
-        self._sessions = SessionDirectory(self._keeper)
+        self._sessions = SessionDirectory(self._keeper, self._metrics.commits.on_commit)
         self._keys = None if config.keys_path is None else KeyFile(config.keys_path)
         spawner = EngineSpawner(served, config, runtime_dir, num_threads, self._node_id)
         hang_timeout = config.engine.hang_timeout
         # Set once the server is up: nothing that is not needed for that is started before.
         self._started = asyncio.Event()
         self._standbys = StandbyEngines(
-            num_standbys, partial(start_engine, spawner.spawn_standby, hang_timeout), may_begin=self._started
+            num_standbys,
+            partial(start_engine, spawner.spawn_standby, hang_timeout),
+            may_begin=self._started,
+            events=self._events,
         )
-        self._engines = EngineClient(partial(start_engine, spawner.spawn, hang_timeout), self._standbys)
+        self._engines = EngineClient(
+            partial(start_engine, spawner.spawn, hang_timeout),
+            self._standbys,
+            self._metrics.engines,
+            events=self._events,
+        )
         self._engines.start()
         # The engine's process starts meanwhile.
         self._tokenizer = await asyncio.to_thread(Tokenizer.from_folder, served.folder)
@@ -107,10 +126,11 @@ class Replica:
         self._runner: TurnRunner = self._turns
         if self._keys is not None:
             self._runner = AdmittedTurns(self._turns, self._sessions, self._keys.limits_of, process_id())
-        self._managed = _Sessions(self._sessions, self._engines)
+        self._runner = RefusalsTold(self._runner, self._events)
+        self._managed = ManagedSessions(self._sessions, self._engines, SpokenReader(self._tokenizer))
         self._room = ResponseRoom(
             config.state_path,
-            Tools(self._runner, self._metrics, time),
+            Tools(self._runner, self._metrics.requests, time),
             self._managed,
             MakerLimits(
                 retention=config.responses.retention,
@@ -123,6 +143,10 @@ class Replica:
             boot_id(),
         )
         self._room.start()
+        if config.max_replicas > 1 and await _others_serve():
+            # What comes meanwhile is for those that can serve it.
+            with contextlib.suppress(Unavailable):
+                await self._engines.wait_ready(_START_SECONDS)
         self._reporting = asyncio.get_running_loop().create_task(self._report())
 
     def __serve_build_asgi_app__(self) -> Any:
@@ -150,7 +174,8 @@ class Replica:
             self._managed,
             self,
             self,
-            self._metrics,
+            self._metrics.requests,
+            ClusterWatch(),
             keys=keys,
             usage=None if keys is None else UsageOfKeys(self._sessions, keys.limits_of),
         )
@@ -167,6 +192,10 @@ class Replica:
         """Serve replaces a replica whose check raises."""
         if not self.live():
             raise RuntimeError("the engine has made no step lately")
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """Serve asks for it where `autoscaling` is configured."""
+        return scaling_metrics(self._turns)
 
     def live(self) -> bool:
         _, silence = self._observe_step()
@@ -199,25 +228,42 @@ class Replica:
         return step, time.monotonic() - self._last_step[1]
 
     async def _report(self) -> None:
-        """Sends the counters to the controller, once a second."""
+        """To the controller, once a second."""
         while True:
-            self._observe_step()
             if self._keys is not None and (told := await asyncio.to_thread(self._keys.refresh)):
                 logger.warning("%s", told)
             if time.monotonic() - self._started_at > _UNASKED_SECONDS and self._engines.ready:
                 self._started.set()
-            engines, standby_pids = self._engines, self._standbys.pids
-            recoveries = {"engine": engines.recoveries, "standby_engine": self._standbys.losses}
-            self._metrics.on_engine(engines.last_step.num_running, recoveries, len(standby_pids), engines.recycles)
-            self._metrics.on_totals(engines.totals._asdict())
-            with contextlib.suppress(ValueError, RayError):
+            try:
                 controller = ray.get_actor(CONTROLLER, namespace=NAMESPACE)
-                reason = await controller.report_replica.remote(
-                    self._replica_id, self._metrics.snapshot(), os.getpid(), self._engine_report(), standby_pids
-                )
+                report = self._own_report()
+                reason = await controller.report_replica.remote(report)
+                self._events_told = max([self._events_told, *(event.number for event in report.events)])
                 if reason is not None and self._recycling is None:
                     self._recycling = asyncio.get_running_loop().create_task(self._recycle_engine(reason))
+            except (ValueError, RayError):
+                # It is being replaced: its successor is told all that is still known.
+                self._events_told = 0
             await asyncio.sleep(1.0)
+
+    def _own_report(self) -> ReplicaReport:
+        engines, standby_pids = self._engines, self._standbys.pids
+        recoveries = {"engine": engines.recoveries, "standby_engine": self._standbys.losses}
+        self._metrics.engines.on_engines(recoveries, len(standby_pids), engines.recycles)
+        self._metrics.engines.on_totals(engines.totals._asdict())
+        return ReplicaReport(
+            replica_id=self._replica_id,
+            node_id=self._node_id,
+            pid=os.getpid(),
+            age_seconds=time.monotonic() - self._started_at,
+            snapshot=self._metrics.snapshot(engines.last_step.num_running),
+            private_nbytes=private_or_zero(os.getpid()),
+            standby_engines=tuple((pid, private_or_zero(pid)) for pid in standby_pids),
+            engine=self._engine_report(),
+            last_step_seconds=self._observe_step()[1],
+            queue_seconds=engines.last_step.queue_seconds,
+            events=self._events.after(self._events_told),
+        )
 
     def _engine_report(self) -> EngineReport | None:
         engine = self._engines.engine
@@ -251,54 +297,17 @@ class Replica:
         return ray.get_actor(keeper_name(self._node_id), namespace=NAMESPACE)
 
 
+async def _others_serve() -> bool:
+    """Whether there are replicas already: else the server is starting, and its parts do so at once."""
+    try:
+        controller = ray.get_actor(CONTROLLER, namespace=NAMESPACE)
+        return bool(await controller.num_replicas.remote())
+    except (ValueError, RayError):
+        return False
+
+
 def _log_to_ray() -> None:
     """What we log goes to this process's file among Ray's. Serve takes over stderr and drops what comes there."""
     handler = logging.StreamHandler(sys.__stderr__)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.getLogger("phi_cluster").addHandler(handler)
-
-
-class _Sessions:
-    """Adds to sessions' descriptions which engine serves them here (implements turn_api.SessionAdmin, and what
-    responses ask of sessions)."""
-
-    def __init__(self, directory: SessionDirectory, engines: EngineClient):
-        self._directory = directory
-        self._engines = engines
-
-    async def list(self, tenant: str, limit: int, after: str | None) -> list[dict[str, Any]]:
-        return [self._with_engine(d) for d in await self._directory.list(tenant, limit, after)]
-
-    async def get(self, tenant: str, session_id: str) -> dict[str, Any]:
-        return self._with_engine(await self._directory.get(tenant, session_id))
-
-    async def delete(self, tenant: str, session_id: str) -> None:
-        await self._directory.delete(tenant, session_id)
-
-    async def clear(self, tenant: str, session_id: str) -> dict[str, Any]:
-        return self._with_engine(await self._directory.clear(tenant, session_id))
-
-    async def hibernate(self, tenant: str, session_id: str) -> dict[str, Any]:
-        return self._with_engine(await self._directory.hibernate(tenant, session_id))
-
-    async def export(self, tenant: str, session_id: str) -> bytes:
-        return await self._directory.export(tenant, session_id)
-
-    async def import_session(
-        self, tenant: str, new_session_id: str | None, data: bytes, vocab_size: int
-    ) -> dict[str, Any]:
-        return self._with_engine(await self._directory.import_session(tenant, new_session_id, data, vocab_size))
-
-    async def fork(self, tenant: str, session_id: str, new_session_id: str | None, turn: int | None) -> dict[str, Any]:
-        return self._with_engine(await self._directory.fork(tenant, session_id, new_session_id, turn))
-
-    async def recycle(self, tenant: str, session_id: str) -> dict[str, Any]:
-        return self._with_engine(await self._directory.recycle(tenant, session_id))
-
-    async def branch(self, tenant: str, origin: Branch, session_id: str) -> None:
-        """See store.SessionKeeping."""
-        await self._directory.fork(tenant, origin.session_id, session_id, origin.num_turns)
-
-    def _with_engine(self, description: dict[str, Any]) -> dict[str, Any]:
-        engine = self._engines.engine
-        return description | {"engine_pid": engine.process.pid if engine is not None else None}

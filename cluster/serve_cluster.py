@@ -8,14 +8,23 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import threading
 import time
+import warnings
 from typing import Any
 
 import ray
 from ray import serve
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 
 from phi_cluster.cluster.config import Config
 from phi_cluster.cluster.errors import StartError
+from phi_cluster.cluster.ray_environment import LONGEST_STREAM_SECONDS
+
+# After the drain, for what turns leave.
+_LAST_COMMITS_SECONDS = 6.0
+# How often a replica tells its load.
+_LOAD_SECONDS = 1.0
 
 
 def start_serve(config: Config) -> None:
@@ -45,11 +54,10 @@ def run_app(deployment: Any, config: Config, num_threads: int, *arguments: Any) 
     if config.device == "cuda":
         bundle["GPU"] = 1
     configured: Any = serve.deployment(
-        num_replicas=config.replicas,
+        **_number_of_replicas(config),
         ray_actor_options={"num_cpus": 0},
         placement_group_bundles=[bundle],
         max_ongoing_requests=10_000,
-        graceful_shutdown_timeout_s=config.server.drain,
         graceful_shutdown_wait_loop_s=0.2,
         health_check_period_s=2,
         health_check_timeout_s=10,
@@ -58,10 +66,45 @@ def run_app(deployment: Any, config: Config, num_threads: int, *arguments: Any) 
     serve.run(configured(deployment).bind(*arguments), name="phi-cluster", route_prefix="/", blocking=False)
 
 
-def stop_serve() -> None:
-    """Drains the replicas (streams may go on for the graceful time), then ends Serve's processes."""
-    with contextlib.suppress(Exception):
-        serve.shutdown()
+def stop_serve(drain: float) -> None:
+    """Drains the replicas (streams may go on for `drain` seconds), then ends Serve's processes."""
+
+    def shut_down() -> None:
+        with contextlib.suppress(Exception):
+            serve.shutdown()
+
+    # Not waited for beyond the time: replicas are given longer where one more than needed is drained.
+    thread = threading.Thread(target=shut_down, daemon=True)
+    thread.start()
+    thread.join(drain + _LAST_COMMITS_SECONDS)
+
+
+def _number_of_replicas(config: Config) -> dict[str, Any]:
+    """Options of the deployment. Where a replica may be one too many, its streams may last as long as any."""
+    scaling = config.autoscaling
+    if scaling.max_replicas is None:
+        return {"num_replicas": config.replicas, "graceful_shutdown_timeout_s": config.server.drain}
+    policy = AutoscalingPolicy(
+        policy_function="phi_cluster.cluster.replica_scaling:LoadScaling",
+        policy_kwargs={
+            "target_turns": scaling.target_turns or max(config.engine.max_num_seqs / 2, 1),
+            "max_wait": scaling.max_wait,
+        },
+    )
+    with warnings.catch_warnings():
+        # The interval is to be replaced by a variable, which Serve does not read yet.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        autoscaling = AutoscalingConfig(
+            min_replicas=config.replicas,
+            initial_replicas=config.replicas,
+            max_replicas=scaling.max_replicas,
+            metrics_interval_s=_LOAD_SECONDS,
+            look_back_period_s=5 * _LOAD_SECONDS,
+            upscale_delay_s=scaling.up_delay,
+            downscale_delay_s=scaling.down_delay,
+            policy=policy,
+        )
+    return {"autoscaling_config": autoscaling, "graceful_shutdown_timeout_s": LONGEST_STREAM_SECONDS}
 
 
 def _quiet() -> dict[str, Any]:

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 
 from phi_cluster.cluster.engine_link import EngineLink
+from phi_cluster.cluster.events import EventKind, EventLog
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +35,7 @@ class StandbyEngines:
         start: Callable[[], Awaitable[EngineLink]],
         *,
         may_begin: asyncio.Event | None = None,
+        events: EventLog | None = None,
         pauses: Sequence[float] = _PAUSES,
         join_seconds: float = _JOIN_SECONDS,
     ):
@@ -41,6 +44,7 @@ class StandbyEngines:
         self._wanted = wanted
         self._start = start
         self._may_begin = may_begin
+        self._events = EventLog(time.time) if events is None else events
         self._pauses = pauses
         self._join_seconds = join_seconds
         self._waiting: dict[EngineLink, asyncio.Task[None]] = {}
@@ -125,6 +129,7 @@ class StandbyEngines:
         """Until it is lost and ended, or taken (then this is cancelled)."""
         how = await link.lost()
         self.losses[how] += 1
+        self._events.add(EventKind.STANDBY_ENGINE_DIED, reason=how)
         logger.warning("a standby engine was lost (%s) and is replaced", how)
         await link.end()
         del self._waiting[link]

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections import OrderedDict
 from collections.abc import AsyncGenerator
 from contextlib import aclosing, suppress
@@ -25,7 +26,15 @@ from phi_cluster.cluster.errors import ContextOverflow, Overloaded, PhiError, Un
 from phi_cluster.cluster.messages import ProcessId, SessionKey
 from phi_cluster.cluster.prompt import PromptReader
 from phi_cluster.cluster.reply import Reply
-from phi_cluster.cluster.turn_api import BEGINNING, FinishReason, TextDelta, TurnEvent, TurnFinished, TurnRequest
+from phi_cluster.cluster.turn_api import (
+    BEGINNING,
+    FinishReason,
+    TextDelta,
+    TurnEvent,
+    TurnFinished,
+    TurnRequest,
+    TurnStarted,
+)
 from phi_cluster.cluster.turn_attempt import (
     Carried,
     MemoryLost,
@@ -66,6 +75,8 @@ class Turns:
         # By tenant and request.
         self._live: dict[tuple[str, str], SequenceStream] = {}
         self._running = 0
+        # Since when the turns wait that have not started yet, the first one first.
+        self._waiting: dict[object, float] = {}
         self._endings: set[asyncio.Task[None]] = set()
         # Which engine served a session last, to tell a user that it was replaced.
         self._served_by: OrderedDict[str, int] = OrderedDict()
@@ -74,6 +85,15 @@ class Turns:
     def num_running(self) -> int:
         """Turns that have not ended yet, also those whose client has left."""
         return self._running + len(self._endings)
+
+    @property
+    def num_open(self) -> int:
+        """Turns whose client is still there."""
+        return self._running
+
+    def oldest_wait(self) -> float:
+        """Seconds for which the first of the turns that have not started has waited; 0 if there is none."""
+        return time.monotonic() - next(iter(self._waiting.values())) if self._waiting else 0.0
 
     def check_room(self) -> None:
         """Raises Overloaded if a turn more would be refused. Costs nothing: who is refused should know it at once."""
@@ -84,12 +104,17 @@ class Turns:
         """See turn_api.TurnRunner.run."""
         self.check_room()
         self._running += 1
+        this = object()
+        self._waiting[this] = time.monotonic()
         try:
             # Closed with this one, not when it is collected: a turn that has left has begun to end.
             async with aclosing(self._run(request)) as events:
                 async for event in events:
+                    if isinstance(event, TurnStarted):
+                        self._waiting.pop(this, None)
                     yield event
         finally:
+            self._waiting.pop(this, None)
             self._running -= 1
 
     async def _run(self, request: TurnRequest) -> AsyncGenerator[TurnEvent, None]:

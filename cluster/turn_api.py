@@ -1,8 +1,8 @@
 """What the HTTP edge asks of the rooms below it, as shapes and protocols.
 
-Owns: the request for one turn, the events of its run, and the protocols of whoever runs turns, administers
-sessions, knows the server's health and counts requests. A leaf: the edge calls these, `turn` and `replica`
-implement them, tests fake them. Knows nothing of HTTP, Ray, torch, the tokenizer or the engine.
+Owns: the request for one turn, the events of its run, and the protocols of whoever runs turns, knows the server's
+health and counts requests (sessions: session_api.py). A leaf: the edge calls these, `turn` and `replica` implement
+them, tests fake them. Knows nothing of HTTP, Ray, torch, the tokenizer or the engine.
 """
 
 from __future__ import annotations
@@ -201,51 +201,6 @@ class TurnRunner(Protocol):
         ...
 
 
-class SessionAdmin(Protocol):
-    """Looks after the sessions of a tenant. Raises `NotFound`; while a turn is running perhaps `SessionBusy`.
-
-    A session is described by a JSON-able dict: id, state, num_tokens, kv_cache_bytes, process_bytes, turns,
-    age_seconds, idle_seconds, activation, recycles, holder, node_id, actor_pid, engine_pid.
-    """
-
-    async def list(self, tenant: str, limit: int, after: str | None) -> Sequence[dict[str, Any]]:
-        """At most `limit` named sessions in ascending order of id, all with an id greater than `after`."""
-        ...
-
-    async def get(self, tenant: str, session_id: str) -> dict[str, Any]: ...
-
-    async def delete(self, tenant: str, session_id: str) -> None: ...
-
-    async def clear(self, tenant: str, session_id: str) -> dict[str, Any]:
-        """Forget the conversation and its KV cache; the session stays. Returns its new description."""
-        ...
-
-    async def recycle(self, tenant: str, session_id: str) -> dict[str, Any]:
-        """Give the session a new actor that takes over the same memory; returns its new description."""
-        ...
-
-    async def hibernate(self, tenant: str, session_id: str) -> dict[str, Any]:
-        """The session leaves memory, its cache goes to the disk; returns its new description."""
-        ...
-
-    async def export(self, tenant: str, session_id: str) -> bytes:
-        """The session's turns as a file."""
-        ...
-
-    async def import_session(
-        self, tenant: str, new_session_id: str | None, data: bytes, vocab_size: int
-    ) -> dict[str, Any]:
-        """A session made of such a file (None: under a name that is made for it); returns its description. Raises
-        `SessionExists`, and `InvalidRequest` for a file that is not one."""
-        ...
-
-    async def fork(self, tenant: str, session_id: str, new_session_id: str | None, turn: int | None) -> dict[str, Any]:
-        """A new session (None: under a name that is made for it) with the same conversation, as it was after the
-        `turn`-th turn of those that it consists of (None: as it is), and a copy of its KV cache. Returns the new one's
-        description. Raises `SessionExists`, and `InvalidRequest` if there are fewer turns."""
-        ...
-
-
 @dataclass(frozen=True)
 class Identity:
     """Who is asking. `scopes` say what is allowed beyond the tenant's own conversations: "admin" all of it, "engines"
@@ -317,6 +272,11 @@ class RequestObserver(Protocol):
         num_completion_tokens: int,
     ) -> None:
         """`seconds` since `on_start`. Counts are as far as known: zeros if the turn never started."""
+        ...
+
+    def on_error(self, status: int, code: str | None) -> None:
+        """A request was refused or failed, with this HTTP status (also in mid-stream, where no status is sent any
+        more) and code, whether it had been started or not."""
         ...
 
 

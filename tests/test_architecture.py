@@ -32,7 +32,16 @@ ORDER = [
     ["cluster.engine_link"],
     ["cluster.controller"],
     ["cluster.session."],
-    ["cluster.messages", "cluster.errors", "cluster.turn_api", "cluster.response_api", "cluster.response_items"],
+    ["cluster.events"],
+    [
+        "cluster.messages",
+        "cluster.errors",
+        "cluster.turn_api",
+        "cluster.session_api",
+        "cluster.watch_api",
+        "cluster.response_api",
+        "cluster.response_items",
+    ],
 ]
 MAY_IMPORT_RAY = {
     "cluster.engine.actor",
@@ -47,6 +56,7 @@ MAY_IMPORT_RAY = {
     "cluster.weight_store",
     "cluster.actors",
     "cluster.controller",
+    "cluster.watch",
     "cluster.replica",
     "cluster.ray_engine",
     "cluster.app",
@@ -233,7 +243,8 @@ def test_only_these_files_know_ray() -> None:
 
 
 def test_the_edge_knows_only_its_protocols() -> None:
-    protocols = ["cluster.turn_api", "cluster.response_api", "cluster.response_items", "cluster.observation"]
+    protocols = ["cluster.turn_api", "cluster.session_api", "cluster.watch_api", "cluster.response_api"]
+    protocols += ["cluster.response_items", "cluster.observation"]
     allowed = ["cluster.http.", *protocols, "cluster.errors", "cluster.http", "model.sampling_params"]
     for module in MODULES:
         if is_in(module, ["cluster.http."]):
@@ -252,7 +263,13 @@ def test_responses_know_turns_by_their_protocol_only() -> None:
 
 
 def test_a_leaf_imports_nothing_of_ours() -> None:
-    for module in ("cluster.messages", "cluster.errors", "cluster.turn_api"):
+    for module in (
+        "cluster.messages",
+        "cluster.errors",
+        "cluster.turn_api",
+        "cluster.session_api",
+        "cluster.watch_api",
+    ):
         assert not [one for one in imports_of(module) if one.module.partition(".")[0] in PACKAGES]
 
 

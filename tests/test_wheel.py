@@ -38,7 +38,7 @@ def test_the_wheel_holds_our_packages_and_nothing_else(wheel: Path) -> None:
         f"phi_cluster/{path.relative_to(ROOT)}"
         for room in ("cluster", "model", "monitoring", "configs")
         for path in (ROOT / room).rglob("*")
-        if path.suffix in (".py", ".yaml", ".yml")
+        if path.suffix in (".py", ".yaml", ".yml", ".html", ".css", ".js", ".svg")
     }
     assert sources - set(names) == set()
 

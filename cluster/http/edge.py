@@ -8,15 +8,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from phi_cluster.cluster.response_api import Conversations, Responses
+from phi_cluster.cluster.session_api import SessionAdmin
 from phi_cluster.cluster.turn_api import (
     Clock,
     EngineAdmin,
     Health,
     RequestObserver,
-    SessionAdmin,
     TurnRunner,
     UsageBook,
 )
+from phi_cluster.cluster.watch_api import Watch
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,7 @@ class Edge:
     engines: EngineAdmin
     health: Health
     observer: RequestObserver
+    watch: Watch
     clock: Clock
     # None while no keys are set up.
     usage: UsageBook | None = None

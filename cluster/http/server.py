@@ -18,6 +18,7 @@ from phi_cluster.cluster.errors import Unavailable
 from phi_cluster.cluster.http.caller import DETAILS_HEADER, REQUEST_ID_HEADER, RESUME_HEADER, SESSION_HEADER
 from phi_cluster.cluster.http.chat import chat_router
 from phi_cluster.cluster.http.chat_schemas import ChatCompletionChunk, ChatRequest
+from phi_cluster.cluster.http.cluster import ClusterEvent, cluster_router
 from phi_cluster.cluster.http.completion_schemas import CompletionRequest
 from phi_cluster.cluster.http.completions import completions_router
 from phi_cluster.cluster.http.conversations import (
@@ -26,28 +27,30 @@ from phi_cluster.cluster.http.conversations import (
     NewItems,
     conversations_router,
 )
-from phi_cluster.cluster.http.door import OPEN_PATHS, Door
+from phi_cluster.cluster.http.door import Door
 from phi_cluster.cluster.http.edge import Edge, EdgeSettings
 from phi_cluster.cluster.http.engines import engines_router
-from phi_cluster.cluster.http.errors import install_error_handling, to_json
+from phi_cluster.cluster.http.errors import OPEN_PATHS, install_error_handling, to_json
 from phi_cluster.cluster.http.models import models_router
 from phi_cluster.cluster.http.openapi import error_docs, install_openapi
 from phi_cluster.cluster.http.rates import RATE_HEADERS
 from phi_cluster.cluster.http.response_schemas import ResponseEvent, ResponseRequest
 from phi_cluster.cluster.http.responses import responses_router
 from phi_cluster.cluster.http.sessions import sessions_router
+from phi_cluster.cluster.http.ui import ui_router
 from phi_cluster.cluster.http.usage import usage_router
 from phi_cluster.cluster.response_api import Conversations, Responses
+from phi_cluster.cluster.session_api import SessionAdmin
 from phi_cluster.cluster.turn_api import (
     Clock,
     EngineAdmin,
     Health,
     Keys,
     RequestObserver,
-    SessionAdmin,
     TurnRunner,
     UsageBook,
 )
+from phi_cluster.cluster.watch_api import Watch
 
 API_VERSION = "1"
 _OWN_HEADERS = (DETAILS_HEADER, RESUME_HEADER, REQUEST_ID_HEADER)
@@ -62,12 +65,13 @@ def build_app(
     engines: EngineAdmin,
     health: Health,
     observer: RequestObserver,
+    watch: Watch,
     clock: Clock = time,
     keys: Keys | None = None,
     usage: UsageBook | None = None,
 ) -> FastAPI:
     """A new app over these objects; several may live in one process. Without `keys` everybody may come in."""
-    edge = Edge(settings, turns, responses, conversations, sessions, engines, health, observer, clock, usage)
+    edge = Edge(settings, turns, responses, conversations, sessions, engines, health, observer, watch, clock, usage)
     app = FastAPI(
         title="phi-cluster",
         version=API_VERSION,
@@ -86,14 +90,16 @@ def build_app(
         sessions_router(edge),
         engines_router(edge),
         usage_router(edge),
+        cluster_router(edge),
+        ui_router(),
         _health_router(edge),
     ):
         app.include_router(router)
     # The first is the innermost.
-    app.add_middleware(Door, keys, settings)
+    app.add_middleware(Door, keys, settings, observer.on_error)
     if settings.cors_origins:
         _allow_origins(app, settings)
-    install_error_handling(app)
+    install_error_handling(app, observer.on_error)
     requests: list[type[BaseModel]] = [
         ChatRequest,
         CompletionRequest,
@@ -102,7 +108,7 @@ def build_app(
         ConversationUpdate,
         NewItems,
     ]
-    install_openapi(app, requests, [ChatCompletionChunk, ResponseEvent], OPEN_PATHS)
+    install_openapi(app, requests, [ChatCompletionChunk, ResponseEvent, ClusterEvent], OPEN_PATHS)
     return app
 
 

@@ -14,16 +14,19 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from phi_cluster.cluster.errors import InvalidRequest
-from phi_cluster.cluster.http.auth import ADMIN_SCOPE, require, tenant_of
+from phi_cluster.cluster.http.auth import tenant_of
 from phi_cluster.cluster.http.body import read_bytes, read_object
 from phi_cluster.cluster.http.caller import SESSION_ID_PATTERN, SESSION_ID_RULE, check_session_id
 from phi_cluster.cluster.http.edge import Edge
 from phi_cluster.cluster.http.errors import to_json
 from phi_cluster.cluster.http.openapi import error_docs
-from phi_cluster.cluster.http.paging import limit_of, parameters_of
-
-DEFAULT_LIMIT = 100
-MAX_LIMIT = 1000
+from phi_cluster.cluster.http.paging import parameters_of
+from phi_cluster.cluster.http.session_query import (
+    OF_A_TENANT,
+    PAGE_OF_SESSIONS,
+    owner_of,
+    session_query,
+)
 
 SessionId = Annotated[str, Path(description=SESSION_ID_RULE, json_schema_extra={"pattern": SESSION_ID_PATTERN})]
 
@@ -49,14 +52,35 @@ class SessionStats(BaseModel):
     node_id: str | None = None
     actor_pid: int | None = None
     engine_pid: int | None = None
+    tenant: str | None = None
 
 
-class SessionPage(BaseModel):
+class SessionTotals(BaseModel):
+    """Of all that the query finds, not of the page alone."""
+
+    sessions: int
+    by_state: dict[str, int]
+    kv_cache_bytes: int
+    disk_bytes: int
+
+
+class SessionList(BaseModel):
     object: Literal["list"]
     data: list[SessionStats]
     has_more: bool
     first_id: str | None
     last_id: str | None
+    totals: SessionTotals
+
+
+class SpokenMessage(BaseModel):
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+class SpokenMessages(BaseModel):
+    object: Literal["list"]
+    data: list[SpokenMessage]
 
 
 class SessionDeleted(BaseModel):
@@ -66,26 +90,27 @@ class SessionDeleted(BaseModel):
 
 
 def sessions_router(edge: Edge) -> APIRouter:
-    """The endpoints, over `edge`. A key sees only its own sessions; an admin may list all."""
+    """The endpoints, over `edge`. A key sees only its own sessions; an admin may look after all,
+    but not read them."""
     router = APIRouter(prefix="/v1/sessions", tags=["sessions"])
     sessions = edge.sessions
 
-    @router.get("", response_model=None, openapi_extra=_PAGE_PARAMETERS, responses=_docs(SessionPage, 400, 403))
+    @router.get("", response_model=None, openapi_extra=PAGE_OF_SESSIONS, responses=_docs(SessionList, 400, 403))
     async def list_sessions(request: Request) -> Response:
-        """Sessions in order of their ids; `after` the last id of a page comes the next page. `tenant`: those of another
-        key, by its name; wants the scope admin."""
-        limit, after, tenant = _page_of(request)
-        if tenant is not None:
-            require(request, ADMIN_SCOPE)
-        found = await sessions.list(tenant or tenant_of(request), limit + 1, after)
-        page = [_described(one) for one in found[:limit]]
+        """Sessions in order of their ids, or sorted, or found by state, node or a part of their id; `after` the
+        `last_id` of a page comes the next page. `tenant`: those of another key, by its name, or `*`: of all; wants the
+        scope admin."""
+        query = session_query(request)
+        page = await sessions.browse(query)
+        found = [_described(one) for one in page.sessions]
         return _json(
             {
                 "object": "list",
-                "data": page,
-                "has_more": len(found) > limit,
-                "first_id": page[0]["id"] if page else None,
-                "last_id": page[-1]["id"] if page else None,
+                "data": found,
+                "has_more": page.has_more,
+                "first_id": found[0]["id"] if found else None,
+                "last_id": page.last,
+                "totals": page.totals,
             }
         )
 
@@ -104,48 +129,74 @@ def sessions_router(edge: Edge) -> APIRouter:
         data = await sessions.export(tenant_of(request), session_id)
         return Response(data, media_type="application/octet-stream")
 
-    @router.get("/{session_id}", response_model=None, responses=_docs(SessionStats, 400, 404))
+    @router.get(
+        "/{session_id}", response_model=None, openapi_extra=OF_A_TENANT, responses=_docs(SessionStats, 400, 404)
+    )
     async def get_session(request: Request, session_id: SessionId) -> Response:
         """One session's state."""
         check_session_id(session_id, "session_id")
-        return _json(_described(await sessions.get(tenant_of(request), session_id)))
+        return _json(_described(await sessions.get(owner_of(request), session_id)))
 
-    @router.delete("/{session_id}", response_model=None, responses=_docs(SessionDeleted, 400, 404, 409))
+    @router.get("/{session_id}/messages", response_model=None, responses=_docs(SpokenMessages, 400, 404))
+    async def get_messages(request: Request, session_id: SessionId) -> Response:
+        """What was said, as messages that go on from there if they are sent again with one more. Only to the session's
+        own tenant; 400 if it was not said in messages."""
+        check_session_id(session_id, "session_id")
+        return _json({"object": "list", "data": await sessions.messages(tenant_of(request), session_id)})
+
+    @router.delete(
+        "/{session_id}", response_model=None, openapi_extra=OF_A_TENANT, responses=_docs(SessionDeleted, 400, 404, 409)
+    )
     async def delete_session(request: Request, session_id: SessionId) -> Response:
         """Forget the session, its KV cache and its journal."""
         check_session_id(session_id, "session_id")
-        await sessions.delete(tenant_of(request), session_id)
+        await sessions.delete(owner_of(request), session_id)
         return _json({"id": session_id, "object": "session.deleted", "deleted": True})
 
-    @router.post("/{session_id}/clear", response_model=None, responses=_docs(SessionStats, 400, 404, 409))
+    @router.post(
+        "/{session_id}/clear",
+        response_model=None,
+        openapi_extra=OF_A_TENANT,
+        responses=_docs(SessionStats, 400, 404, 409),
+    )
     async def clear_session(request: Request, session_id: SessionId) -> Response:
         """Forget the conversation and its KV cache; the session stays."""
         await _check_action(request, session_id, edge)
-        return _json(_described(await sessions.clear(tenant_of(request), session_id)))
+        return _json(_described(await sessions.clear(owner_of(request), session_id)))
 
     @router.post(
         "/{session_id}/fork",
         response_model=None,
-        openapi_extra=_FORK_BODY,
+        openapi_extra=_FORK_BODY | OF_A_TENANT,
         responses=_docs(SessionStats, 400, 404, 409),
     )
     async def fork_session(request: Request, session_id: SessionId) -> Response:
         """A new session with the same conversation, and a copy of its KV cache."""
         check_session_id(session_id, "session_id")
         new_id, turn = _fork_of(await read_object(request, edge.settings, may_be_empty=True))
-        return _json(_described(await sessions.fork(tenant_of(request), session_id, new_id, turn)))
+        return _json(_described(await sessions.fork(owner_of(request), session_id, new_id, turn)))
 
-    @router.post("/{session_id}/hibernate", response_model=None, responses=_docs(SessionStats, 400, 404, 409, 507))
+    @router.post(
+        "/{session_id}/hibernate",
+        response_model=None,
+        openapi_extra=OF_A_TENANT,
+        responses=_docs(SessionStats, 400, 404, 409, 507),
+    )
     async def hibernate_session(request: Request, session_id: SessionId) -> Response:
         """Give the session's memory back and keep its KV cache on the disk; the next turn wakes it."""
         await _check_action(request, session_id, edge)
-        return _json(_described(await sessions.hibernate(tenant_of(request), session_id)))
+        return _json(_described(await sessions.hibernate(owner_of(request), session_id)))
 
-    @router.post("/{session_id}/recycle", response_model=None, responses=_docs(SessionStats, 400, 404, 409))
+    @router.post(
+        "/{session_id}/recycle",
+        response_model=None,
+        openapi_extra=OF_A_TENANT,
+        responses=_docs(SessionStats, 400, 404, 409),
+    )
     async def recycle_session(request: Request, session_id: SessionId) -> Response:
         """Renew the session's actor; memory and conversation stay."""
         await _check_action(request, session_id, edge)
-        return _json(_described(await sessions.recycle(tenant_of(request), session_id)))
+        return _json(_described(await sessions.recycle(owner_of(request), session_id)))
 
     return router
 
@@ -224,37 +275,3 @@ def _fork_of(given: Mapping[str, Any]) -> tuple[str | None, int | None]:
     if turn is not None and (type(turn) is not int or not 1 <= turn <= 2**31):
         raise InvalidRequest("turn must be an integer of at least 1", param="turn")
     return new_id, turn
-
-
-_PAGE_PARAMETERS: dict[str, Any] = {
-    "parameters": [
-        {
-            "name": "limit",
-            "in": "query",
-            "required": False,
-            "schema": {"type": "integer", "minimum": 1, "maximum": MAX_LIMIT, "default": DEFAULT_LIMIT},
-        },
-        {
-            "name": "after",
-            "in": "query",
-            "required": False,
-            "schema": {"type": "string", "pattern": SESSION_ID_PATTERN},
-        },
-        {
-            "name": "tenant",
-            "in": "query",
-            "required": False,
-            "schema": {"type": "string", "minLength": 1, "maxLength": 64},
-        },
-    ]
-}
-
-
-def _page_of(request: Request) -> tuple[int, str | None, str | None]:
-    """`limit`, `after` and `tenant`. Raises `InvalidRequest` naming a parameter that is wrong, unknown or repeated."""
-    given = parameters_of(request, ("limit", "after", "tenant"))
-    limit = limit_of(given, DEFAULT_LIMIT, MAX_LIMIT)
-    after, tenant = given.get("after"), given.get("tenant")
-    if tenant is not None and not 1 <= len(tenant) <= 64:
-        raise InvalidRequest("tenant must be the name of a key", param="tenant")
-    return limit, None if after is None else check_session_id(after, "after"), tenant

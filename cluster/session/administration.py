@@ -12,10 +12,11 @@ from typing import Any
 
 from ray.exceptions import RayActorError
 
-from phi_cluster.cluster.errors import PhiError
+from phi_cluster.cluster.events import EventKind
 from phi_cluster.cluster.messages import SessionKey
 from phi_cluster.cluster.session.custody import Custody, no_session, session_exists
 from phi_cluster.cluster.session.hibernation import Hibernation
+from phi_cluster.cluster.session.journal import Glance
 from phi_cluster.cluster.session.recycler import RecycleReason
 from phi_cluster.cluster.session.reports import public_description, stored_description
 from phi_cluster.cluster.session.roster import Entry
@@ -43,18 +44,11 @@ class Administration:
         # In place: in a thread it could make a journal anew that is being deleted.
         return self._describe_stored(key)
 
-    async def list(self, tenant: str, limit: int, after: str | None) -> list[dict[str, Any]]:
-        """A tenant's named sessions in ascending order of id."""
-        names = [name for name in self._roster.stored_names(tenant) if after is None or name > after]
-        described = []
-        for name in names[:limit]:
-            try:
-                described.append(await self.describe(SessionKey(tenant, name)))
-                await asyncio.sleep(0)
-            except PhiError:
-                # Deleted meanwhile, or its journal cannot be read: the others are worth showing.
-                continue
-        return described
+    def said(self, key: SessionKey) -> str:
+        """The conversation's text, as of its last turn. Raises the journal's errors too."""
+        if not self._roster.is_known(key):
+            raise no_session(key)
+        return Transcript.replay(self._custody.recorded(key).turns).text
 
     async def clear(self, key: SessionKey) -> dict[str, Any]:
         """Raises SessionBusy."""
@@ -65,6 +59,7 @@ class Administration:
             if isinstance(stats, SessionStats):
                 self._custody.settle(entry, stats)
                 await self._hibernation.forget(key)
+                self._custody.events.add(EventKind.SESSION_CLEARED, key)
                 return self.public(entry, stats)
 
     async def delete(self, key: SessionKey) -> None:
@@ -75,6 +70,7 @@ class Administration:
                 # Without opening it: also one whose journal cannot be read can be deleted.
                 custody.journal(key).delete()
                 self._roster.forget_stored(key)
+                custody.events.add(EventKind.SESSION_DELETED, key)
                 await self._hibernation.forget(key)
                 return
             entry = custody.known(key)
@@ -92,6 +88,7 @@ class Administration:
                     custody.journal(key).delete()
                 self._roster.forget(entry, deleted=True)
                 custody.leases.release(key.digest)
+                custody.events.add(EventKind.SESSION_DELETED, key)
                 await self._hibernation.forget(key)
                 return
 
@@ -131,6 +128,7 @@ class Administration:
         finally:
             journal.close()
         self._roster.add_stored(key)
+        custody.events.add(EventKind.SESSION_IMPORTED, key)
         return await self.describe(key)
 
     def public(self, entry: Entry, stats: SessionStats) -> dict[str, Any]:
@@ -141,8 +139,11 @@ class Administration:
     def _describe_stored(self, key: SessionKey) -> dict[str, Any]:
         journal = self._custody.journal(key)
         try:
-            info, transcript = journal.info(), Transcript.replay(journal.load())
+            info, turns = journal.info(), journal.load()
         finally:
             journal.close()
+        last_used = max([info.created_at, *(turn.committed_at for turn in turns)])
+        num_tokens = Transcript.replay(turns).num_tokens
+        seen = Glance(num_tokens, info.turns, info.activation, info.recycles, info.created_at, last_used)
         now, disk_nbytes = self._custody.settings.clock(), self._hibernation.nbytes(key)
-        return stored_description(key.session_id, info, transcript.num_tokens, now, disk_nbytes)
+        return stored_description(key.session_id, seen, now, disk_nbytes)

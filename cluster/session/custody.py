@@ -1,7 +1,7 @@
 """What a node's keeper has in its custody: every session's entry, the memory leased to it, and whoever holds it.
 
-Owns: roster, ledger and hand-overs, looking at a session wherever it is, going on with one whose actor died, and making
-room. Knows nothing of who asks (turns: keeper.py; users: administration.py), of engines or text.
+Owns: roster, ledger, the log of events and hand-overs, looking at a session wherever it is, going on with one whose
+actor died, and making room. Knows nothing of who asks (turns: keeper.py; users: administration.py), of engines or text.
 """
 
 from __future__ import annotations
@@ -17,16 +17,18 @@ from ray.exceptions import RayError
 
 from phi_cluster.cluster.config import KVConfig, SessionsConfig
 from phi_cluster.cluster.errors import InvalidRequest, NotFound, PhiError, SessionBusy, SessionExists
+from phi_cluster.cluster.events import EventKind, EventLog
 from phi_cluster.cluster.messages import CommitTurn, SessionKey
 from phi_cluster.cluster.session.actor_pool import ActorPool, RayActors
 from phi_cluster.cluster.session.hand_over import HandOvers
-from phi_cluster.cluster.session.journal import Journal, JournalInfo, MemoryJournal
+from phi_cluster.cluster.session.journal import Glance, Journal, JournalInfo, MemoryJournal
 from phi_cluster.cluster.session.kv_leases import KVLeases
 from phi_cluster.cluster.session.ledger import Ledger
 from phi_cluster.cluster.session.roster import Entry, Roster
 from phi_cluster.cluster.session.segment import SegmentGone, SegmentMismatch
 from phi_cluster.cluster.session.session import Session, SessionSettings, SessionStats
 from phi_cluster.cluster.session.transcript import Transcript
+from phi_cluster.monitoring.session_metrics import SessionMetrics
 
 logger = logging.getLogger(__name__)
 
@@ -40,9 +42,13 @@ class Journals(Protocol):
         """Of all that there are. Called in a thread."""
         ...
 
-    def last_used(self, key: SessionKey) -> float | None:
-        """When a session was made or had its last turn (wall clock, seconds); None: there is no journal that could be
-        read. Makes none."""
+    def nbytes(self) -> int:
+        """Disk that all of them take. Called in a thread."""
+        ...
+
+    def glance(self, key: SessionKey) -> Glance | None:
+        """What can be told of a session without reading its turns; None: there is no journal that could be read. Makes
+        none. Called in a thread too."""
         ...
 
 
@@ -69,14 +75,17 @@ class Custody:
         sessions: SessionsConfig,
         kv: KVConfig,
         budget_nbytes: int,
+        metrics: SessionMetrics,
     ):
         self.settings = settings
+        self.metrics = metrics
         self.config = sessions
         self.journals = journals
+        self.events = EventLog(settings.clock)
         self.ledger = Ledger(budget_nbytes)
         self.leases = KVLeases(self.ledger, self.make_room, kv.reserve_wait)
         self.roster = Roster(self.open_session, sessions.max_ephemeral)
-        self.hands = HandOvers(self.roster, ActorPool(actors), settings, self.journal, sessions)
+        self.hands = HandOvers(self.roster, ActorPool(actors), settings, self.journal, sessions, self.events, metrics)
 
     async def start(self) -> None:
         """Finds what is stored and what actors hold; then tends to the sessions."""
@@ -148,6 +157,9 @@ class Custody:
             if self.roster.find(key) is not entry:
                 return
             if entry.actor is not None and not self.settings.is_alive(entry.actor.process):
+                self.events.add(EventKind.SESSION_ACTOR_DIED, key)
+                began = self.settings.clock()
+                self.metrics.recoveries.lost("session_actor", "death" if entry.silent_since is None else "hang")
                 try:
                     entry.session, entry.actor = self._inherit(entry), None
                 except (PhiError, OSError) as error:
@@ -157,6 +169,7 @@ class Custody:
                     self.leases.release(key.digest)
                 entry.hold(None)
                 entry.silent_since = None
+                self.metrics.recoveries.recovered("session_actor", max(self.settings.clock() - began, 0.0))
 
     def _inherit(self, entry: Entry) -> Session:
         """The session of an actor that died: in its memory, or, if that is not to be had, from its journal."""
@@ -205,6 +218,7 @@ class Custody:
         else:
             await entry.actor.handle.drop_cache.remote(key)
         self.settle(entry, await self.stats(entry))
+        self.events.add(EventKind.MEMORY_GIVEN_WAY, key, reason="turn")
 
     def drop_surplus(self) -> None:
         """Unnamed conversations beyond the number to keep go."""
@@ -213,7 +227,10 @@ class Custody:
 
     async def _try_drop(self, entry: Entry) -> bool:
         try:
-            return await self._drop(entry)
+            is_gone = await self._drop(entry)
+            if is_gone:
+                self.events.add(EventKind.MEMORY_GIVEN_WAY, entry.key, reason="idle")
+            return is_gone
         except RayError as error:
             # Its actor died: not the fault of whoever waits for room.
             logger.info("a cache could not be dropped: %s", type(error).__name__)

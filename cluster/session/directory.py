@@ -21,6 +21,7 @@ from phi_cluster.cluster.messages import AdmitTurn, BeginTurn, CommitTurn, Moved
 from phi_cluster.cluster.session.keeper import HeldBy
 from phi_cluster.cluster.session.recycler import RecycleReason
 from phi_cluster.cluster.session.session import SessionStats
+from phi_cluster.cluster.session_api import SessionPage, SessionQuery
 from phi_cluster.cluster.turn_api import Rates
 
 _REMEMBERED_HOLDERS = 4096
@@ -32,10 +33,12 @@ _QUICK_HOPS = 3
 
 
 class SessionDirectory:
-    """For one event loop. `keeper()` finds the keeper's handle (it may be a new one after a restart)."""
+    """For one event loop. `keeper()` finds the keeper's handle (it may be a new one after a restart). `on_commit` is
+    told how long each turn's record took (seconds) and how much it was (bytes)."""
 
-    def __init__(self, keeper: Callable[[], Any]):
+    def __init__(self, keeper: Callable[[], Any], on_commit: Callable[[float, int], None] | None = None):
         self._keeper = keeper
+        self._on_commit = on_commit
         self._holders: OrderedDict[str, Any] = OrderedDict()
         self._background: set[asyncio.Future[None]] = set()
         # By session: the memory of its last turn is being settled with the keeper.
@@ -65,6 +68,8 @@ class SessionDirectory:
             if commit.key.ephemeral:
                 return
             raise
+        if self._on_commit is not None and isinstance(stats, SessionStats) and stats.commit_seconds is not None:
+            self._on_commit(stats.commit_seconds, len(commit.token_ids) + len(commit.text))
         await self._settle(commit.key, stats)
 
     async def abandon(self, key: SessionKey, epoch: int) -> None:
@@ -90,8 +95,8 @@ class SessionDirectory:
         """See turn_api.UsageBook."""
         return await self._ask_keeper("usage", tenant)
 
-    async def list(self, tenant: str, limit: int, after: str | None) -> list[dict[str, Any]]:
-        return await self._ask_keeper("list", tenant, limit, after)
+    async def browse(self, query: SessionQuery) -> SessionPage:
+        return await self._ask_keeper("browse", query)
 
     async def get(self, tenant: str, session_id: str) -> dict[str, Any]:
         return await self._ask_keeper("describe", SessionKey(tenant, session_id))
@@ -107,6 +112,10 @@ class SessionDirectory:
 
     async def hibernate(self, tenant: str, session_id: str) -> dict[str, Any]:
         return await self._ask_keeper("hibernate", SessionKey(tenant, session_id))
+
+    async def said(self, tenant: str, session_id: str) -> str:
+        """What the conversation's text is (see Transcript.text)."""
+        return await self._ask_keeper("said", SessionKey(tenant, session_id))
 
     async def export(self, tenant: str, session_id: str) -> bytes:
         return await self._ask_keeper("export", SessionKey(tenant, session_id))

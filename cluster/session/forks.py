@@ -12,6 +12,7 @@ import uuid
 from dataclasses import dataclass
 
 from phi_cluster.cluster.errors import PhiError
+from phi_cluster.cluster.events import EventKind
 from phi_cluster.cluster.messages import Moved, SegmentRef, SessionKey
 from phi_cluster.cluster.session.custody import Custody, Recorded, no_session, session_exists
 from phi_cluster.cluster.session.roster import Entry
@@ -135,6 +136,7 @@ class Forks:
         # From here on there is the session.
         self._roster.add_stored(new)
         self.made += 1
+        self._custody.events.add(EventKind.SESSION_FORKED, new)
         if copy is None:
             return
         try:

@@ -16,6 +16,7 @@ from ray.exceptions import RayError, RayTaskError
 
 from phi_cluster.cluster.config import SessionsConfig
 from phi_cluster.cluster.errors import PhiError, SessionBusy
+from phi_cluster.cluster.events import EventKind, EventLog
 from phi_cluster.cluster.messages import Moved, SegmentRef, SessionKey
 from phi_cluster.cluster.session.actor_pool import ANSWER_SECONDS, ActorPool, PooledActor
 from phi_cluster.cluster.session.journal import Journal
@@ -24,6 +25,7 @@ from phi_cluster.cluster.session.reports import private_or_zero
 from phi_cluster.cluster.session.roster import Entry, Roster
 from phi_cluster.cluster.session.segment import SegmentGone, SegmentMismatch
 from phi_cluster.cluster.session.session import Session, SessionSettings, SessionStats
+from phi_cluster.monitoring.session_metrics import SessionMetrics
 
 logger = logging.getLogger(__name__)
 
@@ -43,12 +45,16 @@ class HandOvers:
         settings: SessionSettings,
         journal: Callable[[SessionKey], Journal],
         config: SessionsConfig,
+        events: EventLog,
+        metrics: SessionMetrics,
     ):
         self._roster = roster
         self._pool = pool
         self._settings = settings
         self._journal = journal
         self._config = config
+        self._events = events
+        self._metrics = metrics
         self._tending: asyncio.Task[None] | None = None
         self._needed = asyncio.Event()
         self.activations = 0
@@ -175,6 +181,7 @@ class HandOvers:
             logger.error("a session actor (pid %d) does not answer and is replaced", actor.process.pid)
             await self._pool.actors.kill_for_sure(actor.process)
             self.recycles[RecycleReason.UNRESPONSIVE.value] += 1
+            self._events.add(EventKind.SESSION_ACTOR_HUNG, entry.key)
 
     def _hold(self, entry: Entry, ref: SegmentRef | None) -> None:
         """Whatever becomes of the actor: its memory is not lost with it. (One that cannot be had is computed again.)"""
@@ -227,9 +234,11 @@ class HandOvers:
         if predecessor is None:
             assert held is not None
             held.complete_hand_over()
+            self._events.add(EventKind.SESSION_ACTIVATED, key)
         else:
             assert reason is not None
             self.recycles[reason.value] += 1
+            self._events.add(EventKind.SESSION_RECYCLED, key, reason=reason.value)
             await self._let_go(key, predecessor)
 
     async def to_keeper(self, entry: Entry, reason: RecycleReason, wait_seconds: float = _WAIT_SECONDS) -> None:
@@ -253,6 +262,8 @@ class HandOvers:
         entry.hold(None)
         entry.actor, entry.wants_actor = None, False
         self.recycles[reason.value] += 1
+        self._events.add(EventKind.SESSION_DEACTIVATED, entry.key, reason=reason.value)
+        self._metrics.on_deactivated(reason.value)
         await self._let_go(entry.key, actor)
 
     async def _begin(

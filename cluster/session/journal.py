@@ -68,6 +68,19 @@ class JournalInfo:
     created_at: float
 
 
+@dataclass(frozen=True)
+class Glance:
+    """What can be told of a journal without reading its turns. `last_used`: when it was made or had its last turn,
+    whichever was later; it and `created_at` are wall clock in seconds. The rest as in `JournalInfo`."""
+
+    num_tokens: int
+    turns: int
+    activation: int
+    recycles: int
+    created_at: float
+    last_used: float
+
+
 class Journal(Protocol):
     """All methods block, may raise the errors of this file, and are called by one thread."""
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -22,19 +23,22 @@ from typing import Any
 import ray
 
 from phi_cluster.cluster.config import KVConfig, SessionsConfig
-from phi_cluster.cluster.errors import Overloaded
+from phi_cluster.cluster.errors import Overloaded, PhiError
+from phi_cluster.cluster.events import EventKind
 from phi_cluster.cluster.messages import AdmitTurn, BeginTurn, CommitTurn, Moved, SessionKey, TurnGrant, TurnUsage
 from phi_cluster.cluster.processes import private_bytes, process_id
 from phi_cluster.cluster.session.accounts import Accounts, ForgetfulStore, UsageStore
 from phi_cluster.cluster.session.actor import session_settings
 from phi_cluster.cluster.session.actor_pool import RayActors
 from phi_cluster.cluster.session.administration import Administration
+from phi_cluster.cluster.session.catalog import Catalog
 from phi_cluster.cluster.session.conversation import name_digest
 from phi_cluster.cluster.session.custody import Custody, Journals
 from phi_cluster.cluster.session.forks import Forks
+from phi_cluster.cluster.session.glances import Glances
 from phi_cluster.cluster.session.hibernation import Hibernation
 from phi_cluster.cluster.session.hibernation_store import FileHibernationStore, HibernationStore, read_key
-from phi_cluster.cluster.session.journal import Journal
+from phi_cluster.cluster.session.journal import Glance, Journal
 from phi_cluster.cluster.session.recycler import RecycleReason
 from phi_cluster.cluster.session.reports import (
     KeeperReport,
@@ -46,15 +50,21 @@ from phi_cluster.cluster.session.retention import Retention
 from phi_cluster.cluster.session.roster import Entry
 from phi_cluster.cluster.session.segment_layout import SegmentLayout
 from phi_cluster.cluster.session.session import SessionSettings, SessionStats
-from phi_cluster.cluster.session.sqlite_journal import SQLiteJournal, last_used, list_sessions
+from phi_cluster.cluster.session.sqlite_journal import SQLiteJournal, glance, journals_nbytes, list_sessions
 from phi_cluster.cluster.session.tenant_memory import TenantMemory
 from phi_cluster.cluster.session.usage_file import UsageFile
+from phi_cluster.cluster.session_api import SessionPage, SessionQuery
 from phi_cluster.cluster.turn_api import Rates
+from phi_cluster.monitoring.session_metrics import SessionMetrics
 
 logger = logging.getLogger(__name__)
 
 # A session that the keeper holds closes its journal's file after so long without a turn.
 _REST_SECONDS = 30.0
+# Between two looks at how much disk the journals take.
+_JOURNALS_SECONDS = 20.0
+# Why the keeper takes sessions back from their actors.
+_DEACTIVATION_REASONS = (RecycleReason.IDLE.value, RecycleReason.MEMORY_PRESSURE.value)
 
 
 @dataclass(frozen=True)
@@ -84,16 +94,22 @@ class NodeSessions:
         self._layout = settings.layout
         self._node_id = node_id
         self._process = process_id()
-        self._custody = Custody(settings, journals, actors, sessions, kv, budget_nbytes)
+        self._metrics = SessionMetrics(_DEACTIVATION_REASONS)
+        self._custody = Custody(settings, journals, actors, sessions, kv, budget_nbytes, self._metrics)
         self._roster = self._custody.roster
         self._hibernation = Hibernation(self._custody, store)
         self._administration = Administration(self._custody, self._hibernation, node_id)
+        glances = Glances(self._custody)
+        self._catalog = Catalog(self._custody, self._hibernation, self._administration, glances, node_id)
         self._forks = Forks(self._custody)
-        self._retention = Retention(self._custody, self._administration, self._hibernation, sessions.retention)
+        self._retention = Retention(self._custody, self._administration, self._hibernation, glances, sessions.retention)
         self._accounts = Accounts(usage or ForgetfulStore(), settings.clock, settings.is_alive)
         self._memory = TenantMemory(
             self._custody, lambda tenant: self._accounts.limits_of(tenant).kv_bytes, kv.reserve_wait
         )
+        # Disk that journals take, and when that was looked at (the loop's seconds).
+        self._journal_nbytes = 0
+        self._journals_seen_at = -math.inf
         self._starting: asyncio.Task[None] | None = None
 
     async def start(self) -> int:
@@ -106,6 +122,7 @@ class NodeSessions:
     async def _start(self) -> None:
         await self._custody.start()
         await self._hibernation.start()
+        self._custody.events.add(EventKind.KEEPER_STARTED)
 
     # A turn.
 
@@ -229,10 +246,10 @@ class NodeSessions:
         await self.start()
         return await self._administration.describe(key)
 
-    async def list(self, tenant: str, limit: int, after: str | None) -> list[dict[str, Any]]:
-        """A tenant's named sessions in ascending order of id."""
+    async def browse(self, query: SessionQuery) -> SessionPage:
+        """A page of the named sessions. Raises InvalidRequest if its place is gone."""
         await self.start()
-        return await self._administration.list(tenant, limit, after)
+        return await self._catalog.browse(query)
 
     async def clear(self, key: SessionKey) -> dict[str, Any]:
         """Raises NotFound and SessionBusy."""
@@ -269,6 +286,11 @@ class NodeSessions:
         await self.start()
         return self._administration.export(key)
 
+    async def said(self, key: SessionKey) -> str:
+        """The conversation's text. Raises NotFound and the journal's errors."""
+        await self.start()
+        return self._administration.said(key)
+
     async def import_session(self, key: SessionKey, data: bytes, vocab_size: int) -> dict[str, Any]:
         """Makes a session of such a file. Raises SessionExists and BadExport."""
         await self.start()
@@ -286,7 +308,8 @@ class NodeSessions:
         await self._forks.fork(key, new, turn)
         return await self._administration.describe(new)
 
-    async def report(self) -> KeeperReport:
+    async def report(self, events_after: int = 0) -> KeeperReport:
+        """With what happened behind the event numbered so in this keeper's log."""
         await self.start()
         entries = list(self._roster)
         leased = [self._custody.ledger.lease(entry.key.digest) for entry in entries]
@@ -298,6 +321,7 @@ class NodeSessions:
             if entry.session is not None and not entry.session.in_turn and s.idle_seconds > _REST_SECONDS:
                 entry.session.rest()
         await self._save_usage()
+        await self._look_at_journals()
         in_memory = {entry.key.digest for entry in entries}
         on_disk = [key for key in self._roster.stored_keys() if key.digest not in in_memory]
         asleep = [nbytes for key in on_disk if (nbytes := self._hibernation.nbytes(key)) is not None]
@@ -314,9 +338,29 @@ class NodeSessions:
             activations=self._custody.hands.activations,
             recycles=dict(self._custody.hands.recycles),
             private_nbytes=private_bytes(),
+            journal_nbytes=self._journal_nbytes,
+            snapshot=self._metrics.snapshot(),
             usage=self._accounts.totals(),
+            events=self._custody.events.after(events_after),
             counts={"forks": self._forks.made, "deletions": self._retention.deleted, **self._hibernation.counts},
         )
+
+    async def prepare_end(self) -> bool:
+        """This keeper is to be renewed: whether it may end now, because no turn is with it and nobody waits for memory.
+        Named sessions that it holds have left memory for the disk then; unnamed ones will be computed again."""
+        await self.start()
+        if self._is_busy():
+            return False
+        for entry in self._roster:
+            if entry.session is not None and not entry.key.ephemeral:
+                with contextlib.suppress(PhiError, OSError):
+                    await self._hibernation.hibernate(entry.key, is_asked=False)
+        await self._save_usage()
+        return not self._is_busy()
+
+    def _is_busy(self) -> bool:
+        in_turn = any(entry.session is not None and entry.session.in_turn for entry in self._roster)
+        return in_turn or self._custody.leases.num_waiting > 0
 
     async def close(self) -> int:
         """Ends all actors; conversations stay in their journals. Returns how many named sessions there are."""
@@ -329,6 +373,14 @@ class NodeSessions:
         # Strangers' strings are no keys here.
         hint = None if request.cache_hint is None else name_digest(request.cache_hint).hex()
         return self._roster.continue_or_open(request.key.tenant, request.text, hint)
+
+    async def _look_at_journals(self) -> None:
+        """Now and then: there may be many files."""
+        now = asyncio.get_running_loop().time()
+        if now - self._journals_seen_at < _JOURNALS_SECONDS:
+            return
+        self._journals_seen_at = now
+        self._journal_nbytes = await asyncio.to_thread(self._custody.journals.nbytes)
 
     async def _save_usage(self) -> None:
         try:
@@ -353,8 +405,11 @@ class _SQLiteJournals:
     def keys(self) -> Iterable[SessionKey]:
         return list_sessions(self._state_path)
 
-    def last_used(self, key: SessionKey) -> float | None:
-        return last_used(self._state_path, key)
+    def nbytes(self) -> int:
+        return journals_nbytes(self._state_path)
+
+    def glance(self, key: SessionKey) -> Glance | None:
+        return glance(self._state_path, key)
 
 
 # Whoever waits here, for a turn or for memory, must not take the place of the commit that it waits for: Ray's default

@@ -8,11 +8,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from phi_cluster.cluster.events import Event
 from phi_cluster.cluster.messages import ProcessId
 from phi_cluster.cluster.processes import private_bytes
 from phi_cluster.cluster.session.accounts import UsageTotals
-from phi_cluster.cluster.session.journal import JournalInfo
+from phi_cluster.cluster.session.journal import Glance
 from phi_cluster.cluster.session.session import SessionStats
+from phi_cluster.monitoring.snapshots import FamilySnapshot
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class SessionReport:
 @dataclass(frozen=True)
 class KeeperReport:
     """What the controller collects. Bytes; counters since this keeper started; `counts` are those that the metrics
-    declare (see monitoring/metrics.py)."""
+    declare, `snapshot` what it measures (see monitoring/session_metrics.py)."""
 
     node_id: str
     process: ProcessId
@@ -44,7 +46,11 @@ class KeeperReport:
     recycles: dict[str, int]
     private_nbytes: int
     counts: dict[str, int]
+    journal_nbytes: int = 0
+    snapshot: list[FamilySnapshot] = field(default_factory=list)
     usage: list[UsageTotals] = field(default_factory=list)
+    # Since the controller asked last.
+    events: list[Event] = field(default_factory=list)
 
 
 def public_usage(totals: UsageTotals, *, num_turns: int, num_sessions: int, kv_cache_nbytes: int) -> dict[str, Any]:
@@ -83,23 +89,21 @@ def public_description(stats: SessionStats, actor_pid: int | None, node_id: str)
     }
 
 
-def stored_description(
-    session_id: str, info: JournalInfo, num_tokens: int, now: float, disk_nbytes: int | None
-) -> dict[str, Any]:
+def stored_description(session_id: str, seen: Glance, now: float, disk_nbytes: int | None) -> dict[str, Any]:
     """A session that only the disk holds, under the same names. `now` is wall clock, seconds; `disk_nbytes` its
     hibernated cache, None if there is only its journal."""
     return {
         "id": session_id,
         "state": "stored" if disk_nbytes is None else "hibernated",
-        "num_tokens": num_tokens,
+        "num_tokens": seen.num_tokens,
         "kv_cache_bytes": 0,
         "disk_bytes": disk_nbytes or 0,
         "process_bytes": 0,
-        "turns": info.turns,
-        "age_seconds": round(max(now - info.created_at, 0.0), 3),
-        "idle_seconds": None,
-        "activation": info.activation,
-        "recycles": info.recycles,
+        "turns": seen.turns,
+        "age_seconds": round(max(now - seen.created_at, 0.0), 3),
+        "idle_seconds": round(max(now - seen.last_used, 0.0), 3),
+        "activation": seen.activation,
+        "recycles": seen.recycles,
         "holder": "disk",
         "node_id": None,
         "actor_pid": None,

@@ -5,12 +5,13 @@ Owns: finding them, a few at a time. Knows nothing of how a session is deleted o
 
 from __future__ import annotations
 
-import asyncio
 import logging
 
 from phi_cluster.cluster.errors import PhiError
+from phi_cluster.cluster.messages import SessionKey
 from phi_cluster.cluster.session.administration import Administration
 from phi_cluster.cluster.session.custody import Custody
+from phi_cluster.cluster.session.glances import Glances
 from phi_cluster.cluster.session.hibernation import Hibernation
 
 logger = logging.getLogger(__name__)
@@ -23,12 +24,18 @@ class Retention:
     """For one event loop. `seconds` None: nothing is ever deleted unasked. `deleted`: how many since it was made."""
 
     def __init__(
-        self, custody: Custody, administration: Administration, hibernation: Hibernation, seconds: float | None
+        self,
+        custody: Custody,
+        administration: Administration,
+        hibernation: Hibernation,
+        glances: Glances,
+        seconds: float | None,
     ):
         self._custody = custody
         self._administration = administration
         self._hibernation = hibernation
         self._seconds = seconds
+        self._glances = glances
         self.deleted = 0
 
     async def sweep(self) -> int:
@@ -40,13 +47,10 @@ class Retention:
             # First it leaves memory: whoever comes while that goes on keeps it.
             if not entry.key.ephemeral and (await custody.stats(entry)).idle_seconds > self._seconds:
                 await self._hibernation.make_room(entry)
-        keys = [key for key in custody.roster.stored_keys() if custody.roster.find(key) is None]
-        used = await asyncio.to_thread(lambda: [(custody.journals.last_used(key), key) for key in keys])
-        oldest = sorted(((at, key.digest, key) for at, key in used if at is not None))[:_MAX_PER_SWEEP]
-        for _, _, key in oldest:
+        for key in await self._due(self._seconds):
             # Looked at again: a turn may have come, and from here to the deletion nothing can.
-            last_used = custody.journals.last_used(key)
-            if last_used is None or custody.settings.clock() - last_used <= self._seconds:
+            seen_now = custody.journals.glance(key)
+            if seen_now is None or custody.settings.clock() - seen_now.last_used <= self._seconds:
                 continue
             if custody.roster.find(key) is None and custody.roster.is_known(key):
                 try:
@@ -55,3 +59,11 @@ class Retention:
                 except (PhiError, OSError) as error:
                     logger.warning("a session that nobody uses could not be deleted: %s", error)
         return self.deleted - before
+
+    async def _due(self, seconds: float) -> list[SessionKey]:
+        """Stored sessions that nobody has used for so long, the oldest first, as many as one sweep deletes."""
+        roster, latest = self._custody.roster, self._custody.settings.clock() - seconds
+        keys = {key.digest: key for key in roster.stored_keys() if roster.find(key) is None}
+        seen = await self._glances.look_at(keys.values())
+        due = sorted((one.last_used, digest) for digest, one in seen.items() if one and one.last_used < latest)
+        return [keys[digest] for _, digest in due[:_MAX_PER_SWEEP]]

@@ -56,6 +56,8 @@ class Roster:
         self._entries: dict[str, Entry] = {}
         # Named sessions with a journal, by tenant and name: also those that only the disk holds.
         self._named: dict[str, dict[str, SessionKey]] = {}
+        # Told of a named session that comes to be or into memory, and of one that is deleted.
+        self.on_change: Callable[[SessionKey], None] = lambda key: None
 
     def __iter__(self) -> Iterator[Entry]:
         return iter(list(self._entries.values()))
@@ -64,6 +66,7 @@ class Roster:
         """A journal exists for this key."""
         if not key.ephemeral:
             self._named.setdefault(key.tenant, {})[key.session_id] = key
+            self.on_change(key)
 
     def adopt(self, entry: Entry) -> None:
         """An entry that exists already (its actor outlived a keeper)."""
@@ -78,10 +81,6 @@ class Roster:
         """Whether there is such a session, in memory or on disk."""
         stored = not key.ephemeral and key.session_id in self._named.get(key.tenant, {})
         return stored or key.digest in self._entries
-
-    def stored_names(self, tenant: str) -> list[str]:
-        """Names of a tenant's sessions, sorted."""
-        return sorted(self._named.get(tenant, ()))
 
     def named(self, tenant: str) -> Mapping[str, SessionKey]:
         """A tenant's sessions by name, in memory or on disk; a view, not to be kept."""
@@ -137,6 +136,7 @@ class Roster:
 
     def forget_stored(self, key: SessionKey) -> None:
         """The journal of a session that is not in memory is gone."""
+        self.on_change(key)
         names = self._named.get(key.tenant, {})
         names.pop(key.session_id, None)
         if not names:

@@ -24,7 +24,14 @@ import msgpack
 from phi_cluster.cluster.errors import PhiError
 from phi_cluster.cluster.messages import CommitTurn, SessionKey
 from phi_cluster.cluster.session import sqlite_file
-from phi_cluster.cluster.session.journal import JournalInfo, JournalUnavailable, filled, first_epoch, stale_epoch
+from phi_cluster.cluster.session.journal import (
+    Glance,
+    JournalInfo,
+    JournalUnavailable,
+    filled,
+    first_epoch,
+    stale_epoch,
+)
 from phi_cluster.cluster.session.sqlite_file import MIGRATIONS, checksum, corrupt, translated
 
 _TURN_COLUMNS = (
@@ -43,14 +50,21 @@ def journal_path(state_dir: Path, key: SessionKey) -> Path:
     return state_dir / "sessions" / key.digest[:2] / f"{key.digest}.sqlite"
 
 
-def last_used(state_dir: Path, key: SessionKey) -> float | None:
-    """When the session was made or had its last turn, whichever was later (wall clock, seconds); None: there is no
-    journal that could be read. Makes none."""
+# The last turn says how long the conversation is; the ids themselves are not read.
+_GLANCE = """
+    SELECT coalesce(num_kept_tokens + length(token_ids) / 4, 0), turns, activation, recycles, created_at,
+           max(created_at, coalesce(committed_at, 0))
+    FROM session LEFT JOIN (SELECT * FROM turns ORDER BY epoch DESC LIMIT 1)
+"""
+
+
+def glance(state_dir: Path, key: SessionKey) -> Glance | None:
+    """What can be told of a session without reading its turns; None: there is no journal that could be read. Makes
+    none, and does not look at checksums."""
     try:
         location = f"{journal_path(state_dir, key).absolute().as_uri()}?mode=rw"
         with contextlib.closing(sqlite3.connect(location, uri=True, timeout=1.0)) as connection:
-            query = "SELECT max(created_at, coalesce((SELECT max(committed_at) FROM turns), 0)) FROM session"
-            return connection.execute(query).fetchone()[0]
+            return Glance(*connection.execute(_GLANCE).fetchone())
     except (sqlite3.Error, TypeError):
         return None
 
@@ -67,6 +81,15 @@ def list_sessions(state_dir: Path, on_error: Callable[[Path, PhiError], None] | 
             continue
         if row is not None:
             yield SessionKey(row[0], row[1], bool(row[2]))
+
+
+def journals_nbytes(state_dir: Path) -> int:
+    """Disk that all stored sessions' journals and their logs take."""
+    total = 0
+    for path in (state_dir / "sessions").glob("??/*.sqlite*"):
+        with contextlib.suppress(OSError):
+            total += path.stat().st_blocks * 512
+    return total
 
 
 def _read_names(path: Path) -> tuple[str, str, int] | None:

@@ -8,8 +8,10 @@ from __future__ import annotations
 import os
 import sys
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+
+from phi_cluster.cluster.runtime_dir import base_dir
 
 _TICKS = os.sysconf("SC_CLK_TCK")
 _KINDS = {
@@ -21,6 +23,23 @@ _KINDS = {
     "WeightStore": "weight store",
     "haproxy -db": "haproxy",
 }
+# What `ray` is made of.
+_RAY_PARTS = {
+    "gcs_server": "GCS",
+    "raylet/raylet": "raylet",
+    "log_monitor.py": "log monitor",
+    "RuntimeEnvAgent": "runtime env agent",
+    "runtime_env_agent": "runtime env agent",
+    "DashboardAgent": "dashboard agent",
+    "dashboard/agent": "dashboard agent",
+    "dashboard/dashboard": "dashboard",
+    "autoscaler/_private": "autoscaler",
+    "ServeController": "Serve controller",
+    "ProxyActor": "Serve proxy",
+    "HAProxyManager": "HAProxy manager",
+    "ray::IDLE": "idle worker",
+    "growing_process.py": "planted leak",
+}
 # Only these are the server's: whoever talks to it is not.
 CLIENT = "client"
 
@@ -30,15 +49,23 @@ def find_server() -> int:
     pids = [
         int(entry.name)
         for entry in Path("/proc").iterdir()
-        if entry.name.isdigit() and any(Path("/tmp").glob(f"phi-{entry.name}-*"))
+        if entry.name.isdigit() and any(base_dir().glob(f"phi-{entry.name}-*"))
     ]
     if len(pids) != 1:
         sys.exit(f"{len(pids)} servers run here: name one with --server-pid")
     return pids[0]
 
 
-def server_processes(server_pid: int) -> dict[int, str]:
-    """Pids of a server's processes with a name for their kind: they inherit the name of its runtime folder."""
+def runtime_dir_of(server_pid: int) -> Path:
+    """The folder of a server (cluster/runtime_dir.py). Raises ValueError if there is not one."""
+    [folder] = base_dir().glob(f"phi-{server_pid}-*")
+    return folder
+
+
+def server_processes(server_pid: int, name: Callable[[str], str] | None = None) -> dict[int, str]:
+    """Pids of a server's processes, which inherit the name of its runtime folder, each with what `name` (`kind_of` if
+    there is none) makes of its command."""
+    name = name or kind_of
     mark = f"/phi-{server_pid}-".encode()
     found = {server_pid: "driver"}
     for entry in Path("/proc").iterdir():
@@ -50,13 +77,19 @@ def server_processes(server_pid: int) -> dict[int, str]:
                 continue
         except OSError:
             continue
-        found.setdefault(int(entry.name), kind_of(command))
+        found.setdefault(int(entry.name), name(command))
     return found
 
 
 def kind_of(command: str) -> str:
     """`ray::EngineActor` -> engine, and so on; the rest of Ray is one kind."""
     return next((kind for part, kind in _KINDS.items() if part in command), "ray")
+
+
+def part_of(command: str) -> str:
+    """As `kind_of`, with Ray's and Serve's processes by name."""
+    kind = kind_of(command)
+    return next((part for piece, part in _RAY_PARTS.items() if piece in command), kind) if kind == "ray" else kind
 
 
 class CpuClock:

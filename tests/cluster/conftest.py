@@ -6,15 +6,18 @@ Owns: how tests ask, over HTTP and through /proc. Knows nothing of how a server 
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import struct
 import time
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from playwright.async_api import ConsoleMessage, Page, async_playwright
 from prometheus_client.parser import text_string_to_metric_families
 
 from phi_cluster.cluster.config import Config
@@ -325,3 +328,34 @@ def model_folder() -> Path:
 @pytest.fixture(scope="session")
 def tokenizer(model_folder: Path) -> Tokenizer:
     return Tokenizer.from_folder(model_folder)
+
+
+@pytest.fixture
+async def open_page() -> AsyncIterator[Callable[..., Awaitable[Page]]]:
+    """`await open_page(url, **context)`: the live page in a headless Chromium of the system's. Whatever the browser has
+    to complain of (scripts that fail, what the page's policy forbids) fails the test."""
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        told = "Debian's chromium is not installed, so the live page is not tested"
+        pytest.fail(told) if os.environ.get("CI") else pytest.skip(told)
+    complaints: list[str] = []
+    async with async_playwright() as playwright:
+        browser = await playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+
+        async def open_page(url: str, **context: Any) -> Page:
+            made = await browser.new_context(**{"viewport": {"width": 1440, "height": 900}, **context})
+            page = await made.new_page()
+            page.set_default_timeout(30_000)
+            page.on("pageerror", lambda error: complaints.append(str(error)))
+            page.on("console", lambda said: complaints.append(said.text) if _is_complaint(said) else None)
+            await page.goto(f"{url}/ui")
+            return page
+
+        yield open_page
+        await browser.close()
+    assert complaints == []
+
+
+def _is_complaint(said: ConsoleMessage) -> bool:
+    # The server's own refusals are answers like others.
+    return said.type in ("error", "warning") and "Failed to load resource" not in said.text

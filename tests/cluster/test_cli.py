@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -15,8 +17,11 @@ from typing import Any
 import pytest
 
 from phi_cluster.cluster.cli import main
+from phi_cluster.cluster.client import Client
 from phi_cluster.cluster.config import Config, load_config
 from phi_cluster.cluster.keys import KeyFile
+from phi_cluster.cluster.terminal_watch import show_events, show_top
+from phi_cluster.cluster.top import screen
 from phi_cluster.cluster.turn_api import Identity
 
 
@@ -32,6 +37,13 @@ class Server(ThreadingHTTPServer):
         self.bodies: list[dict[str, Any]] = []
         self.names = ["a", "b", "c"]
         self.page = 2
+        self.cluster: dict[str, Any] | None = None
+        self.events = [
+            {"number": 7 + n, "id": f"e{n}", "time": 0.0, "text": text, "session_id": session_id}
+            for n, (text, session_id) in enumerate((("an engine was lost", None), ("a session woke", "a")))
+        ]
+        # So many of them are in the page, the others come in the stream.
+        self.told = 1
 
     @property
     def url(self) -> str:
@@ -84,7 +96,26 @@ class Handler(BaseHTTPRequestHandler):
             after = dict(part.split("=") for part in query.split("&")).get("after", "")
             names = [name for name in server.names if name > after]
             page = [server.describe(name) for name in names[: server.page]]
-            self._send(200, json.dumps({"data": page, "has_more": len(names) > server.page}).encode())
+            last = page[-1]["id"] if page else None
+            totals = {
+                "sessions": 3,
+                "by_state": {"active": 2, "held": 1},
+                "kv_cache_bytes": 79_500_000,
+                "disk_bytes": 0,
+            }
+            body = {"data": page, "has_more": len(names) > server.page, "last_id": last, "totals": totals}
+            self._send(200, json.dumps(body).encode())
+        elif path == "/v1/cluster" and server.cluster is None:
+            self._send(403, b'{"error": {"message": "no scope admin"}}')
+        elif path == "/v1/cluster":
+            self._send(200, json.dumps(server.cluster).encode())
+        elif path == "/v1/events" and "stream" in query:
+            after = int(self.headers["last-event-id"])
+            lines = [one for one in server.events if one["number"] > after]
+            self._send(200, b"".join(b"data: " + json.dumps(one).encode() + b"\n\n" for one in lines))
+        elif path == "/v1/events":
+            told = server.events[: server.told]
+            self._send(200, json.dumps({"data": told, "has_more": False, "last": told[-1]["number"]}).encode())
         elif path == "/v1/chat/completions":
             server.bodies.append(body)
             said = body["messages"][-1]["content"].upper()
@@ -311,3 +342,139 @@ def test_a_new_key_is_shown_once(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert KeyFile(path).identify(shown.out.strip()) == Identity("bob")
     assert main(["keys", "new", "a b"]) == 1
     assert "cannot be the name of a key" in capsys.readouterr().err
+
+
+def test_sessions_are_filtered_by_the_server_and_told_as_json(
+    server: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--json", "--sort", "tokens", "--state", "held", "--search", "x:y", "--tenant", "*", "--limit", "3"]
+    assert main(["sessions", "--url", server.url, *arguments]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [json.loads(line)["id"] for line in lines] == ["a", "b", "c"]
+    query = "limit=3&sort=tokens&state=held&search=x%3Ay&tenant=%2A"
+    assert server.asked == [("GET", f"/v1/sessions?{query}"), ("GET", f"/v1/sessions?{query}&after=b")]
+
+
+def test_no_more_sessions_are_asked_for_than_are_wanted(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["sessions", "--url", server.url, "--limit", "2"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 3
+    assert len(server.asked) == 1
+
+
+def test_events_are_told(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["events", "--url", server.url]) == 0
+    assert re.fullmatch(r"\d\d:00:00  an engine was lost\n", capsys.readouterr().out)
+    assert main(["events", "--url", server.url, "--json", "--limit", "5"]) == 0
+    assert json.loads(capsys.readouterr().out) == server.events[0]
+    assert server.asked[-1] == ("GET", "/v1/events?limit=5")
+
+
+def test_events_are_followed_and_told_once(server: Server) -> None:
+    """Also if the controller tells them again."""
+
+    def sleep(_: float) -> None:
+        server.events.append(server.events[1] | {"number": server.events[-1]["number"] + 1})
+        if len(server.events) > 4:
+            raise KeyboardInterrupt
+
+    out = io.StringIO()
+    with Client(server.url) as client, pytest.raises(KeyboardInterrupt):
+        show_events(client, out, 100, follows=True, as_json=False, sleep=sleep)
+    assert [line[10:] for line in out.getvalue().splitlines()] == ["an engine was lost", "a session woke  a"]
+
+
+CLUSTER = {
+    "nodes": [
+        {
+            "id": "c8ce43ddfae9",
+            "kv_cache": {
+                "budget_bytes": 9_000_000_000,
+                "leased_bytes": 4_500_000_000,
+                "bytes_by_state": {"active": 53_000_000},
+            },
+            "hibernated_bytes": 1_000_000,
+            "keeper": {"pid": 12, "private_bytes": 58_000_000},
+            "session_actors": {"count": 2, "private_bytes": 88_000_000},
+        }
+    ],
+    "replicas": [
+        {
+            "pid": 13,
+            "age_seconds": 90000.0,
+            "private_bytes": 154_000_000,
+            "requests_running": 3,
+            "requests_waiting": 1,
+            "engine": {
+                "pid": 14,
+                "age_seconds": 61.0,
+                "steps": 1834,
+                "private_bytes": 210_000_000,
+                "private_growth_bytes": 2_000_000,
+            },
+            "standby_engines": [{"pid": 15, "private_bytes": 191_000_000}],
+        }
+    ],
+    "controller": {"pid": 11, "age_seconds": 5.0, "private_bytes": 58_000_000},
+    "last_minute": {
+        "generation_tokens_per_second": 120.25,
+        "ttft_seconds": {"p50": 0.045, "p95": 0.1},
+        "inter_token_seconds": {"p50": None, "p95": None},
+    },
+    "requests_running": 3,
+    "requests_waiting": 1,
+}
+
+
+def test_top_prints_once_where_there_is_no_terminal(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+    server.cluster = CLUSTER
+    assert main(["top", "--url", server.url]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:3] == [
+        "last min  120.2 tok/s   first token 45 ms (p95 100)   between tokens -   3 running, 1 waiting",
+        "node c8ce43dd  KV [###############...............] 50.0% of 9.00 GB   asleep 1.0 MB",
+        "sessions  3 (2 active, 1 held)   KV 79.5 MB, on disk 0.0 MB",
+    ]
+    assert "engine          14   61 s  210.0 MB  1834 steps, +2.0 MB since it settled" in lines
+    assert "a   active  1234    26.5 MB  44 MB    3      4121   -" in lines
+    assert lines[-1].endswith("an engine was lost")
+    assert "\x1b" not in "".join(lines)
+
+
+def test_top_of_a_key_that_may_not_see_the_cluster(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["top", "--url", server.url]) == 0
+    assert capsys.readouterr().out.startswith("sessions  3 (2 active, 1 held)")
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_top_redraws_in_place_and_leaves_the_terminal_as_it_was(server: Server) -> None:
+    server.cluster, out, looks = CLUSTER, Terminal(), []
+
+    def sleep(seconds: float) -> None:
+        looks.append(seconds)
+        # No name may move the cursor.
+        server.names = ["\x1b[2Jevil"]
+        if len(looks) == 2:
+            raise KeyboardInterrupt
+
+    with Client(server.url) as client, pytest.raises(KeyboardInterrupt):
+        show_top(client, out, 2.0, sleep)
+    text = out.getvalue()
+    assert text.count("last min") == 2
+    assert text.startswith("\x1b[?1049h")
+    assert text.endswith("\x1b[?1049l")
+    assert "?[2Jevil" in text
+    assert "\x1b[2J" not in text
+    assert looks == [2.0, 2.0]
+
+
+def test_a_screen_is_no_larger_than_the_terminal() -> None:
+    page = {"data": [Server.describe("s" * 300)] * 60, "totals": {"sessions": 60, "by_state": {"active": 60}}}
+    page["totals"] |= {"kv_cache_bytes": 1, "disk_bytes": 2}
+    for width, height in ((80, 24), (40, 5), (200, 100)):
+        lines = screen(CLUSTER, page, [], width, height)
+        assert len(lines) <= height
+        assert max(map(len, lines)) <= width

@@ -88,6 +88,7 @@ def test_unknown_fields_name_the_nearest(tmp_path: Path) -> None:
         ("device: tpu", "device: "),
         ("dtype: int3", "dtype: Input should be 'auto', 'float32', 'bfloat16', 'int8' or 'int4'"),
         ("kv_cache_dtype: float32", "kv_cache_dtype: Input should be 'auto', 'bfloat16' or 'int8'"),
+        ("{replicas: 3, autoscaling: {max_replicas: 2}}", "FILE: autoscaling.max_replicas: 2 is less than replicas: 3"),
         ("- model", "must hold fields"),
         ("just words", "must hold fields"),
         ("{", "is not valid YAML"),
@@ -97,6 +98,12 @@ def test_unknown_fields_name_the_nearest(tmp_path: Path) -> None:
 )
 def test_wrong_files_are_refused_in_one_sentence(tmp_path: Path, text: str, told: str) -> None:
     assert told in refusal(tmp_path, text)
+
+
+def test_replicas_come_and_go_only_where_it_is_asked_for(tmp_path: Path) -> None:
+    assert load_config(write(tmp_path, "replicas: 3"), {}).max_replicas == 3
+    assert load_config(write(tmp_path, "{replicas: 3, autoscaling: {target_turns: 4}}"), {}).max_replicas == 3
+    assert load_config(write(tmp_path, "autoscaling: {max_replicas: 4}"), {}).max_replicas == 4
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:

@@ -9,19 +9,22 @@ from pathlib import Path
 
 import pytest
 
-from phi_cluster.cluster.config import Config, EngineConfig, KVConfig, ServerConfig
+from phi_cluster.cluster.config import Config, EngineConfig, KVConfig, ServerConfig, SessionsConfig
 from phi_cluster.cluster.errors import StartError
 from phi_cluster.cluster.preflight import (
     ENGINE_NBYTES,
     PROCESSES_NBYTES,
+    SESSION_ACTOR_NBYTES,
     STANDBY_ENGINE_NBYTES,
     Machine,
     check_config,
     check_folder,
     check_platform,
     check_port,
+    fixed_nbytes,
     inspect_machine,
     kv_budget,
+    session_actors,
     standby_engines,
 )
 
@@ -111,6 +114,31 @@ def test_cores_are_what_the_quota_allows(files: dict[str, str], cores: int, proc
     for name, text in files.items():
         write(cgroup, name, text)
     assert inspect_machine(proc, cgroup).cores == cores
+
+
+@pytest.mark.parametrize(("controller", "prefix"), [("0::", ""), ("4:memory:", "memory/")])
+def test_the_tightest_cgroup_above_this_process_counts(controller: str, prefix: str, proc: Path, cgroup: Path) -> None:
+    """A service manager's limit is on the service, not on what is mounted; a limit may also be further up."""
+    write(proc, "self/cgroup", f"9:name=systemd:/elsewhere\n{controller}/app.slice/phi.service\n")
+    limit, used = ("limit_in_bytes", "usage_in_bytes") if prefix else ("max", "current")
+    for place, allowed, taken in (("app.slice/phi.service", 6, 1), ("app.slice", 4, 1), ("elsewhere", 1, 1)):
+        write(cgroup, f"{prefix}{place}/memory.{limit}", str(allowed * 2**30))
+        write(cgroup, f"{prefix}{place}/memory.{used}", str(taken * 2**30))
+    machine = inspect_machine(proc, cgroup)
+    assert (machine.memory_nbytes, machine.available_nbytes) == (4 * 2**30, 3 * 2**30)
+    # Whichever has least left, not whichever is smallest.
+    write(cgroup, f"{prefix}app.slice/phi.service/memory.{used}", str(5 * 2**30))
+    machine = inspect_machine(proc, cgroup)
+    assert (machine.memory_nbytes, machine.available_nbytes) == (4 * 2**30, 2**30)
+
+
+def test_a_containers_own_cgroup_is_what_is_mounted(proc: Path, cgroup: Path) -> None:
+    """The path may be the host's."""
+    write(proc, "self/cgroup", "0::/docker/0123456789ab\n")
+    write(cgroup, "memory.max", str(2**30))
+    write(cgroup, "cpu.max", "100000 100000")
+    machine = inspect_machine(proc, cgroup)
+    assert (machine.memory_nbytes, machine.cores) == (2**30, 1)
 
 
 @pytest.mark.parametrize(
@@ -248,14 +276,16 @@ def test_a_folder_that_cannot_be_written_is_named(config: Config, tmp_path: Path
 
 
 def test_the_budget_is_half_of_what_is_left() -> None:
-    fixed = GB + PROCESSES_NBYTES + 2 * ENGINE_NBYTES
+    fixed = fixed_nbytes(Config(replicas=2), GB)
+    # The object store with the weights, whole.
+    assert fixed > GB / 0.7 + PROCESSES_NBYTES + 2 * ENGINE_NBYTES
     machine = Machine(2, 16 * GB, 10 * GB, "AVX2")
     assert kv_budget(Config(replicas=2), machine, GB, Path("/")) == (10 * GB - fixed) // 2
 
 
 def test_a_configured_budget_is_taken_if_it_fits() -> None:
     machine = Machine(2, 16 * GB, 10 * GB, "AVX2")
-    fixed = PROCESSES_NBYTES + ENGINE_NBYTES
+    fixed = fixed_nbytes(Config(), 0)
     fits = 10 * GB - fixed
     assert kv_budget(Config(kv=KVConfig(budget=fits)), machine, 0, Path("/")) == fits
     with pytest.raises(StartError, match=r"lower kv\.budget"):
@@ -263,7 +293,7 @@ def test_a_configured_budget_is_taken_if_it_fits() -> None:
 
 
 @pytest.mark.parametrize(
-    ("available", "budget"), [(0, None), (PROCESSES_NBYTES + ENGINE_NBYTES + 2**25, None), (16 * GB, 10**6)]
+    ("available", "budget"), [(0, None), (fixed_nbytes(Config(), 0) + 2**25, None), (16 * GB, 10**6)]
 )
 def test_too_little_memory_says_how_much_is_there_and_needed(available: int, budget: int | None) -> None:
     machine = Machine(2, 16 * GB, available, "AVX2")
@@ -271,7 +301,7 @@ def test_too_little_memory_says_how_much_is_there_and_needed(available: int, bud
         kv_budget(Config(kv=KVConfig(budget=budget)), machine, 0, Path("/"))
     told = caught.value.message
     assert told.startswith(f"too little memory: {available // 10**6} MB are available")
-    assert f"take {(PROCESSES_NBYTES + ENGINE_NBYTES) // 10**6} MB and the KV cache 33 MB" in told
+    assert f"take {fixed_nbytes(Config(), 0) // 10**6} MB and the KV cache 33 MB" in told
 
 
 def test_weights_must_fit_into_shared_memory() -> None:
@@ -283,14 +313,24 @@ def test_weights_must_fit_into_shared_memory() -> None:
 @pytest.mark.parametrize("replicas", [1, 3])
 def test_each_replica_has_a_standby_engine_if_all_fit(replicas: int) -> None:
     config = Config(replicas=replicas)
-    needed = 2 * GB + PROCESSES_NBYTES + replicas * (ENGINE_NBYTES + STANDBY_ENGINE_NBYTES)
+    needed = GB + fixed_nbytes(config, GB) + replicas * STANDBY_ENGINE_NBYTES
     assert standby_engines(config, Machine(2, 99 * GB, needed, "AVX2"), GB, GB) == 1
     assert standby_engines(config, Machine(2, 99 * GB, needed - 1, "AVX2"), GB, GB) == 0
 
 
+@pytest.mark.parametrize(("left", "actors"), [(100 * SESSION_ACTOR_NBYTES, 64), (5 * SESSION_ACTOR_NBYTES, 5), (-1, 0)])
+def test_session_actors_are_as_many_as_fit(left: int, actors: int) -> None:
+    fixed = fixed_nbytes(Config(replicas=2), GB) + 2 * STANDBY_ENGINE_NBYTES + 2 * GB
+    # A tenth of the machine stays free.
+    machine = Machine(2, 20 * GB, fixed + 2 * GB + left, "AVX2")
+    assert session_actors(Config(replicas=2), machine, GB, 2 * GB, 1) == actors
+    few = Config(replicas=2, sessions=SessionsConfig(max_actors=3))
+    assert session_actors(few, machine, GB, 2 * GB, 1) == min(actors, 3)
+
+
 def test_asked_for_standby_engines_must_fit() -> None:
     config = Config(engine=EngineConfig(standby_engines=2))
-    needed = PROCESSES_NBYTES + ENGINE_NBYTES + 2 * STANDBY_ENGINE_NBYTES
+    needed = fixed_nbytes(config, 0) + 2 * STANDBY_ENGINE_NBYTES
     assert standby_engines(config, Machine(2, 99 * GB, needed, "AVX2"), 0, 0) == 2
     with pytest.raises(StartError, match=r"2 for each replica take 800 MB, and 799 MB are left after"):
         standby_engines(config, Machine(2, 99 * GB, needed - 10**6, "AVX2"), 0, 0)

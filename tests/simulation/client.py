@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from phi_cluster.cluster.errors import Overloaded, PhiError
 from phi_cluster.cluster.messages import SessionKey
 from phi_cluster.cluster.session.recycler import RecycleReason
+from phi_cluster.cluster.session_api import SessionQuery
 from phi_cluster.cluster.turn_api import TextDelta, TurnFinished, TurnRequest, TurnStarted
 from tests.simulation import language
 from tests.simulation.replica import Connection, Left, Reset
@@ -219,7 +220,7 @@ class Administrator:
             answer: Any = None
             try:
                 if deed == "list":
-                    answer = await replica.directory.list(key.tenant, 10, None)
+                    answer = await replica.directory.browse(SessionQuery(key.tenant, 10))
                 elif deed == "fork":
                     answer = await replica.directory.fork(key.tenant, key.session_id, fork.key.session_id, turn)
                 elif deed == "put_to_sleep":

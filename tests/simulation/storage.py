@@ -12,7 +12,7 @@ from typing import Any
 from phi_cluster.cluster.messages import CommitTurn, SegmentRef, SessionKey
 from phi_cluster.cluster.session.hibernation_file import BadHibernation, Mark
 from phi_cluster.cluster.session.hibernation_store import Hibernated
-from phi_cluster.cluster.session.journal import JournalFull, JournalInfo, JournalUnavailable, MemoryJournal
+from phi_cluster.cluster.session.journal import Glance, JournalFull, JournalInfo, JournalUnavailable, MemoryJournal
 from phi_cluster.cluster.session.segment import Segment, SegmentGone, SegmentLayout, SegmentMismatch
 from tests.simulation.loop import Loop, Process
 
@@ -142,8 +142,14 @@ class Journals:
     def open(self, key: SessionKey) -> DurableJournal:
         return self._kind(key, self._disk, self._process)
 
-    def last_used(self, key: SessionKey) -> float | None:
-        return self._disk.clock() if key.digest in self._disk.files else None
+    def glance(self, key: SessionKey) -> Glance | None:
+        if key.digest not in self._disk.files:
+            return None
+        info, now = self._disk.files[key.digest].info(), self._disk.clock()
+        return Glance(0, info.turns, info.activation, info.recycles, info.created_at, now)
+
+    def nbytes(self) -> int:
+        return 0
 
     def keys(self) -> Iterator[SessionKey]:
         yield from [journal.key for journal in self._disk.files.values()]

@@ -6,6 +6,7 @@ import asyncio
 import json
 import re
 import socket
+from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Container, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -26,6 +27,7 @@ from phi_cluster.cluster.responses.making import MakerLimits
 from phi_cluster.cluster.responses.run import Tools
 from phi_cluster.cluster.responses.store import Branch
 from phi_cluster.cluster.responses.workshop import Rhythm
+from phi_cluster.cluster.session_api import SessionPage, SessionQuery
 from phi_cluster.cluster.turn_api import (
     Identity,
     Position,
@@ -35,6 +37,7 @@ from phi_cluster.cluster.turn_api import (
     TurnRequest,
     TurnStarted,
 )
+from phi_cluster.cluster.watch_api import EventPage
 
 BASE_URL = "http://edge.test"
 # Far longer than anything here takes: only a hang ends in it.
@@ -93,6 +96,8 @@ class FakeSessions:
         self.known: dict[tuple[str, str], dict[str, Any]] = {}
         # Asked for by responses: (tenant, what the new session begins like, its name).
         self.branches: list[tuple[str, Branch, str]] = []
+        self.queries: list[SessionQuery] = []
+        self.said: dict[str, list[dict[str, str]]] = {}
 
     def add(self, tenant: str, session_id: str) -> None:
         self.known[tenant, session_id] = {
@@ -112,9 +117,20 @@ class FakeSessions:
             "engine_pid": None,
         }
 
-    async def list(self, tenant: str, limit: int, after: str | None) -> Sequence[dict[str, Any]]:
-        mine = sorted(session_id for owner, session_id in self.known if owner == tenant)
-        return [self.known[tenant, one] for one in mine if after is None or one > after][:limit]
+    async def browse(self, query: SessionQuery) -> SessionPage:
+        self.queries.append(query)
+        known = [(key, one) for key, one in self.known.items() if query.tenant in (None, key[0])]
+        known = [(key, one) for key, one in known if query.state in (None, one["state"])]
+        known = [(key, one) for key, one in known if (query.search or "") in key[1]]
+        field = {"tokens": "num_tokens", "age": "age_seconds", "idle": "idle_seconds"}.get(query.sort, query.sort)
+        known.sort(key=lambda one: one[1][field], reverse=query.is_descending)
+        cursors = [key[1] if query.tenant else "/".join(key) for key, _ in known]
+        begin = cursors.index(query.after) + 1 if query.after else 0
+        page = slice(begin, begin + query.limit)
+        found = [one | {"tenant": key[0]} for key, one in known[page]]
+        totals = {"sessions": len(known), "by_state": dict(Counter(one["state"] for _, one in known))}
+        totals |= {name: sum(one.get(name, 0) for _, one in known) for name in ("kv_cache_bytes", "disk_bytes")}
+        return SessionPage(found, totals, page.stop < len(known), cursors[page][-1] if found else None)
 
     async def get(self, tenant: str, session_id: str) -> dict[str, Any]:
         if (tenant, session_id) not in self.known:
@@ -134,6 +150,10 @@ class FakeSessions:
         session = await self.get(tenant, session_id)
         session.update(state="hibernated", kv_cache_bytes=0, disk_bytes=8192)
         return session
+
+    async def messages(self, tenant: str, session_id: str) -> list[dict[str, str]]:
+        await self.get(tenant, session_id)
+        return self.said.get(session_id, [])
 
     async def export(self, tenant: str, session_id: str) -> bytes:
         return b"exported " + (await self.get(tenant, session_id))["id"].encode()
@@ -174,6 +194,45 @@ class FakeEngines:
         return self.answer
 
 
+class FakeWatch:
+    """`told`: events by number, of which some may be about a session of a tenant. `more` lets those who wait go on."""
+
+    def __init__(self) -> None:
+        self.told: list[dict[str, Any]] = []
+        self.is_ending = False
+        self.more = asyncio.Event()
+        # One more each time that somebody waits.
+        self.waited = asyncio.Semaphore(0)
+        self.asked: list[tuple[int | None, int, str | None, float]] = []
+
+    def add(self, tenant: str | None = None, session_id: str | None = None) -> None:
+        number = 101 + len(self.told)
+        event = {"object": "event", "number": number, "id": f"e{number}", "time": 1.5, "kind": "engine_died"}
+        more = {"text": "an engine was lost", "count": 1, "reason": "death", "seconds": None, "node_id": "n"}
+        self.told.append(event | more | {"tenant": tenant, "session_id": session_id})
+        self.more.set()
+
+    async def cluster(self) -> dict[str, Any]:
+        parts: dict[str, Any] = {"nodes": [], "replicas": [], "controller": {}, "last_minute": {}, "history": []}
+        return (
+            {"object": "cluster", "time": 1.5, "weights_bytes": 1, "requests_running": 0}
+            | parts
+            | {"requests_waiting": 0}
+        )
+
+    async def events(self, after: int | None, limit: int, tenant: str | None, wait_seconds: float) -> EventPage:
+        self.asked.append((after, limit, tenant, wait_seconds))
+        if wait_seconds:
+            self.waited.release()
+        if wait_seconds and not self.is_ending and not [one for one in self.told if one["number"] > (after or 0)]:
+            self.more.clear()
+            await self.more.wait()
+        found = [one for one in self.told if after is None or one["number"] > after]
+        page = found[-limit:] if after is None else found[:limit]
+        last = page[-1]["number"] if page else max(after or 0, 100 + len(self.told))
+        return EventPage(page, last, len(found) > len(page), self.is_ending)
+
+
 class FakeKeys:
     """Two tenants with one key each; alice is an admin."""
 
@@ -212,6 +271,7 @@ class FakeHealth:
 class RecordingObserver:
     def __init__(self) -> None:
         self.calls: list[tuple[Any, ...]] = []
+        self.errors: list[tuple[Any, ...]] = []
 
     def on_start(self, *call: Any) -> None:
         self.calls.append(("start", *call))
@@ -224,6 +284,9 @@ class RecordingObserver:
 
     def on_finish(self, *call: Any) -> None:
         self.calls.append(("finish", *call))
+
+    def on_error(self, *call: Any) -> None:
+        self.errors.append(call)
 
 
 class FakeClock:
@@ -317,6 +380,11 @@ def sessions() -> FakeSessions:
 
 
 @pytest.fixture
+def watch() -> FakeWatch:
+    return FakeWatch()
+
+
+@pytest.fixture
 def health() -> FakeHealth:
     return FakeHealth()
 
@@ -391,10 +459,11 @@ def make_app(
     engines: FakeEngines,
     health: FakeHealth,
     observer: RecordingObserver,
+    watch: FakeWatch,
     room: ResponseRoom,
 ) -> Callable[..., FastAPI]:
     def make_app(settings: EdgeSettings, **keys_and_usage: Any) -> FastAPI:
-        parts = turns, room.responses, room.conversations, sessions, engines, health, observer, FakeClock()
+        parts = turns, room.responses, room.conversations, sessions, engines, health, observer, watch, FakeClock()
         return build_app(settings, *parts, **keys_and_usage)
 
     return make_app

@@ -404,7 +404,7 @@ async def test_what_openai_has_and_we_have_not_is_said(client, method, path):
     error = response.json()["error"]
     assert error["code"] == "unsupported_endpoint"
     assert f"{method} {path} is not served here: " in error["message"]
-    assert "/v1/chat/completions, /v1/completions" in error["message"]
+    assert "There are /v1/chat/completions, " in error["message"]
     assert len(error["message"]) < 400
 
 

@@ -126,6 +126,8 @@ async def test_openapi_document(client):
         "/v1/sessions/{session_id}/hibernate",
         "/v1/sessions/{session_id}/recycle",
         "/v1/usage",
+        "/v1/cluster",
+        "/v1/events",
         "/health",
         "/ready",
     }

@@ -1,5 +1,6 @@
 """/v1/sessions: pages, single sessions, actions, and that a key sees only its own."""
 
+import httpx
 import pytest
 from starlette.datastructures import Headers
 
@@ -44,6 +45,12 @@ async def test_pages(client, named):
         ("after=../x", "after"),
         ("after=a%0d%0ab", "after"),
         ("page=2", "page"),
+        ("sort=size", "sort"),
+        ("order=up", "order"),
+        ("state=asleep", "state"),
+        ("node=x", "node"),
+        ("search=%3Cb%3E", "search"),
+        ("after=default/a", "after"),
     ],
 )
 async def test_bad_queries(client, named, query, param):
@@ -166,3 +173,62 @@ async def test_a_key_sees_only_its_own(client, named):
     assert (await client.get("/v1/sessions/a", headers={"authorization": "Bearer other"})).status_code == 404
     assert (await client.delete("/v1/sessions/theirs")).status_code == 404
     assert len(named.known) == 6
+
+
+async def test_what_was_said(client, named):
+    named.said["a"] = [{"role": "user", "content": "<b>Hi</b>"}, {"role": "assistant", "content": "Hello."}]
+    assert (await client.get("/v1/sessions/a/messages")).json() == {"object": "list", "data": named.said["a"]}
+    assert (await client.get("/v1/sessions/theirs/messages")).status_code == 404
+
+
+async def test_sorting_and_finding_are_asked_for(client, named):
+    await client.get("/v1/sessions?sort=tokens&state=held&node=0a&search=B&limit=7")
+    query = named.queries[-1]
+    assert (query.tenant, query.sort, query.is_descending, query.limit) == ("default", "tokens", True, 7)
+    assert (query.state, query.node_id, query.search) == ("held", "0a", "B")
+    page = (await client.get("/v1/sessions?sort=age&order=asc")).json()
+    assert page["totals"]["sessions"] == 5
+    assert not named.queries[-1].is_descending
+    await client.get("/v1/sessions?order=desc")
+    assert named.queries[-1].is_descending
+
+
+@pytest.fixture
+async def keyed(make_app, settings, keys, sessions):
+    for owner in ("alice", "bob"):
+        sessions.add(owner, f"of-{owner}")
+    transport = httpx.ASGITransport(app=make_app(settings, keys=keys))
+    async with httpx.AsyncClient(transport=transport, base_url="http://edge.test") as client:
+        yield client
+
+
+async def test_an_admin_sees_and_looks_after_all(keyed, sessions):
+    admin = {"authorization": "Bearer phi-alice"}
+    page = (await keyed.get("/v1/sessions?tenant=*&limit=1", headers=admin)).json()
+    assert ([one["tenant"] for one in page["data"]], page["last_id"]) == (["alice"], "alice/of-alice")
+    after = (await keyed.get("/v1/sessions?tenant=*&after=alice/of-alice", headers=admin)).json()
+    assert [(one["tenant"], one["id"]) for one in after["data"]] == [("bob", "of-bob")]
+    assert (await keyed.get("/v1/sessions?tenant=*&after=of-alice", headers=admin)).status_code == 400
+    assert (await keyed.get("/v1/sessions/of-bob", headers=admin)).status_code == 404
+    for action in ("clear", "hibernate", "recycle", "fork"):
+        answer = await keyed.post(f"/v1/sessions/of-bob/{action}?tenant=bob", headers=admin)
+        assert answer.status_code == 200, action
+    assert ("bob", "made") in sessions.known
+    # What was said there is not hers to read.
+    for path in ("export", "messages"):
+        assert (await keyed.get(f"/v1/sessions/of-bob/{path}?tenant=bob", headers=admin)).status_code == 404
+    assert (await keyed.delete("/v1/sessions/of-bob?tenant=bob", headers=admin)).status_code == 200
+    assert ("bob", "of-bob") not in sessions.known
+
+
+async def test_nobody_else_does(keyed, sessions):
+    bob = {"authorization": "Bearer phi-bob"}
+    for method, path in (
+        ("GET", "?tenant=*"),
+        ("GET", "?tenant=alice"),
+        ("GET", "/of-alice?tenant=alice"),
+        ("POST", "/of-alice/clear?tenant=alice"),
+        ("DELETE", "/of-alice?tenant=alice"),
+    ):
+        assert (await keyed.request(method, f"/v1/sessions{path}", headers=bob)).status_code == 403, path
+    assert ("alice", "of-alice") in sessions.known

