@@ -84,7 +84,7 @@ def _explain(detail: ErrorDetails) -> InvalidRequest:
     elif detail["type"] == "missing":
         message = f"{param} is required"
     else:
-        told = detail["type"] != "literal_error" and not detail["type"].endswith(("_long", "_short"))
+        told = detail["type"] != "literal_error" and not detail["type"].endswith(("_long", "_short", "_mismatch"))
         message = f"{param} {_demand(detail)}{_shown(detail['input']) if told else ''}"
     return InvalidRequest(message, param=param or None)
 
@@ -124,6 +124,7 @@ def _demand(detail: ErrorDetails) -> str:
         "too_short": "must not be empty",
         "string_too_long": "must have at most {max_length} characters",
         "string_too_short": "must not be empty",
+        "string_pattern_mismatch": "must match {pattern}",
     }
     demand = demands.get(detail["type"])
     return demand.format(**limits) if demand else f"is wrong: {detail['msg']}"
