@@ -63,6 +63,8 @@ class BeginTurn:
     claim: str = ""
     # See turn_api.TurnRequest.
     cache_hint: str | None = field(default=None, repr=False)
+    # The ids that are kept are to be told, too.
+    wants_ids: bool = False
 
     @property
     def attempt(self) -> str:
@@ -127,6 +129,8 @@ class TurnGrant:
     holder_pid: int
     # Of a request that reads on: the ids behind `num_kept_tokens` that it has left (int32), if they are still there.
     resumed_ids: bytes | None = field(default=None, repr=False)
+    # The first `num_kept_tokens` ids (int32), if they were asked for.
+    kept_ids: bytes | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)
@@ -231,6 +235,8 @@ class SequenceOutput:
     queue_seconds: float | None = field(default=None, compare=False)
     # One for each token, if the sequence's parameters ask for them.
     logprobs: list[TokenLogprobs] | None = field(default=None, repr=False)
+    # In the first output with tokens only: one for each of the prompt's tokens but the first, if they are asked for.
+    prompt_logprobs: list[TokenLogprobs] | None = field(default=None, repr=False)
 
 
 class EngineTotals(NamedTuple):
@@ -309,7 +315,7 @@ def encode_frame(message: Frame) -> bytes:
         outputs = [
             [
                 *(o.sequence_id, o.token_ids, o.finish_reason, o.released, o.num_cached_tokens, o.error),
-                *(o.queue_seconds, o.logprobs),
+                *(o.queue_seconds, o.logprobs, o.prompt_logprobs),
             ]
             for o in message.outputs
         ]
@@ -344,5 +350,11 @@ def decode_frame(packed: bytes) -> Frame:
 
 
 def _read_output(*fields: Any) -> SequenceOutput:
-    *rest, logprobs = fields
-    return replace(SequenceOutput(*rest), logprobs=logprobs and [TokenLogprobs(*one) for one in logprobs])
+    *rest, logprobs, prompt_logprobs = fields
+    return replace(
+        SequenceOutput(*rest), logprobs=_read_logprobs(logprobs), prompt_logprobs=_read_logprobs(prompt_logprobs)
+    )
+
+
+def _read_logprobs(packed: list[Any] | None) -> list[TokenLogprobs] | None:
+    return packed and [TokenLogprobs(*one) for one in packed]

@@ -34,7 +34,8 @@ class Observation:
         observer.on_start(endpoint)
 
     def started(self, event: TurnStarted) -> None:
-        self._counts = (event.num_prompt_tokens, event.num_cached_tokens, 0)
+        prompt, cached, completion = self._counts if event.choice else (0, 0, 0)
+        self._counts = (prompt + event.num_prompt_tokens, cached + event.num_cached_tokens, completion)
 
     def tokens(self, num_tokens: int) -> None:
         if num_tokens < 1:
@@ -55,7 +56,7 @@ class Observation:
             self.tokens(event.num_tokens)
         elif isinstance(event, TurnStarted):
             self.started(event)
-        else:
+        elif isinstance(event, TurnFinished):
             self.totals(event)
 
     def totals(self, event: TurnFinished) -> None:

@@ -191,6 +191,7 @@ class Engine:
         if right != draft_ids[: len(right)]:
             self._fail(sequence, RuntimeError("the runner drew a token behind a wrong draft"))
             return
+        sequence.prompt_logprobs += outcome.prompt_logprobs or ()
         taken: list[int] = []
         reason: str | None = None
         try:
@@ -221,6 +222,7 @@ class Engine:
                     num_cached_tokens=self._announce(sequence),
                     queue_seconds=self._queued.pop(sequence.sequence_id, None),
                     logprobs=logprobs,
+                    prompt_logprobs=_take_prompt_logprobs(sequence),
                 )
             )
 
@@ -269,6 +271,7 @@ class Engine:
                 error=error,
                 queue_seconds=self._queued.pop(sequence.sequence_id, None),
                 logprobs=logprobs,
+                prompt_logprobs=_take_prompt_logprobs(sequence),
             )
         )
 
@@ -277,6 +280,12 @@ class Engine:
             return None
         self._announced.add(sequence.sequence_id)
         return sequence.num_cached_tokens
+
+
+def _take_prompt_logprobs(sequence: Sequence) -> list[TokenLogprobs] | None:
+    """They are told once."""
+    told, sequence.prompt_logprobs = sequence.prompt_logprobs, []
+    return told or None
 
 
 def _clear(sequence: Sequence) -> None:

@@ -165,7 +165,7 @@ class Run:
                     self.has_started = True
                     self.rates = event.rates
                     self.response = replace(self.response, status="in_progress")
-                else:
+                elif isinstance(event, TurnFinished):
                     finished = event
                 self.tell()
         if finished is None:
