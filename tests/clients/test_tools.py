@@ -9,6 +9,7 @@ import json
 
 import openai
 import pytest
+from pydantic import BaseModel
 
 pytestmark = [pytest.mark.clients, pytest.mark.cluster, pytest.mark.slow]
 
@@ -126,21 +127,24 @@ def test_langchain_binds_and_calls(server, model):
     assert answer.usage_metadata["input_token_details"]["cache_read"] >= reply.usage_metadata["total_tokens"] - 1
 
 
-def test_pydantic_ai_goes_round(server, model):
+class Place(BaseModel):
+    is_capital: bool
+
+
+async def test_pydantic_ai_goes_round(server, model):
     """Its agent ends by a call of the tool that makes its output, so calls are required by itself."""
     pydantic_ai = pytest.importorskip("pydantic_ai")
     models = pytest.importorskip("pydantic_ai.models.openai")
     providers = pytest.importorskip("pydantic_ai.providers.openai")
-    provider = providers.OpenAIProvider(base_url=f"{server.url}/v1", api_key="pydantic")
-    from pydantic import BaseModel
-
-    class Place(BaseModel):
-        is_capital: bool
-
-    agent = pydantic_ai.Agent(
-        models.OpenAIChatModel(model, provider=provider),
-        output_type=pydantic_ai.ToolOutput(Place, name="place"),
-        model_settings={"temperature": 0, "timeout": 120, "parallel_tool_calls": False},
-    )
-    outcome = agent.run_sync("Is Rome a capital?")
-    assert isinstance(outcome.output.is_capital, bool)
+    url = f"{server.url}/v1"
+    async with openai.AsyncOpenAI(base_url=url, api_key="pydantic", max_retries=0, timeout=120) as client:
+        agent = pydantic_ai.Agent(
+            models.OpenAIChatModel(model, provider=providers.OpenAIProvider(openai_client=client)),
+            output_type=pydantic_ai.ToolOutput(Place, name="place"),
+            model_settings={"temperature": 0, "parallel_tool_calls": False},
+        )
+        first = await agent.run("Is Rome a capital?")
+        assert isinstance(first.output.is_capital, bool)
+        # Its history has the call and its result.
+        second = await agent.run("And Milan?", message_history=first.all_messages())
+        assert isinstance(second.output.is_capital, bool)
