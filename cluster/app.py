@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 from typing import IO, Any
@@ -44,6 +45,7 @@ from phi_cluster.cluster.session.keeper import Keeper
 from phi_cluster.cluster.weight_store import WeightStore, ensure_packed
 from phi_cluster.model.hub import resolve_model
 from phi_cluster.model.model_cache import ProgressEvent
+from phi_cluster.model.ops.library import ISA_VARIABLE
 from phi_cluster.model.tokenizer import Tokenizer
 
 
@@ -229,13 +231,9 @@ class Server:
             controller = create(
                 Controller,
                 detached_options(CONTROLLER, self._node_id),
-                config.sessions,
-                config.recycler,
-                config.engine,
-                config.server.metrics_host,
-                config.server.metrics_port,
+                config,
                 prepared.weights_nbytes,
-                config.kv.hibernate_quota > 0,
+                _build_info(prepared),
                 self._runtime_dir,
             )
             ray.get([store.weights.remote(), keeper.start.remote(), controller.start.remote()])
@@ -258,6 +256,20 @@ class Server:
         yield
         self.timeline[part] = time.monotonic() - begin
         report.started(part, self.timeline[part])
+
+
+def _build_info(prepared: Prepared) -> dict[str, str]:
+    """Labels of phi_build_info."""
+    served = prepared.served
+    return {
+        "version": version("phi-cluster"),
+        "torch": version("torch"),
+        "ray": version("ray"),
+        "isa": os.environ.get(ISA_VARIABLE) or prepared.machine.instructions,
+        "dtype": served.dtype,
+        "kv_cache_dtype": served.kv_cache_dtype,
+        "model": served.names[0],
+    }
 
 
 def _load_serve() -> tuple[ModuleType, Any]:

@@ -195,10 +195,18 @@ class AutoscalingConfig(_Section):
 
 
 class RecyclerConfig(_Section):
-    """The controller's rhythm."""
+    """The controller's rhythm, and when it and the keeper are renewed."""
 
     interval: Seconds = Field(1.0, description="how often the controller collects and decides")
     max_per_round: int = Field(4, ge=1, le=1000, description="session actors renewed in one round at most")
+    max_keeper_growth: Bytes | None = Field(
+        256 * 10**6,
+        description="a keeper whose private memory grew by more than this is renewed, between turns; Ray leaves some "
+        "8 KB in it for each session actor that there ever was",
+    )
+    max_controller_growth: Bytes | None = Field(
+        256 * 10**6, description="a controller whose private memory grew by more than this is renewed"
+    )
 
 
 class Config(_Section):

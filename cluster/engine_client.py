@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import replace
+from typing import Protocol
 
 from phi_cluster.cluster.engine_link import EngineHandle, EngineLink, EngineLost
 from phi_cluster.cluster.errors import PhiError, Unavailable
@@ -37,6 +38,35 @@ logger = logging.getLogger(__name__)
 MAX_DEATHS_IN_PLACE = 2
 MAX_ENGINE_DEATHS = 8
 _BACKOFF_SECONDS = (0.0, 0.2, 0.5, 1.0, 2.0, 5.0)
+
+
+class EngineObserver(Protocol):
+    """Measures engines that serve. All times in seconds."""
+
+    def on_step(self, num_seqs: int, num_tokens: int, seconds: float) -> None:
+        """A step computed so many tokens, for so many sequences."""
+        ...
+
+    def on_scheduled(self, queue_seconds: float) -> None:
+        """A sequence had waited for so long in the engine for its first step."""
+        ...
+
+    def on_recovered(self, seconds: float) -> None:
+        """An engine that was lost is replaced, after so long."""
+        ...
+
+
+class Unobserved:
+    """Nobody measures."""
+
+    def on_step(self, num_seqs: int, num_tokens: int, seconds: float) -> None:
+        pass
+
+    def on_scheduled(self, queue_seconds: float) -> None:
+        pass
+
+    def on_recovered(self, seconds: float) -> None:
+        pass
 
 
 class EngineFailed(PhiError):
@@ -109,17 +139,19 @@ class EngineClient:
         self,
         start_engine: Callable[[], Awaitable[EngineLink]],
         standbys: StandbyEngines,
+        observer: EngineObserver | None = None,
         *,
         events: EventLog | None = None,
         ready_wait: float = 60.0,
         backoff: Sequence[float] = _BACKOFF_SECONDS,
     ):
         """`start_engine` brings up and connects a new engine, where `standbys` have none; they are closed with this.
-        `events`: where the engines' lives are told. `ready_wait`: how long a request waits for an engine, also one
-        whose engine died in the middle. `backoff`: before a start, by the number of starts that failed before it. All
-        in seconds."""
+        `observer` None: nobody measures. `events`: where the engines' lives are told. `ready_wait`: how long a request
+        waits for an engine, also one whose engine died in the middle. `backoff`: before a start, by the number of
+        starts that failed before it. All in seconds."""
         self._start_engine = start_engine
         self._standbys = standbys
+        self._observer = observer or Unobserved()
         self._events = EventLog(time.time) if events is None else events
         self._ready_wait = ready_wait
         self._backoff = backoff
@@ -238,6 +270,7 @@ class EngineClient:
         failures = 0
         patience: asyncio.TimerHandle | None = None
         lost_at: float | None = None
+        was_planned = False
         while True:
             await asyncio.sleep(self._backoff[min(failures, len(self._backoff) - 1)])
             try:
@@ -257,11 +290,13 @@ class EngineClient:
                 pause = time.monotonic() - lost_at
                 self._events.add(EventKind.ENGINE_TOOK_OVER, seconds=pause)
                 logger.warning("engine %d took over after %.3f s", link.engine.process.pid, pause)
+                if not was_planned:
+                    self._observer.on_recovered(pause)
             how = await link.lost()
             lost_at = time.monotonic()
             self._connected.clear()
             await self._end_engine()
-            self._count_loss(how)
+            was_planned = self._count_loss(how)
             patience = asyncio.get_running_loop().call_later(self._ready_wait, self._give_up)
 
     async def _next_engine(self) -> EngineLink:
@@ -303,7 +338,11 @@ class EngineClient:
         self.last_step = frame
         before, self._engine_totals = self._engine_totals, frame.totals
         self.totals = EngineTotals(*map(lambda all_, now, old: all_ + now - old, self.totals, frame.totals, before))
+        if frame.work is not None:
+            self._observer.on_step(*frame.work)
         for output in frame.outputs:
+            if output.queue_seconds is not None:
+                self._observer.on_scheduled(output.queue_seconds)
             stream = self._streams.get(output.sequence_id)
             if stream is None:
                 continue
@@ -311,7 +350,8 @@ class EngineClient:
             if stream.released:
                 del self._streams[output.sequence_id]
 
-    def _count_loss(self, how: str) -> None:
+    def _count_loss(self, how: str) -> bool:
+        """Whether it was told to end, and did."""
         reason = None
         if self._successor is not None:
             reason, self._recycling = self._recycling, None
@@ -324,6 +364,7 @@ class EngineClient:
             self.recoveries[how] += 1
             self._events.add(EventKind.ENGINE_DIED, reason=how)
         self._settle(died=died)
+        return reason is not None and not died
 
     def _settle(self, *, died: bool) -> None:
         """An engine that is gone released everything. What was over anyway, or kills engines, is not carried on."""

@@ -231,6 +231,8 @@ class SequenceOutput:
     # In the first output only: how many prompt tokens the cache saved.
     num_cached_tokens: int | None = None
     error: str | None = None
+    # In the output after its first step only: for how long it had waited for that, in seconds.
+    queue_seconds: float | None = field(default=None, compare=False)
     # One for each token, if the sequence's parameters ask for them.
     logprobs: list[TokenLogprobs] | None = field(default=None, repr=False)
     # In the first output with tokens only: one for each of the prompt's tokens but the first, if they are asked for.
@@ -248,15 +250,27 @@ class EngineTotals(NamedTuple):
 NO_TOTALS = EngineTotals()
 
 
+class StepWork(NamedTuple):
+    """What a step computed: for how many sequences, how many tokens, and in what time."""
+
+    num_seqs: int
+    num_tokens: int
+    seconds: float
+
+
 @dataclass(frozen=True)
 class StepFrame:
-    """Frame engine -> replica: all that one step brought, and the engine's counters (`totals`: since its start)."""
+    """Frame engine -> replica: all that one step brought, and the engine's counters (`totals`: since its start).
+    `work` None: nothing of a sequence was computed. `queue_seconds`: how long the oldest of those has waited that have
+    not been computed yet."""
 
     step: int
     outputs: list[SequenceOutput]
     num_running: int
     num_waiting: int
     totals: EngineTotals = NO_TOTALS
+    work: StepWork | None = None
+    queue_seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -300,18 +314,13 @@ def encode_frame(message: Frame) -> bytes:
     else:
         outputs = [
             [
-                o.sequence_id,
-                o.token_ids,
-                o.finish_reason,
-                o.released,
-                o.num_cached_tokens,
-                o.error,
-                o.logprobs,
-                o.prompt_logprobs,
+                *(o.sequence_id, o.token_ids, o.finish_reason, o.released, o.num_cached_tokens, o.error),
+                *(o.queue_seconds, o.logprobs, o.prompt_logprobs),
             ]
             for o in message.outputs
         ]
-        body = ["step", message.step, outputs, message.num_running, message.num_waiting, message.totals]
+        counts = (message.num_running, message.num_waiting, message.totals, message.work, message.queue_seconds)
+        body = ["step", message.step, outputs, *counts]
     packed = msgpack.packb(body)
     return len(packed).to_bytes(4, "big") + packed
 
@@ -333,9 +342,10 @@ def decode_frame(packed: bytes) -> Frame:
     if kind == "heartbeat":
         return Heartbeat(*fields)
     if kind == "step":
-        step, outputs, num_running, num_waiting, totals = fields
+        step, outputs, num_running, num_waiting, totals, work, queue_seconds = fields
         read = [_read_output(*fields) for fields in outputs]
-        return StepFrame(step, read, num_running, num_waiting, EngineTotals(*totals))
+        work = None if work is None else StepWork(*work)
+        return StepFrame(step, read, num_running, num_waiting, EngineTotals(*totals), work, queue_seconds)
     raise ValueError(f"unknown frame kind {kind!r}")
 
 

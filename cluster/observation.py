@@ -5,6 +5,7 @@ Owns: the times between its events. Knows nothing of what counts them and of how
 
 from __future__ import annotations
 
+from phi_cluster.cluster.errors import PhiError
 from phi_cluster.cluster.turn_api import (
     Clock,
     Endpoint,
@@ -61,6 +62,12 @@ class Observation:
     def totals(self, event: TurnFinished) -> None:
         """The turn's own totals win over what was counted here."""
         self._counts = (event.num_prompt_tokens, event.num_cached_tokens, event.num_completion_tokens)
+
+    def fail(self, error: PhiError) -> None:
+        """It ends with what its client is told."""
+        if not self._finished:
+            self._observer.on_error(error.status, error.code)
+        self.finish("error")
 
     def finish(self, outcome: Outcome) -> None:
         if not self._finished:

@@ -5,27 +5,20 @@ Owns: the shape, under the names of the HTTP API. Knows nothing of how reports c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from phi_cluster.cluster.engine_recycler import EngineReport
-from phi_cluster.cluster.replica_news import ReplicaNews
+from phi_cluster.cluster.replica_report import ReplicaReport
 from phi_cluster.cluster.session.reports import KeeperReport
-from phi_cluster.monitoring.metrics import FamilySnapshot
 
 
 @dataclass(frozen=True)
 class ReplicaView:
-    """What is known of one replica. `silent_seconds`: since it reported last."""
+    """What one replica told last. `silent_seconds`: since then."""
 
-    replica_id: str
-    pid: int
-    news: ReplicaNews
+    report: ReplicaReport
     silent_seconds: float
-    snapshot: list[FamilySnapshot]
-    engine: EngineReport | None
-    standby_pids: list[int]
 
 
 def node_view(report: KeeperReport) -> dict[str, Any]:
@@ -55,19 +48,19 @@ def node_view(report: KeeperReport) -> dict[str, Any]:
     }
 
 
-def replica_view(view: ReplicaView, private_bytes: Callable[[int], int]) -> dict[str, Any]:
-    """A replica with its engines. `private_bytes` of a pid: 0 if it is gone."""
-    engine = view.engine
+def replica_view(view: ReplicaView) -> dict[str, Any]:
+    """A replica with its engines."""
+    report, engine = view.report, view.report.engine
     gauges = {
-        name: sum(value for _, _, value in samples) for name, kind, _, samples in view.snapshot if kind == "gauge"
+        name: sum(value for _, _, value in samples) for name, kind, _, samples in report.snapshot if kind == "gauge"
     }
     return {
-        "id": view.replica_id,
-        "node_id": view.news.node_id,
-        "pid": view.pid,
-        "age_seconds": round(view.news.age_seconds + view.silent_seconds, 1),
+        "id": report.replica_id,
+        "node_id": report.node_id,
+        "pid": report.pid,
+        "age_seconds": round(report.age_seconds + view.silent_seconds, 1),
         "silent_seconds": round(view.silent_seconds, 1),
-        "private_bytes": private_bytes(view.pid),
+        "private_bytes": report.private_nbytes,
         "requests_running": int(gauges.get("phi_num_requests_running", 0)),
         "requests_waiting": int(gauges.get("phi_num_requests_waiting", 0)),
         "engine": None
@@ -79,11 +72,11 @@ def replica_view(view: ReplicaView, private_bytes: Callable[[int], int]) -> dict
             "private_bytes": engine.private_nbytes,
             "private_growth_bytes": max(engine.private_nbytes - engine.private_baseline, 0),
         },
-        "standby_engines": [{"pid": pid, "private_bytes": private_bytes(pid)} for pid in view.standby_pids],
+        "standby_engines": [{"pid": pid, "private_bytes": nbytes} for pid, nbytes in report.standby_engines],
     }
 
 
-def cluster_view(
+def overview(
     now: float,
     nodes: Iterable[KeeperReport],
     replicas: Iterable[ReplicaView],
@@ -91,10 +84,9 @@ def cluster_view(
     weights_nbytes: int,
     last_minute: dict[str, Any],
     history: list[dict[str, Any]],
-    private_bytes: Callable[[int], int],
 ) -> dict[str, Any]:
     """All of it. `now` is wall clock."""
-    seen = [replica_view(one, private_bytes) for one in replicas]
+    seen = [replica_view(one) for one in replicas]
     return {
         "object": "cluster",
         "time": round(now, 3),

@@ -128,7 +128,7 @@ def kv_budget(config: Config, machine: Machine, weights_nbytes: int, shm: Path =
     Unset, it is half of what is left: the rest is for activations, page cache and neighbours. KV segments are shared
     memory, which counts as the cgroup's.
     """
-    fixed = weights_nbytes + PROCESSES_NBYTES + config.max_replicas * ENGINE_NBYTES
+    fixed = fixed_nbytes(config, weights_nbytes)
     room = machine.available_nbytes - fixed
     free_shm = shutil.disk_usage(shm).free
     needed_shm = object_store_nbytes(weights_nbytes)
@@ -158,7 +158,7 @@ def standby_engines(config: Config, machine: Machine, weights_nbytes: int, kv_nb
                 "set it to 0 with device cuda"
             )
         return 0
-    fixed = weights_nbytes + PROCESSES_NBYTES + config.max_replicas * ENGINE_NBYTES + kv_nbytes
+    fixed = fixed_nbytes(config, weights_nbytes) + kv_nbytes
     left = machine.available_nbytes - fixed
     needed = config.max_replicas * STANDBY_ENGINE_NBYTES
     if wanted is None:
@@ -177,9 +177,14 @@ def session_actors(config: Config, machine: Machine, weights_nbytes: int, kv_nby
     Sessions without one are held by the keeper, and nothing else is different. A tenth of the machine stays free: for
     the page cache, and for successors that are up before their predecessors have ended.
     """
-    fixed = weights_nbytes + PROCESSES_NBYTES + config.replicas * (ENGINE_NBYTES + num_standbys * STANDBY_ENGINE_NBYTES)
+    fixed = fixed_nbytes(config, weights_nbytes) + config.max_replicas * num_standbys * STANDBY_ENGINE_NBYTES
     left = machine.available_nbytes - fixed - kv_nbytes - machine.memory_nbytes // 10
     return max(min(config.sessions.max_actors, left // SESSION_ACTOR_NBYTES), 0)
+
+
+def fixed_nbytes(config: Config, weights_nbytes: int) -> int:
+    """What the server takes in any case, without KV caches, standby engines and session actors."""
+    return object_store_nbytes(weights_nbytes) + PROCESSES_NBYTES + config.max_replicas * ENGINE_NBYTES
 
 
 def object_store_nbytes(weights_nbytes: int) -> int:

@@ -65,6 +65,9 @@ def set_environment(config: Config, runtime_dir: Path) -> None:
             "RAY_worker_niceness": "0",
             # Segments are shared memory: Ray's monitor would kill bystanders for them. Our ledger keeps the bounds.
             "RAY_memory_monitor_refresh_ms": "0",
+            # The object store has its pages from the start: were /dev/shm full when one is touched, whoever writes a
+            # long message would die of SIGBUS.
+            "RAY_preallocate_plasma_memory": "1",
             # Ray's gRPC ports listen on all interfaces: without this secret they refuse.
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": os.environ.get("RAY_AUTH_TOKEN") or secrets.token_hex(32),

@@ -39,7 +39,7 @@ from phi_cluster.cluster.preflight import LOOPBACK
 from phi_cluster.cluster.processes import boot_id, is_alive, process_id
 from phi_cluster.cluster.ray_engine import EngineSpawner
 from phi_cluster.cluster.refusals import RefusalsTold
-from phi_cluster.cluster.replica_news import ReplicaNews
+from phi_cluster.cluster.replica_report import ReplicaReport
 from phi_cluster.cluster.replica_scaling import scaling_metrics
 from phi_cluster.cluster.responses.assembly import ResponseRoom
 from phi_cluster.cluster.responses.making import MakerLimits
@@ -56,7 +56,7 @@ from phi_cluster.cluster.turn_api import TurnRunner
 from phi_cluster.cluster.turn_attempt import TurnLimits
 from phi_cluster.cluster.watch import ClusterWatch
 from phi_cluster.model.tokenizer import Tokenizer
-from phi_cluster.monitoring.metrics import RequestMetrics
+from phi_cluster.monitoring.replica_metrics import ReplicaMetrics
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +67,8 @@ _START_SECONDS = 300.0
 _UNASKED_SECONDS = 30.0
 _LAST_COMMITS_SECONDS = 5.0
 _SETTLE_SECONDS = 60.0
+# Why an engine may be renewed.
+_ENGINE_RECYCLES = (RecycleReason.LEAK, RecycleReason.REQUESTED, RecycleReason.MAX_AGE, RecycleReason.MAX_STEPS)
 
 
 @serve.ingress()
@@ -85,11 +87,11 @@ class Replica:
         self._events = EventLog(time.time)
         self._events.add(EventKind.REPLICA_STARTED)
         self._events_told = 0
-        self._metrics = RequestMetrics()
+        self._metrics = ReplicaMetrics(reason.value for reason in _ENGINE_RECYCLES)
         self._last_step = (0, time.monotonic())
         self._engine_baseline = (0, 0)
         self._recycling: asyncio.Task[None] | None = None
-        self._sessions = SessionDirectory(self._keeper)
+        self._sessions = SessionDirectory(self._keeper, self._metrics.commits.on_commit)
         self._keys = None if config.keys_path is None else KeyFile(config.keys_path)
         spawner = EngineSpawner(served, config, runtime_dir, num_threads, self._node_id)
         hang_timeout = config.engine.hang_timeout
@@ -102,7 +104,10 @@ class Replica:
             events=self._events,
         )
         self._engines = EngineClient(
-            partial(start_engine, spawner.spawn, hang_timeout), self._standbys, events=self._events
+            partial(start_engine, spawner.spawn, hang_timeout),
+            self._standbys,
+            self._metrics.engines,
+            events=self._events,
         )
         self._engines.start()
         # The engine's process starts meanwhile.
@@ -127,7 +132,7 @@ class Replica:
         self._managed = ManagedSessions(self._sessions, self._engines, SpokenReader(self._tokenizer))
         self._room = ResponseRoom(
             config.state_path,
-            Tools(self._runner, self._metrics, time),
+            Tools(self._runner, self._metrics.requests, time),
             self._managed,
             MakerLimits(
                 retention=config.responses.retention,
@@ -173,7 +178,7 @@ class Replica:
             self._managed,
             self,
             self,
-            self._metrics,
+            self._metrics.requests,
             ClusterWatch(),
             keys=keys,
             usage=None if keys is None else UsageOfKeys(self._sessions, keys.limits_of),
@@ -227,35 +232,42 @@ class Replica:
         return step, time.monotonic() - self._last_step[1]
 
     async def _report(self) -> None:
-        """Sends the counters to the controller, once a second."""
+        """To the controller, once a second."""
         while True:
-            self._observe_step()
             if self._keys is not None and (told := await asyncio.to_thread(self._keys.refresh)):
                 logger.warning("%s", told)
             if time.monotonic() - self._started_at > _UNASKED_SECONDS and self._engines.ready:
                 self._started.set()
-            engines, standby_pids = self._engines, self._standbys.pids
-            recoveries = {"engine": engines.recoveries, "standby_engine": self._standbys.losses}
-            self._metrics.on_engine(engines.last_step.num_running, recoveries, len(standby_pids), engines.recycles)
-            self._metrics.on_totals(engines.totals._asdict())
             try:
                 controller = ray.get_actor(CONTROLLER, namespace=NAMESPACE)
-                events = self._events.after(self._events_told)
-                reason = await controller.report_replica.remote(
-                    self._replica_id,
-                    self._metrics.snapshot(),
-                    os.getpid(),
-                    self._engine_report(),
-                    standby_pids,
-                    ReplicaNews(self._node_id, time.monotonic() - self._started_at, events),
-                )
-                self._events_told = max([self._events_told, *(event.number for event in events)])
+                report = self._own_report()
+                reason = await controller.report_replica.remote(report)
+                self._events_told = max([self._events_told, *(event.number for event in report.events)])
                 if reason is not None and self._recycling is None:
                     self._recycling = asyncio.get_running_loop().create_task(self._recycle_engine(reason))
             except (ValueError, RayError):
                 # It is being replaced: its successor is told all that is still known.
                 self._events_told = 0
             await asyncio.sleep(1.0)
+
+    def _own_report(self) -> ReplicaReport:
+        engines, standby_pids = self._engines, self._standbys.pids
+        recoveries = {"engine": engines.recoveries, "standby_engine": self._standbys.losses}
+        self._metrics.engines.on_engines(recoveries, len(standby_pids), engines.recycles)
+        self._metrics.engines.on_totals(engines.totals._asdict())
+        return ReplicaReport(
+            replica_id=self._replica_id,
+            node_id=self._node_id,
+            pid=os.getpid(),
+            age_seconds=time.monotonic() - self._started_at,
+            snapshot=self._metrics.snapshot(engines.last_step.num_running),
+            private_nbytes=private_or_zero(os.getpid()),
+            standby_engines=tuple((pid, private_or_zero(pid)) for pid in standby_pids),
+            engine=self._engine_report(),
+            last_step_seconds=self._observe_step()[1],
+            queue_seconds=engines.last_step.queue_seconds,
+            events=self._events.after(self._events_told),
+        )
 
     def _engine_report(self) -> EngineReport | None:
         engine = self._engines.engine

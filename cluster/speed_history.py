@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from phi_cluster.monitoring.metrics import FamilySnapshot
+from phi_cluster.monitoring.snapshots import FamilySnapshot
 
 # By our name: the histogram that the metrics declare.
 _HISTOGRAMS = {

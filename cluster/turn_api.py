@@ -315,6 +315,11 @@ class RequestObserver(Protocol):
         """`seconds` since `on_start`. Counts are as far as known: zeros if the turn never started."""
         ...
 
+    def on_error(self, status: int, code: str | None) -> None:
+        """A request was refused or failed, with this HTTP status (also in mid-stream, where no status is sent any
+        more) and code, whether it had been started or not."""
+        ...
+
 
 class Clock(Protocol):
     """The standard library's `time` module is one."""

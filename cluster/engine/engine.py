@@ -15,7 +15,7 @@ from phi_cluster.cluster.engine.model_runner import StepOutcome
 from phi_cluster.cluster.engine.scheduler import EngineLimits, ScheduledSequence, Scheduler
 from phi_cluster.cluster.engine.sequence import Sequence, SequenceStatus
 from phi_cluster.cluster.engine.settings import Speculation
-from phi_cluster.cluster.messages import SequenceOutput, TokenLogprobs
+from phi_cluster.cluster.messages import SequenceOutput, StepWork, TokenLogprobs
 
 __all__ = ["Engine", "EngineLimits"]
 
@@ -38,7 +38,8 @@ class Engine:
 
     Attributes: `step_count`, forward passes so far; `last_step_at`, the clock after the latest (None before the
     first): whoever watches over the engine believes these and nothing else; `num_preemptions`; `num_draft_tokens`,
-    guesses computed so far, and `num_accepted_tokens`, those of them that were right.
+    guesses computed so far, and `num_accepted_tokens`, those of them that were right; `last_work`, what the latest
+    `step` computed (None: nothing).
     """
 
     def __init__(
@@ -55,12 +56,17 @@ class Engine:
         self._sequences: dict[int, Sequence] = {}
         # Sequences that have had an output: num_cached_tokens goes into the first only.
         self._announced: set[int] = set()
+        # When each came that has not been computed yet, in the order of their coming.
+        self._came_at: dict[int, float] = {}
+        # How long each had waited for its first step, until an output says so.
+        self._queued: dict[int, float] = {}
         self._outputs: list[SequenceOutput] = []
         self.step_count = 0
         self.num_preemptions = 0
         self.num_draft_tokens = 0
         self.num_accepted_tokens = 0
         self.last_step_at: float | None = None
+        self.last_work: StepWork | None = None
 
     @property
     def has_work(self) -> bool:
@@ -75,6 +81,12 @@ class Engine:
     def num_waiting(self) -> int:
         """Sequences that wait for their turn, preempted ones included."""
         return len(self._scheduler.waiting)
+
+    @property
+    def queue_seconds(self) -> float:
+        """How long the oldest sequence has waited that has not been computed yet."""
+        oldest = next(iter(self._came_at.values()), None)
+        return 0.0 if oldest is None else max(self._clock() - oldest, 0.0)
 
     def add(self, sequence: Sequence) -> None:
         """Take a sequence in, and its memory with it.
@@ -99,6 +111,7 @@ class Engine:
             sequence.kv.close()
             raise
         self._sequences[sequence.sequence_id] = sequence
+        self._came_at[sequence.sequence_id] = self._clock()
         self._scheduler.add(sequence)
         reason = sequence.finish_reason(self._limits.max_model_len)
         if reason is not None:
@@ -130,10 +143,18 @@ class Engine:
         for sequence, why in decision.refused:
             self._finish(sequence, "error", error=why)
         scheduled = [one for one in decision.scheduled if one.sequence.status is SequenceStatus.RUNNING]
+        self.last_work = None
         if scheduled:
+            began = self._clock()
             outcomes = self._run(scheduled)
             self.step_count += 1
             self.last_step_at = self._clock()
+            num_tokens = sum(one.num_tokens + len(one.draft_ids) for one in scheduled)
+            self.last_work = StepWork(len(scheduled), num_tokens, self.last_step_at - began)
+            for one in scheduled:
+                came_at = self._came_at.pop(one.sequence.sequence_id, None)
+                if came_at is not None:
+                    self._queued[one.sequence.sequence_id] = max(began - came_at, 0.0)
             for one in scheduled:
                 self._update(one, outcomes.get(one.sequence.sequence_id))
         outputs, self._outputs = self._outputs, []
@@ -199,6 +220,7 @@ class Engine:
                     sequence.sequence_id,
                     taken,
                     num_cached_tokens=self._announce(sequence),
+                    queue_seconds=self._queued.pop(sequence.sequence_id, None),
                     logprobs=logprobs,
                     prompt_logprobs=_take_prompt_logprobs(sequence),
                 )
@@ -236,6 +258,7 @@ class Engine:
             # Nothing will write here any more, closed or not.
             logger.exception("the memory of sequence %d could not be closed", sequence.sequence_id)
         del self._sequences[sequence.sequence_id]
+        self._came_at.pop(sequence.sequence_id, None)
         num_cached_tokens = self._announce(sequence)
         self._announced.discard(sequence.sequence_id)
         self._outputs.append(
@@ -246,6 +269,7 @@ class Engine:
                 released=True,
                 num_cached_tokens=num_cached_tokens,
                 error=error,
+                queue_seconds=self._queued.pop(sequence.sequence_id, None),
                 logprobs=logprobs,
                 prompt_logprobs=_take_prompt_logprobs(sequence),
             )

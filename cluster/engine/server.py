@@ -196,7 +196,7 @@ class EngineServer:
                 # All that was computed has been sent; the memory of the sequences stays as the last step left it.
                 return
             if self._engine.has_work:
-                self._send(sender, self._intake.take_answers() + self._engine.step())
+                self._send(sender, self._intake.take_answers() + self._engine.step(), has_stepped=True)
                 last_step = time.monotonic()
             elif self._intake.has_answers or self._unanswered:
                 self._send(sender, self._intake.take_answers())
@@ -213,11 +213,13 @@ class EngineServer:
     def _num_steps(self) -> int:
         return self._engine.step_count + self._idle_steps
 
-    def _send(self, sender: FrameSender, outputs: list[SequenceOutput]) -> None:
+    def _send(self, sender: FrameSender, outputs: list[SequenceOutput], *, has_stepped: bool = False) -> None:
         self._unanswered = False
         engine = self._engine
         totals = EngineTotals(engine.num_preemptions, engine.num_draft_tokens, engine.num_accepted_tokens)
-        sender.send(StepFrame(self._num_steps, outputs, engine.num_running, engine.num_waiting, totals))
+        work = engine.last_work if has_stepped else None
+        counts = (engine.num_running, engine.num_waiting, totals, work, engine.queue_seconds)
+        sender.send(StepFrame(self._num_steps, outputs, *counts))
 
     def _receive(self, connection: socket.socket) -> bool:
         """Takes in what has come; False at the end of the connection."""

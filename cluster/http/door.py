@@ -1,6 +1,6 @@
 """The door of the edge: who comes in, before any route is looked for.
 
-Owns: which paths are open to everybody, what is asked of Host and Origin, and the answer to whoever stays outside.
+Owns: what is asked of Host and Origin, and the answer to whoever stays outside.
 Knows nothing of the routes and of what a caller may do inside. Decides by the path as the server received it and by
 headers, never by a URL that was put together from a Host header.
 
@@ -17,19 +17,17 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from phi_cluster.cluster.errors import Forbidden, InvalidRequest, PhiError
 from phi_cluster.cluster.http.auth import identify
 from phi_cluster.cluster.http.edge import EdgeSettings
-from phi_cluster.cluster.http.errors import error_response
+from phi_cluster.cluster.http.errors import OPEN_PATHS, OnError, error_response
 from phi_cluster.cluster.http.ui import is_page
 from phi_cluster.cluster.turn_api import Keys
-
-# Whoever watches over the server has no key, and may come under any name.
-OPEN_PATHS = frozenset({"/health", "/ready"})
 
 
 class Door:
     """ASGI middleware: `request.state.identity` and `request.state.session_headers` for all that is inside of it."""
 
-    def __init__(self, app: ASGIApp, keys: Keys | None, settings: EdgeSettings) -> None:
+    def __init__(self, app: ASGIApp, keys: Keys | None, settings: EdgeSettings, on_error: OnError) -> None:
         self._app = app
+        self._on_error = on_error
         self._keys = keys
         self._settings = settings
 
@@ -44,6 +42,7 @@ class Door:
                     if not is_page(scope["path"]):
                         scope["state"]["identity"] = identify(headers, self._keys)
                 except PhiError as error:
+                    self._on_error(error.status, error.code)
                     # The rest of the request is not read, so the connection cannot be used again.
                     await error_response(error, {"connection": "close"})(scope, receive, send)
                     return

@@ -10,8 +10,8 @@ import json
 import logging
 import math
 import uuid
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
 
 from fastapi import FastAPI
 from starlette.datastructures import MutableHeaders
@@ -26,6 +26,11 @@ from phi_cluster.cluster.http.elsewhere import reason_for_absence
 from phi_cluster.cluster.http.rates import rate_headers
 
 logger = logging.getLogger(__name__)
+
+# Whoever watches over the server has no key, and may come under any name; what it is told is no failure.
+OPEN_PATHS = frozenset({"/health", "/ready"})
+
+OnError: TypeAlias = Callable[[int, str | None], None]
 
 _CODES = {404: "not_found", 405: "method_not_allowed", 415: "unsupported_media_type"}
 
@@ -56,11 +61,25 @@ def error_response(error: PhiError, headers: Mapping[str, str] | None = None) ->
     return response
 
 
-def install_error_handling(app: FastAPI) -> None:
-    """Every response of `app` gets a request id, every error becomes an error object."""
-    app.add_exception_handler(PhiError, _on_phi_error)
-    app.add_exception_handler(HTTPException, _on_http_exception)
-    app.add_middleware(RequestEnvelope)
+def install_error_handling(app: FastAPI, on_error: OnError) -> None:
+    """Every response of `app` gets a request id, every error becomes an error object; `on_error` gets its status and
+    code."""
+
+    async def on_phi_error(request: Request, error: Exception) -> Response:
+        assert isinstance(error, PhiError)
+        if request.scope["path"] not in OPEN_PATHS:
+            on_error(error.status, error.code)
+        log_for_operator(error, request.state.request_id)
+        return error_response(error)
+
+    async def on_http_exception(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        on_error(error.status_code, _CODES.get(error.status_code))
+        return _http_error_response(request, error)
+
+    app.add_exception_handler(PhiError, on_phi_error)
+    app.add_exception_handler(HTTPException, on_http_exception)
+    app.add_middleware(RequestEnvelope, on_error)
 
 
 def log_for_operator(error: PhiError, request_id: str) -> None:
@@ -78,14 +97,7 @@ def told_of(error: Exception, request_id: str) -> PhiError:
     return internal_error()
 
 
-async def _on_phi_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, PhiError)
-    log_for_operator(error, request.state.request_id)
-    return error_response(error)
-
-
-async def _on_http_exception(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
+def _http_error_response(request: Request, error: HTTPException) -> Response:
     # Not request.url, which is put together from the client's Host header.
     path = request.scope["path"]
     where = f"{request.method} {path[:200]}"
@@ -121,8 +133,9 @@ class RequestEnvelope:
     Inside of it `send` raises `ClientDisconnect` if the client is known to be gone.
     """
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, on_error: OnError) -> None:
         self.app = app
+        self._on_error = on_error
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -151,5 +164,7 @@ class RequestEnvelope:
             return
         except Exception:
             logger.exception("request %s failed unexpectedly", state["request_id"])
+            told = internal_error()
+            self._on_error(told.status, told.code)
             if not started:
-                await error_response(internal_error())(scope, receive, send_with_id)
+                await error_response(told)(scope, receive, send_with_id)

@@ -27,10 +27,10 @@ from phi_cluster.cluster.http.conversations import (
     NewItems,
     conversations_router,
 )
-from phi_cluster.cluster.http.door import OPEN_PATHS, Door
+from phi_cluster.cluster.http.door import Door
 from phi_cluster.cluster.http.edge import Edge, EdgeSettings
 from phi_cluster.cluster.http.engines import engines_router
-from phi_cluster.cluster.http.errors import install_error_handling, to_json
+from phi_cluster.cluster.http.errors import OPEN_PATHS, install_error_handling, to_json
 from phi_cluster.cluster.http.models import models_router
 from phi_cluster.cluster.http.openapi import error_docs, install_openapi
 from phi_cluster.cluster.http.rates import RATE_HEADERS
@@ -102,10 +102,10 @@ def build_app(
     ):
         app.include_router(router)
     # The first is the innermost.
-    app.add_middleware(Door, keys, settings)
+    app.add_middleware(Door, keys, settings, observer.on_error)
     if settings.cors_origins:
         _allow_origins(app, settings)
-    install_error_handling(app)
+    install_error_handling(app, observer.on_error)
     requests: list[type[BaseModel]] = [
         ChatRequest,
         CompletionRequest,

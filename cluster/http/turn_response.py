@@ -253,8 +253,9 @@ class TurnResponse(Response):
         return None if self._requests[0].sampling.get("logprobs") is None else logprobs
 
     def _told(self, error: Exception, observation: Observation) -> PhiError:
-        observation.finish("error")
-        return told_of(error, self._caller.request_id)
+        told = told_of(error, self._caller.request_id)
+        observation.fail(told)
+        return told
 
     def _add_details(self, body: dict[str, Any], finished: TurnFinished, observation: Observation) -> None:
         if self._caller.wants_details:

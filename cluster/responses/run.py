@@ -139,8 +139,9 @@ class Run:
                 with suppress(asyncio.TimeoutError):
                     await asyncio.wait_for(self.left.wait(), pause)
                 continue
-            observation.finish("error")
-            return self._failed(error)
+            told = self._told(error)
+            observation.fail(told)
+            return self._failed(told)
 
     def end(self, response: Response | None, error: PhiError | None = None) -> None:
         """Nothing more will happen."""
@@ -199,10 +200,13 @@ class Run:
         over = self._over("incomplete" if finished.finish_reason == "length" else "completed")
         return replace(over, usage=usage)
 
-    def _failed(self, error: BaseException) -> Response | None:
-        if not isinstance(error, PhiError):
-            logger.error("response %s failed unexpectedly", self.response.id, exc_info=error)
-            error = PhiError("The server failed to make this response; its id is in the server's log")
+    def _told(self, error: BaseException) -> PhiError:
+        if isinstance(error, PhiError):
+            return error
+        logger.error("response %s failed unexpectedly", self.response.id, exc_info=error)
+        return PhiError("The server failed to make this response; its id is in the server's log")
+
+    def _failed(self, error: PhiError) -> Response | None:
         asked = self.response.asked
         if not asked.background:
             # Who waits for a whole reply, or for its first word, is told by an error.

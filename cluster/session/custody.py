@@ -28,6 +28,7 @@ from phi_cluster.cluster.session.roster import Entry, Roster
 from phi_cluster.cluster.session.segment import SegmentGone, SegmentMismatch
 from phi_cluster.cluster.session.session import Session, SessionSettings, SessionStats
 from phi_cluster.cluster.session.transcript import Transcript
+from phi_cluster.monitoring.session_metrics import SessionMetrics
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +40,10 @@ class Journals(Protocol):
 
     def keys(self) -> Iterable[SessionKey]:
         """Of all that there are. Called in a thread."""
+        ...
+
+    def nbytes(self) -> int:
+        """Disk that all of them take. Called in a thread."""
         ...
 
     def glance(self, key: SessionKey) -> Glance | None:
@@ -70,15 +75,17 @@ class Custody:
         sessions: SessionsConfig,
         kv: KVConfig,
         budget_nbytes: int,
+        metrics: SessionMetrics,
     ):
         self.settings = settings
+        self.metrics = metrics
         self.config = sessions
         self.journals = journals
         self.events = EventLog(settings.clock)
         self.ledger = Ledger(budget_nbytes)
         self.leases = KVLeases(self.ledger, self.make_room, kv.reserve_wait)
         self.roster = Roster(self.open_session, sessions.max_ephemeral)
-        self.hands = HandOvers(self.roster, ActorPool(actors), settings, self.journal, sessions, self.events)
+        self.hands = HandOvers(self.roster, ActorPool(actors), settings, self.journal, sessions, self.events, metrics)
 
     async def start(self) -> None:
         """Finds what is stored and what actors hold; then tends to the sessions."""
@@ -151,6 +158,8 @@ class Custody:
                 return
             if entry.actor is not None and not self.settings.is_alive(entry.actor.process):
                 self.events.add(EventKind.SESSION_ACTOR_DIED, key)
+                began = self.settings.clock()
+                self.metrics.recoveries.lost("session_actor", "death" if entry.silent_since is None else "hang")
                 try:
                     entry.session, entry.actor = self._inherit(entry), None
                 except (PhiError, OSError) as error:
@@ -160,6 +169,7 @@ class Custody:
                     self.leases.release(key.digest)
                 entry.hold(None)
                 entry.silent_since = None
+                self.metrics.recoveries.recovered("session_actor", max(self.settings.clock() - began, 0.0))
 
     def _inherit(self, entry: Entry) -> Session:
         """The session of an actor that died: in its memory, or, if that is not to be had, from its journal."""

@@ -44,10 +44,12 @@ _QUICK_HOPS = 3
 
 
 class SessionDirectory:
-    """For one event loop. `keeper()` finds the keeper's handle (it may be a new one after a restart)."""
+    """For one event loop. `keeper()` finds the keeper's handle (it may be a new one after a restart). `on_commit` is
+    told how long each turn's record took (seconds) and how much it was (bytes)."""
 
-    def __init__(self, keeper: Callable[[], Any]):
+    def __init__(self, keeper: Callable[[], Any], on_commit: Callable[[float, int], None] | None = None):
         self._keeper = keeper
+        self._on_commit = on_commit
         self._holders: OrderedDict[str, Any] = OrderedDict()
         self._background: set[asyncio.Future[Any]] = set()
         # By session: the memory of its last turn is being settled with the keeper.
@@ -79,6 +81,8 @@ class SessionDirectory:
             if commit.key.ephemeral:
                 return
             raise
+        if self._on_commit is not None and isinstance(stats, SessionStats) and stats.commit_seconds is not None:
+            self._on_commit(stats.commit_seconds, len(commit.token_ids) + len(commit.text))
         await self._settle(commit.key, stats)
 
     async def lay_prompt(self, grant: TurnGrant, source: SegmentRef, num_tokens: int) -> None:

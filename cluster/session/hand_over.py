@@ -25,6 +25,7 @@ from phi_cluster.cluster.session.reports import private_or_zero
 from phi_cluster.cluster.session.roster import Entry, Roster
 from phi_cluster.cluster.session.segment import SegmentGone, SegmentMismatch
 from phi_cluster.cluster.session.session import Session, SessionSettings, SessionStats
+from phi_cluster.monitoring.session_metrics import SessionMetrics
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +46,7 @@ class HandOvers:
         journal: Callable[[SessionKey], Journal],
         config: SessionsConfig,
         events: EventLog,
+        metrics: SessionMetrics,
     ):
         self._roster = roster
         self._pool = pool
@@ -52,6 +54,7 @@ class HandOvers:
         self._journal = journal
         self._config = config
         self._events = events
+        self._metrics = metrics
         self._tending: asyncio.Task[None] | None = None
         self._needed = asyncio.Event()
         self.activations = 0
@@ -260,6 +263,7 @@ class HandOvers:
         entry.actor, entry.wants_actor = None, False
         self.recycles[reason.value] += 1
         self._events.add(EventKind.SESSION_DEACTIVATED, entry.key, reason=reason.value)
+        self._metrics.on_deactivated(reason.value)
         await self._let_go(entry.key, actor)
 
     async def _begin(

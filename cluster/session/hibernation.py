@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 class Hibernation:
     """For one event loop. `monotonic` gives seconds, to measure with.
 
-    `counts` since it was made: see monitoring/metrics.py.
+    `counts` since it was made: see monitoring/session_metrics.py.
     """
 
     def __init__(
@@ -154,11 +154,13 @@ class Hibernation:
                 return
             self._asleep.pop(key.digest, None)
             write = self._store.write
+            began = self._monotonic()
             written = await asyncio.to_thread(write, key.digest, segment, num_tokens, _mark(recorded))
         finally:
             segment.close()
         self._asleep[key.digest] = written
         self._custody.events.add(EventKind.SESSION_HIBERNATED, key)
+        self._custody.metrics.on_hibernated(self._monotonic() - began)
         self.counts["hibernations"] += 1
         self.counts["hibernated_bytes"] += written.nbytes
 
@@ -201,7 +203,9 @@ class Hibernation:
                 return
             finally:
                 self._asleep.pop(digest, None)
-            self.policy.restored(asleep.nbytes, self._monotonic() - began)
+            seconds = self._monotonic() - began
+            self.policy.restored(asleep.nbytes, seconds)
+            custody.metrics.on_restored(seconds)
             # Others may have opened, cleared or deleted it meanwhile.
             if self._roster.find(key) is None and self._roster.is_known(key):
                 taken, segment = segment, None

@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from typing import Any
 import ray
 
 from phi_cluster.cluster.config import KVConfig, SessionsConfig
-from phi_cluster.cluster.errors import Overloaded
+from phi_cluster.cluster.errors import Overloaded, PhiError
 from phi_cluster.cluster.events import EventKind
 from phi_cluster.cluster.messages import (
     AdmitTurn,
@@ -58,16 +59,21 @@ from phi_cluster.cluster.session.retention import Retention
 from phi_cluster.cluster.session.roster import Entry
 from phi_cluster.cluster.session.segment_layout import SegmentLayout
 from phi_cluster.cluster.session.session import SessionSettings, SessionStats
-from phi_cluster.cluster.session.sqlite_journal import SQLiteJournal, glance, list_sessions
+from phi_cluster.cluster.session.sqlite_journal import SQLiteJournal, glance, journals_nbytes, list_sessions
 from phi_cluster.cluster.session.tenant_memory import TenantMemory
 from phi_cluster.cluster.session.usage_file import UsageFile
 from phi_cluster.cluster.session_api import SessionPage, SessionQuery
 from phi_cluster.cluster.turn_api import Rates
+from phi_cluster.monitoring.session_metrics import SessionMetrics
 
 logger = logging.getLogger(__name__)
 
 # A session that the keeper holds closes its journal's file after so long without a turn.
 _REST_SECONDS = 30.0
+# Between two looks at how much disk the journals take.
+_JOURNALS_SECONDS = 20.0
+# Why the keeper takes sessions back from their actors.
+_DEACTIVATION_REASONS = (RecycleReason.IDLE.value, RecycleReason.MEMORY_PRESSURE.value)
 
 
 @dataclass(frozen=True)
@@ -97,7 +103,8 @@ class NodeSessions:
         self._layout = settings.layout
         self._node_id = node_id
         self._process = process_id()
-        self._custody = Custody(settings, journals, actors, sessions, kv, budget_nbytes)
+        self._metrics = SessionMetrics(_DEACTIVATION_REASONS)
+        self._custody = Custody(settings, journals, actors, sessions, kv, budget_nbytes, self._metrics)
         self._roster = self._custody.roster
         self._hibernation = Hibernation(self._custody, store)
         self._administration = Administration(self._custody, self._hibernation, node_id)
@@ -109,6 +116,9 @@ class NodeSessions:
         self._memory = TenantMemory(
             self._custody, lambda tenant: self._accounts.limits_of(tenant).kv_bytes, kv.reserve_wait
         )
+        # Disk that journals take, and when that was looked at (the loop's seconds).
+        self._journal_nbytes = 0
+        self._journals_seen_at = -math.inf
         self._starting: asyncio.Task[None] | None = None
 
     async def start(self) -> int:
@@ -334,6 +344,7 @@ class NodeSessions:
             if entry.session is not None and not entry.session.in_turn and s.idle_seconds > _REST_SECONDS:
                 entry.session.rest()
         await self._save_usage()
+        await self._look_at_journals()
         in_memory = {entry.key.digest for entry in entries}
         on_disk = [key for key in self._roster.stored_keys() if key.digest not in in_memory]
         asleep = [nbytes for key in on_disk if (nbytes := self._hibernation.nbytes(key)) is not None]
@@ -350,10 +361,29 @@ class NodeSessions:
             activations=self._custody.hands.activations,
             recycles=dict(self._custody.hands.recycles),
             private_nbytes=private_bytes(),
+            journal_nbytes=self._journal_nbytes,
+            snapshot=self._metrics.snapshot(),
             usage=self._accounts.totals(),
             events=self._custody.events.after(events_after),
             counts={"forks": self._forks.made, "deletions": self._retention.deleted, **self._hibernation.counts},
         )
+
+    async def prepare_end(self) -> bool:
+        """This keeper is to be renewed: whether it may end now, because no turn is with it and nobody waits for memory.
+        Named sessions that it holds have left memory for the disk then; unnamed ones will be computed again."""
+        await self.start()
+        if self._is_busy():
+            return False
+        for entry in self._roster:
+            if entry.session is not None and not entry.key.ephemeral:
+                with contextlib.suppress(PhiError, OSError):
+                    await self._hibernation.hibernate(entry.key, is_asked=False)
+        await self._save_usage()
+        return not self._is_busy()
+
+    def _is_busy(self) -> bool:
+        in_turn = any(entry.session is not None and entry.session.in_turn for entry in self._roster)
+        return in_turn or self._custody.leases.num_waiting > 0
 
     async def close(self) -> int:
         """Ends all actors; conversations stay in their journals. Returns how many named sessions there are."""
@@ -366,6 +396,14 @@ class NodeSessions:
         # Strangers' strings are no keys here.
         hint = None if request.cache_hint is None else name_digest(request.cache_hint).hex()
         return self._roster.continue_or_open(request.key.tenant, request.text, hint)
+
+    async def _look_at_journals(self) -> None:
+        """Now and then: there may be many files."""
+        now = asyncio.get_running_loop().time()
+        if now - self._journals_seen_at < _JOURNALS_SECONDS:
+            return
+        self._journals_seen_at = now
+        self._journal_nbytes = await asyncio.to_thread(self._custody.journals.nbytes)
 
     async def _save_usage(self) -> None:
         try:
@@ -389,6 +427,9 @@ class _SQLiteJournals:
 
     def keys(self) -> Iterable[SessionKey]:
         return list_sessions(self._state_path)
+
+    def nbytes(self) -> int:
+        return journals_nbytes(self._state_path)
 
     def glance(self, key: SessionKey) -> Glance | None:
         return glance(self._state_path, key)

@@ -14,6 +14,7 @@ from phi_cluster.cluster.processes import private_bytes
 from phi_cluster.cluster.session.accounts import UsageTotals
 from phi_cluster.cluster.session.journal import Glance
 from phi_cluster.cluster.session.session import SessionStats
+from phi_cluster.monitoring.snapshots import FamilySnapshot
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class SessionReport:
 @dataclass(frozen=True)
 class KeeperReport:
     """What the controller collects. Bytes; counters since this keeper started; `counts` are those that the metrics
-    declare (see monitoring/metrics.py)."""
+    declare, `snapshot` what it measures (see monitoring/session_metrics.py)."""
 
     node_id: str
     process: ProcessId
@@ -45,6 +46,8 @@ class KeeperReport:
     recycles: dict[str, int]
     private_nbytes: int
     counts: dict[str, int]
+    journal_nbytes: int = 0
+    snapshot: list[FamilySnapshot] = field(default_factory=list)
     usage: list[UsageTotals] = field(default_factory=list)
     # Since the controller asked last.
     events: list[Event] = field(default_factory=list)

@@ -37,6 +37,8 @@ VERSION = 3
 # Offsets in the header: magic 8, version 8, nonce 16, identity 32, then the fields.
 _HEAD = struct.Struct("=8sq16s32s")
 _IDENTITY_OFFSET = 32
+_IDENTITY_OFFSET = 32
+_IDENTITY_OFFSET = 32
 FIELDS_OFFSET = 64
 _EPOCH, _FLAGS, _SEED, _NUM_COMPUTED_TOKENS, _NUM_TOKENS, _WRITER_PID, _WRITER_START_TICKS = range(7)
 _COMMITTER_PID, _COMMITTER_START_TICKS, _REQUEST, _, _CLAIM, _, _LOWERINGS = range(7, 14)

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from phi_cluster.cluster.errors import SessionBusy
 from phi_cluster.cluster.messages import (
@@ -59,7 +59,7 @@ class SessionStats:
 
     `state`: "active", "handing_over", or "moved" (not here any more). `turns`, `activation` and `recycles`
     count over the session's life (see JournalInfo), `activation_turns` and `activation_age_seconds` over this
-    incarnation.
+    incarnation. `commit_seconds`: in the answer to a commit that was recorded, how long that took.
     """
 
     key: SessionKey
@@ -76,6 +76,7 @@ class SessionStats:
     recycles: int
     activation_turns: int
     activation_age_seconds: float
+    commit_seconds: float | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -223,10 +224,12 @@ class Session:
         """
         if self._state == "moved":
             return Moved(self.key)
+        began, commit_seconds = self._settings.clock(), None
         if self._conversation.record(turn):
             self._activation_turns += 1
+            commit_seconds = max(self._settings.clock() - began, 0.0)
         self.abandon(turn.epoch)
-        return self.describe()
+        return replace(self.describe(), commit_seconds=commit_seconds)
 
     def abandon(self, epoch: int) -> bool:
         """End a turn without recording it. What it wrote into the segment is dropped at the next turn. False

@@ -83,6 +83,15 @@ def list_sessions(state_dir: Path, on_error: Callable[[Path, PhiError], None] | 
             yield SessionKey(row[0], row[1], bool(row[2]))
 
 
+def journals_nbytes(state_dir: Path) -> int:
+    """Disk that all stored sessions' journals and their logs take."""
+    total = 0
+    for path in (state_dir / "sessions").glob("??/*.sqlite*"):
+        with contextlib.suppress(OSError):
+            total += path.stat().st_blocks * 512
+    return total
+
+
 def _read_names(path: Path) -> tuple[str, str, int] | None:
     with translated(path), contextlib.closing(sqlite_file.connect(path, busy_seconds=1.0)) as connection:
         # Version 0 is a file that its creator has not finished.

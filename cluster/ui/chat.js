@@ -217,7 +217,12 @@ function confirmed(action, id) {
     };
     const agree = () => end({ newId: byId("dialog-input").value.trim() });
     yes.addEventListener("click", agree, { signal: done.signal });
-    byId("dialog-input").addEventListener("keydown", (event) => event.key === "Enter" && agree(), { signal: done.signal });
+    byId("dialog-input").addEventListener("keydown", (event) => {
+      if (event.key !== "Enter") return;
+      // Else it would press the button as well that gets the focus back.
+      event.preventDefault();
+      agree();
+    }, { signal: done.signal });
     byId("dialog-no").addEventListener("click", () => end(null), { signal: done.signal });
     dialog.addEventListener("cancel", () => end(null), { signal: done.signal });
   });

@@ -33,7 +33,7 @@ export function showMemory(cluster, largest, total, selected, onSelect) {
   blocks.classList.toggle("empty", !shown.length);
   // A name where there is room for it; all of it is in the title, and read out.
   const widest = blocks.clientWidth / sum(shown, (block) => block.size);
-  const fits = (text, size) => size * widest > 8 + 6.5 * text.length;
+  const fits = (text, size) => size * widest > 24 + 6.5 * text.length;
   keyed(blocks, shown, (block) => block.key,
     (block) => block.session
       ? el("button", { type: "button", class: "block", onclick: () => onSelect(block.session.id, block.session.tenant) })

@@ -26,6 +26,7 @@ from phi_cluster.cluster.messages import (
     SequenceOutput,
     StepDown,
     StepFrame,
+    StepWork,
     TakeOver,
     decode_frame,
     encode_frame,
@@ -95,10 +96,16 @@ class FakeEngine:
         assert isinstance(frame, kind), frame
         return frame
 
-    async def send(self, *outputs: SequenceOutput, running: int = 1, totals: EngineTotals = NO_TOTALS) -> None:
+    async def send(
+        self,
+        *outputs: SequenceOutput,
+        running: int = 1,
+        totals: EngineTotals = NO_TOTALS,
+        work: StepWork | None = None,
+    ) -> None:
         """One step."""
         self._step += 1
-        await self.send_bytes(encode_frame(StepFrame(self._step, list(outputs), running, 0, totals)))
+        await self.send_bytes(encode_frame(StepFrame(self._step, list(outputs), running, 0, totals, work)))
 
     async def send_bytes(self, data: bytes) -> None:
         await asyncio.wait_for(self._connected.wait(), PATIENCE)
@@ -825,3 +832,47 @@ async def test_totals_go_on_counting_when_an_engine_is_replaced(engines: Engines
     await until(lambda: engine.serves)
     await engine.send(totals=EngineTotals(1, 1, 1))
     await until(lambda: client.totals == EngineTotals(3, 10, 6))
+
+
+class Seen:
+    """An observer that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.steps: list[tuple[int, int, float]] = []
+        self.queued: list[float] = []
+        self.pauses: list[float] = []
+
+    def on_step(self, num_seqs: int, num_tokens: int, seconds: float) -> None:
+        self.steps.append((num_seqs, num_tokens, seconds))
+
+    def on_scheduled(self, queue_seconds: float) -> None:
+        self.queued.append(queue_seconds)
+
+    def on_recovered(self, seconds: float) -> None:
+        self.pauses.append(seconds)
+
+
+async def test_an_observer_sees_steps_waiting_and_recoveries_but_no_renewals(
+    engines: Engines, make_client: MakeClient
+) -> None:
+    seen = Seen()
+    client = make_client(observer=seen)
+    engine = await engines.next()
+    stream = await client.add(add(client))
+    number = stream.add.sequence_id
+    await engine.send(work=None)
+    await engine.send(SequenceOutput(number, [1], queue_seconds=0.25), work=StepWork(1, 30, 0.5))
+    await engine.send(SequenceOutput(number, [2]), work=StepWork(1, 1, 0.125))
+    await until(lambda: len(seen.steps) == 2)
+    assert (seen.steps, seen.queued, seen.pauses) == ([(1, 30, 0.5), (1, 1, 0.125)], [0.25], [])
+    engine.die()
+    engine = await engines.next()
+    await until(lambda: engine.serves and client.ready)
+    assert len(seen.pauses) == 1
+    # Renewed as it was told to: nothing was lost.
+    recycling = asyncio.create_task(client.recycle("leak"))
+    successor = await engines.next()
+    assert await recycling
+    engine.die()
+    await until(lambda: successor.serves and client.ready)
+    assert (client.recycles.total(), len(seen.pauses)) == (1, 1)

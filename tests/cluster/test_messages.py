@@ -23,6 +23,7 @@ from phi_cluster.cluster.messages import (
     SequenceOutput,
     SessionKey,
     StepFrame,
+    StepWork,
     TakeOver,
     TurnGrant,
     decode_frame,
@@ -65,11 +66,13 @@ def random_frame(rng: random.Random) -> Frame:
             rng.random() < 0.5,
             rng.choice([None, 0, number()]),
             rng.choice([None, "", "wörds\n\0\ufffd"]),
+            queue_seconds=rng.choice([None, 0.0, rng.random()]),
         )
         for _ in range(rng.randrange(5))
     ]
     totals = EngineTotals(number(), number(), number())
-    return StepFrame(number(), outputs, number(), number(), totals)
+    work = rng.choice([None, StepWork(number(), number(), rng.random())])
+    return StepFrame(number(), outputs, number(), number(), totals, work, rng.random())
 
 
 def test_frames_come_out_as_they_went_in() -> None:
@@ -82,6 +85,10 @@ def test_frames_come_out_as_they_went_in() -> None:
         assert int.from_bytes(packed[:4], "big") == len(packed) - 4
         decoded = decode_frame(packed[4:])
         assert decoded == frame
+        if isinstance(frame, StepFrame):
+            # What equality of outputs does not look at.
+            waited = [output.queue_seconds for output in decoded.outputs]  # type: ignore[union-attr]
+            assert waited == [output.queue_seconds for output in frame.outputs]
         if isinstance(frame, AddSequence):
             assert SamplingParams.from_dict(decoded.sampling).to_dict() == frame.sampling  # type: ignore[union-attr]
     assert len(kinds) == 6

@@ -21,6 +21,7 @@ from phi_cluster.cluster.preflight import (
     check_folder,
     check_platform,
     check_port,
+    fixed_nbytes,
     inspect_machine,
     kv_budget,
     session_actors,
@@ -275,14 +276,16 @@ def test_a_folder_that_cannot_be_written_is_named(config: Config, tmp_path: Path
 
 
 def test_the_budget_is_half_of_what_is_left() -> None:
-    fixed = GB + PROCESSES_NBYTES + 2 * ENGINE_NBYTES
+    fixed = fixed_nbytes(Config(replicas=2), GB)
+    # The object store with the weights, whole.
+    assert fixed > GB / 0.7 + PROCESSES_NBYTES + 2 * ENGINE_NBYTES
     machine = Machine(2, 16 * GB, 10 * GB, "AVX2")
     assert kv_budget(Config(replicas=2), machine, GB, Path("/")) == (10 * GB - fixed) // 2
 
 
 def test_a_configured_budget_is_taken_if_it_fits() -> None:
     machine = Machine(2, 16 * GB, 10 * GB, "AVX2")
-    fixed = PROCESSES_NBYTES + ENGINE_NBYTES
+    fixed = fixed_nbytes(Config(), 0)
     fits = 10 * GB - fixed
     assert kv_budget(Config(kv=KVConfig(budget=fits)), machine, 0, Path("/")) == fits
     with pytest.raises(StartError, match=r"lower kv\.budget"):
@@ -290,7 +293,7 @@ def test_a_configured_budget_is_taken_if_it_fits() -> None:
 
 
 @pytest.mark.parametrize(
-    ("available", "budget"), [(0, None), (PROCESSES_NBYTES + ENGINE_NBYTES + 2**25, None), (16 * GB, 10**6)]
+    ("available", "budget"), [(0, None), (fixed_nbytes(Config(), 0) + 2**25, None), (16 * GB, 10**6)]
 )
 def test_too_little_memory_says_how_much_is_there_and_needed(available: int, budget: int | None) -> None:
     machine = Machine(2, 16 * GB, available, "AVX2")
@@ -298,7 +301,7 @@ def test_too_little_memory_says_how_much_is_there_and_needed(available: int, bud
         kv_budget(Config(kv=KVConfig(budget=budget)), machine, 0, Path("/"))
     told = caught.value.message
     assert told.startswith(f"too little memory: {available // 10**6} MB are available")
-    assert f"take {(PROCESSES_NBYTES + ENGINE_NBYTES) // 10**6} MB and the KV cache 33 MB" in told
+    assert f"take {fixed_nbytes(Config(), 0) // 10**6} MB and the KV cache 33 MB" in told
 
 
 def test_weights_must_fit_into_shared_memory() -> None:
@@ -310,14 +313,14 @@ def test_weights_must_fit_into_shared_memory() -> None:
 @pytest.mark.parametrize("replicas", [1, 3])
 def test_each_replica_has_a_standby_engine_if_all_fit(replicas: int) -> None:
     config = Config(replicas=replicas)
-    needed = 2 * GB + PROCESSES_NBYTES + replicas * (ENGINE_NBYTES + STANDBY_ENGINE_NBYTES)
+    needed = GB + fixed_nbytes(config, GB) + replicas * STANDBY_ENGINE_NBYTES
     assert standby_engines(config, Machine(2, 99 * GB, needed, "AVX2"), GB, GB) == 1
     assert standby_engines(config, Machine(2, 99 * GB, needed - 1, "AVX2"), GB, GB) == 0
 
 
 @pytest.mark.parametrize(("left", "actors"), [(100 * SESSION_ACTOR_NBYTES, 64), (5 * SESSION_ACTOR_NBYTES, 5), (-1, 0)])
 def test_session_actors_are_as_many_as_fit(left: int, actors: int) -> None:
-    fixed = GB + PROCESSES_NBYTES + 2 * (ENGINE_NBYTES + STANDBY_ENGINE_NBYTES) + 2 * GB
+    fixed = fixed_nbytes(Config(replicas=2), GB) + 2 * STANDBY_ENGINE_NBYTES + 2 * GB
     # A tenth of the machine stays free.
     machine = Machine(2, 20 * GB, fixed + 2 * GB + left, "AVX2")
     assert session_actors(Config(replicas=2), machine, GB, 2 * GB, 1) == actors
@@ -327,7 +330,7 @@ def test_session_actors_are_as_many_as_fit(left: int, actors: int) -> None:
 
 def test_asked_for_standby_engines_must_fit() -> None:
     config = Config(engine=EngineConfig(standby_engines=2))
-    needed = PROCESSES_NBYTES + ENGINE_NBYTES + 2 * STANDBY_ENGINE_NBYTES
+    needed = fixed_nbytes(config, 0) + 2 * STANDBY_ENGINE_NBYTES
     assert standby_engines(config, Machine(2, 99 * GB, needed, "AVX2"), 0, 0) == 2
     with pytest.raises(StartError, match=r"2 for each replica take 800 MB, and 799 MB are left after"):
         standby_engines(config, Machine(2, 99 * GB, needed - 10**6, "AVX2"), 0, 0)

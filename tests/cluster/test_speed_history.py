@@ -4,30 +4,31 @@ import pytest
 from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
 
 from phi_cluster.cluster.speed_history import SpeedHistory, quantile
-from phi_cluster.monitoring.metrics import RequestMetrics, snapshot_of
+from phi_cluster.monitoring.replica_metrics import ReplicaMetrics
+from phi_cluster.monitoring.snapshots import snapshot_of
 
 INF = float("inf")
 
 
-def counted(requests: int, ttft: float, tokens: int = 10) -> RequestMetrics:
-    metrics = RequestMetrics()
+def counted(requests: int, ttft: float, tokens: int = 10) -> ReplicaMetrics:
+    metrics = ReplicaMetrics()
     for _ in range(requests):
-        metrics.on_start("chat")
-        metrics.on_first_token("chat", ttft)
-        metrics.on_token("chat", tokens - 1, 0.02 * (tokens - 1))
-        metrics.on_finish("chat", "stop", 1.0, 100, 60, tokens)
+        metrics.requests.on_start("chat")
+        metrics.requests.on_first_token("chat", ttft)
+        metrics.requests.on_token("chat", tokens - 1, 0.02 * (tokens - 1))
+        metrics.requests.on_finish("chat", "stop", 1.0, 100, 60, tokens)
     return metrics
 
 
 def test_what_lies_between_two_sums() -> None:
     history, metrics = SpeedHistory(every=5), counted(10, 9.0)
-    history.take(100.0, [metrics.snapshot()])
+    history.take(100.0, [metrics.snapshot(0)])
     for _ in range(20):
-        metrics.on_start("chat")
-        metrics.on_first_token("chat", 0.04)
-        metrics.on_token("chat", 9, 0.18)
-        metrics.on_finish("chat", "stop", 1.0, 100, 60, 10)
-    history.take(110.0, [metrics.snapshot()])
+        metrics.requests.on_start("chat")
+        metrics.requests.on_first_token("chat", 0.04)
+        metrics.requests.on_token("chat", 9, 0.18)
+        metrics.requests.on_finish("chat", "stop", 1.0, 100, 60, 10)
+    history.take(110.0, [metrics.snapshot(0)])
     speeds = history.speeds(60.0)
     assert speeds["generation_tokens_per_second"] == 20.0
     assert speeds["prompt_tokens_per_second"] == 200.0
@@ -45,7 +46,7 @@ def test_replicas_are_summed_and_old_sums_go() -> None:
     history = SpeedHistory(every=5, keep=3)
     metrics = [counted(1, 0.1), counted(2, 0.1)]
     for second in range(0, 40, 1):
-        history.take(1000.0 + second, [one.snapshot() for one in metrics])
+        history.take(1000.0 + second, [one.snapshot(0) for one in metrics])
     assert [one["time"] for one in history.series()] == [1030.0, 1035.0]
     assert history.speeds(60.0)["requests_per_second"] == 0.0
 
@@ -60,8 +61,8 @@ def test_nothing_is_nothing() -> None:
 
 def test_a_counter_that_went_back_is_no_speed() -> None:
     history = SpeedHistory()
-    history.take(1.0, [counted(10, 0.1).snapshot()])
-    history.take(11.0, [counted(3, 0.1).snapshot()])
+    history.take(1.0, [counted(10, 0.1).snapshot(0)])
+    history.take(11.0, [counted(3, 0.1).snapshot(0)])
     assert history.speeds(60.0)["requests_per_second"] == 0.0
     assert history.speeds(60.0)["ttft_seconds"]["p50"] is None
 

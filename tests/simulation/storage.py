@@ -148,6 +148,9 @@ class Journals:
         info, now = self._disk.files[key.digest].info(), self._disk.clock()
         return Glance(0, info.turns, info.activation, info.recycles, info.created_at, now)
 
+    def nbytes(self) -> int:
+        return 0
+
     def keys(self) -> Iterator[SessionKey]:
         yield from [journal.key for journal in self._disk.files.values()]
 

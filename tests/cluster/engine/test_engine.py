@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 from typing import Any
 
@@ -479,8 +478,8 @@ def test_an_id_is_in_use_until_its_release_is_told(lab: Any) -> None:
 
 
 def test_counters_and_the_injected_clock(lab: Any) -> None:
-    clock = itertools.count(100.0)
-    engine = lab.engine(max_num_seqs=1, clock=lambda: next(clock))
+    now = 100.0
+    engine = lab.engine(max_num_seqs=1, clock=lambda: now)
     assert (engine.step_count, engine.last_step_at, engine.has_work) == (0, None, False)
     engine.step()
     assert (engine.step_count, engine.last_step_at) == (0, None)
@@ -489,7 +488,47 @@ def test_counters_and_the_injected_clock(lab: Any) -> None:
     engine.step()
     assert (engine.num_running, engine.num_waiting, engine.step_count) == (1, 1, 1)
     assert engine.last_step_at == 100.0
+    now = 101.0
     while engine.has_work:
         engine.step()
     assert (engine.num_running, engine.num_waiting, engine.step_count) == (0, 0, 3)
-    assert engine.last_step_at == 102.0
+    assert engine.last_step_at == 101.0
+
+
+def test_what_a_step_computed_and_how_long_sequences_waited_for_their_first(lab: Any) -> None:
+    now = 100.0
+    engine = lab.engine(max_num_seqs=2, clock=lambda: now)
+    assert (engine.last_work, engine.queue_seconds) == (None, 0.0)
+    engine.add(lab.sequence(1, [1, 2, 3], max_tokens=2))
+    engine.add(lab.sequence(2, [1, 2], max_tokens=2))
+    now = 103.0
+    # One that waits behind them.
+    engine.add(lab.sequence(3, [1], max_tokens=1))
+    assert engine.queue_seconds == 3.0
+    outputs = engine.step()
+    assert engine.last_work == (2, 5, 0.0)
+    assert [output.queue_seconds for output in outputs] == [3.0, 3.0]
+    now = 104.5
+    assert engine.queue_seconds == 1.5
+    outputs = engine.step()
+    assert engine.last_work == (2, 2, 0.0)
+    # Each is told once.
+    assert [output.queue_seconds for output in outputs] == [None, None]
+    assert [output.queue_seconds for output in engine.step()] == [1.5]
+    assert engine.queue_seconds == 0.0
+    engine.step()
+    assert engine.last_work is None
+
+
+def test_who_leaves_the_queue_uncomputed_has_not_waited(lab: Any) -> None:
+    now = 100.0
+    engine = lab.engine(max_num_seqs=1, clock=lambda: now)
+    engine.add(lab.sequence(1, [1, 2], max_tokens=9))
+    engine.step()
+    engine.add(lab.sequence(2, [1, 2], max_tokens=9))
+    now = 105.0
+    assert engine.queue_seconds == 5.0
+    engine.abort(2)
+    assert engine.queue_seconds == 0.0
+    [aborted] = [output for output in engine.step() if output.sequence_id == 2]
+    assert (aborted.finish_reason, aborted.queue_seconds) == ("abort", None)

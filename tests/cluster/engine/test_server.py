@@ -26,6 +26,7 @@ from phi_cluster.cluster.messages import (
     SequenceOutput,
     StepDown,
     StepFrame,
+    StepWork,
     TakeOver,
     decode_frame,
     encode_frame,
@@ -42,6 +43,8 @@ class FakeEngine:
         self.step_count = 0
         self.num_running = 1
         self.num_waiting = 0
+        self.queue_seconds = 0.25
+        self.last_work = StepWork(1, 1, 0.5)
         self.num_preemptions = self.num_draft_tokens = self.num_accepted_tokens = 0
         self.progress = 100
         self.may_step = threading.Event()

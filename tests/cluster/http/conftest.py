@@ -138,17 +138,18 @@ class FakeSessions:
 
     async def browse(self, query: SessionQuery) -> SessionPage:
         self.queries.append(query)
-        found = [one | {"tenant": tenant} for (tenant, _), one in self.known.items() if query.tenant in (None, tenant)]
-        found = [one for one in found if query.state in (None, one["state"]) and (query.search or "") in one["id"]]
+        known = [(key, one) for key, one in self.known.items() if query.tenant in (None, key[0])]
+        known = [(key, one) for key, one in known if query.state in (None, one["state"])]
+        known = [(key, one) for key, one in known if (query.search or "") in key[1]]
         field = {"tokens": "num_tokens", "age": "age_seconds", "idle": "idle_seconds"}.get(query.sort, query.sort)
-        found.sort(key=lambda one: one[field], reverse=query.is_descending)
-        cursors = [one["id"] if query.tenant else f"{one['tenant']}/{one['id']}" for one in found]
+        known.sort(key=lambda one: one[1][field], reverse=query.is_descending)
+        cursors = [key[1] if query.tenant else "/".join(key) for key, _ in known]
         begin = cursors.index(query.after) + 1 if query.after else 0
         page = slice(begin, begin + query.limit)
-        totals = {"sessions": len(found), "by_state": dict(Counter(one["state"] for one in found))}
-        totals |= {name: sum(one.get(name, 0) for one in found) for name in ("kv_cache_bytes", "disk_bytes")}
-        last = cursors[page][-1] if cursors[page] else None
-        return SessionPage(found[page], totals, page.stop < len(found), last)
+        found = [one | {"tenant": key[0]} for key, one in known[page]]
+        totals = {"sessions": len(known), "by_state": dict(Counter(one["state"] for _, one in known))}
+        totals |= {name: sum(one.get(name, 0) for _, one in known) for name in ("kv_cache_bytes", "disk_bytes")}
+        return SessionPage(found, totals, page.stop < len(known), cursors[page][-1] if found else None)
 
     async def get(self, tenant: str, session_id: str) -> dict[str, Any]:
         if (tenant, session_id) not in self.known:
@@ -289,6 +290,7 @@ class FakeHealth:
 class RecordingObserver:
     def __init__(self) -> None:
         self.calls: list[tuple[Any, ...]] = []
+        self.errors: list[tuple[Any, ...]] = []
 
     def on_start(self, *call: Any) -> None:
         self.calls.append(("start", *call))
@@ -301,6 +303,9 @@ class RecordingObserver:
 
     def on_finish(self, *call: Any) -> None:
         self.calls.append(("finish", *call))
+
+    def on_error(self, *call: Any) -> None:
+        self.errors.append(call)
 
 
 class FakeClock:

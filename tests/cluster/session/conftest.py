@@ -27,7 +27,7 @@ from phi_cluster.cluster.session.journal import Glance, Journal
 from phi_cluster.cluster.session.keeper import HeldBy, NodeSessions
 from phi_cluster.cluster.session.segment import Segment, SegmentLayout
 from phi_cluster.cluster.session.session import Session, SessionSettings
-from phi_cluster.cluster.session.sqlite_journal import SQLiteJournal, glance, list_sessions
+from phi_cluster.cluster.session.sqlite_journal import SQLiteJournal, glance, journals_nbytes, list_sessions
 from phi_cluster.cluster.session_api import SessionQuery
 from phi_cluster.model.kv_layout import KVCacheLayout
 
@@ -279,6 +279,9 @@ class Node:
 
             def keys(self) -> list[SessionKey]:
                 return list(list_sessions(state_dir))
+
+            def nbytes(self) -> int:
+                return journals_nbytes(state_dir)
 
             def glance(self, key: SessionKey) -> Glance | None:
                 self.looked_at.append(key)

@@ -1,0 +1,30 @@
+"""All that a replica counts, in one registry that travels to the controller as snapshots and is summed there.
+
+Owns: the registry. Knows nothing of what is counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from prometheus_client import CollectorRegistry
+
+from phi_cluster.monitoring.engine_metrics import EngineMetrics
+from phi_cluster.monitoring.request_metrics import RequestMetrics
+from phi_cluster.monitoring.session_metrics import CommitMetrics
+from phi_cluster.monitoring.snapshots import FamilySnapshot, snapshot_of
+
+
+class ReplicaMetrics:
+    """`engine_recycle_reasons`: why an engine may be renewed."""
+
+    def __init__(self, engine_recycle_reasons: Iterable[str] = ()) -> None:
+        self.registry = CollectorRegistry()
+        self.requests = RequestMetrics(self.registry)
+        self.engines = EngineMetrics(self.registry, engine_recycle_reasons)
+        self.commits = CommitMetrics(self.registry)
+
+    def snapshot(self, num_running: int) -> list[FamilySnapshot]:
+        """All families with their samples, picklable; the engine runs so many sequences now."""
+        self.requests.on_running(num_running)
+        return snapshot_of(self.registry.collect())
