@@ -182,6 +182,8 @@ class AddSequence:
     # Where the reply starts (absolute): penalties, min_tokens and max_tokens count from here. A sequence that
     # is taken over in mid-reply is added with the reply so far in `token_ids`.
     num_prompt_tokens: int
+    # For the log.
+    request_id: str = ""
 
 
 @dataclass(frozen=True)
@@ -300,6 +302,7 @@ def encode_frame(message: Frame) -> bytes:
             message.sampling,
             message.max_num_tokens,
             message.num_prompt_tokens,
+            message.request_id,
         ]
     elif isinstance(message, ExtendSequence):
         body = ["extend", message.sequence_id, message.max_num_tokens]

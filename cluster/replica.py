@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import logging
 import os
-import sys
 import time
 import uuid
 from functools import partial
@@ -33,6 +32,7 @@ from phi_cluster.cluster.http.edge import EdgeSettings
 from phi_cluster.cluster.http.schemas import MAX_CHOICES
 from phi_cluster.cluster.http.server import build_app
 from phi_cluster.cluster.keys import KeyFile
+from phi_cluster.cluster.logs import log_as
 from phi_cluster.cluster.managed_sessions import ManagedSessions
 from phi_cluster.cluster.poison import PoisonList
 from phi_cluster.cluster.preflight import LOOPBACK
@@ -78,7 +78,7 @@ class Replica:
     async def __init__(  # type: ignore[misc]
         self, served: ServedModel, config: Config, runtime_dir: Path, num_threads: int, num_standbys: int
     ):
-        _log_to_ray()
+        log_as("replica")
         self._served = served
         self._config = config
         self._node_id = ray.get_runtime_context().get_node_id()
@@ -308,10 +308,3 @@ async def _others_serve() -> bool:
         return bool(await controller.num_replicas.remote())
     except (ValueError, RayError):
         return False
-
-
-def _log_to_ray() -> None:
-    """What we log goes to this process's file among Ray's. Serve takes over stderr and drops what comes there."""
-    handler = logging.StreamHandler(sys.__stderr__)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    logging.getLogger("phi_cluster").addHandler(handler)

@@ -194,6 +194,7 @@ class TurnAttempt:
                 sampling=sampling,
                 max_num_tokens=num_prompt + len(so_far) + ahead,
                 num_prompt_tokens=num_prompt,
+                request_id=request.request_id,
             )
             try:
                 await around.sessions.reserve(grant.key, add.max_num_tokens)

@@ -239,7 +239,8 @@ class Engine:
             self._fail(sequence, error)
 
     def _fail(self, sequence: Sequence, error: Exception, token_ids: list[int] | None = None) -> None:
-        logger.error("sequence %d failed", sequence.sequence_id, exc_info=error)
+        names = {"request_id": sequence.request_id, "sequence_id": sequence.sequence_id}
+        logger.error("a sequence failed", exc_info=error, extra=names)
         self._finish(sequence, "error", token_ids, error=f"{type(error).__name__}: {error}")
 
     def _finish(
@@ -261,6 +262,9 @@ class Engine:
         self._came_at.pop(sequence.sequence_id, None)
         num_cached_tokens = self._announce(sequence)
         self._announced.discard(sequence.sequence_id)
+        queue_seconds = self._queued.pop(sequence.sequence_id, None)
+        told = {"request_id": sequence.request_id, "sequence_id": sequence.sequence_id, "outcome": reason}
+        logger.info("a sequence has ended", extra=told)
         self._outputs.append(
             SequenceOutput(
                 sequence.sequence_id,
@@ -269,7 +273,7 @@ class Engine:
                 released=True,
                 num_cached_tokens=num_cached_tokens,
                 error=error,
-                queue_seconds=self._queued.pop(sequence.sequence_id, None),
+                queue_seconds=queue_seconds,
                 logprobs=logprobs,
                 prompt_logprobs=_take_prompt_logprobs(sequence),
             )

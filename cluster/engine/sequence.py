@@ -96,6 +96,7 @@ class Sequence:
         params: SamplingParams,
         max_num_tokens: int,
         matcher: ReplyMatcher | None = None,
+        request_id: str = "",
     ):
         if kv.num_tokens != len(token_ids):
             raise ValueError(f"the KV segment holds {kv.num_tokens} tokens, the sequence has {len(token_ids)}")
@@ -107,6 +108,8 @@ class Sequence:
         if len(token_ids) > max_num_tokens:
             raise ValueError(f"{len(token_ids)} tokens are more than max_num_tokens {max_num_tokens}")
         self.sequence_id = sequence_id
+        # For the log.
+        self.request_id = request_id
         self.kv = kv
         self.token_ids = list(token_ids)
         self.num_prompt_tokens = num_prompt_tokens

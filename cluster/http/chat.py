@@ -24,7 +24,7 @@ from phi_cluster.cluster.http.models import check_model
 from phi_cluster.cluster.http.openapi import generation_docs
 from phi_cluster.cluster.http.schemas import check_choices, sampling_of
 from phi_cluster.cluster.http.strict_model import validated
-from phi_cluster.cluster.http.tool_format import call_delta, whole_calls
+from phi_cluster.cluster.http.tool_format import call_deltas, whole_calls
 from phi_cluster.cluster.http.turn_response import TurnResponse
 from phi_cluster.cluster.turn_api import CallPiece, Endpoint, FinishReason, TokenLogprob, TurnRequest, call_id
 
@@ -101,7 +101,7 @@ class ChatReply:
     ) -> dict[str, Any]:
         delta: dict[str, Any] = {"content": text} if text or not calls else {}
         if calls:
-            delta["tool_calls"] = [call_delta(call, self._call_id(call)) for call in calls]
+            delta["tool_calls"] = call_deltas(calls, self._call_id)
         return self._chunk([self._choice(delta, None, logprobs)])
 
     def closing(self, finish_reason: FinishReason) -> dict[str, Any]:

@@ -117,7 +117,7 @@ class TurnResponse(Response):
         self._extra_headers = {SESSION_HEADER: caller.session_id} if caller.session_id is not None else {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        observation = Observation(self._edge.observer, self._format.endpoint, self._edge.clock)
+        observation = Observation(self._edge.observer, self._format.endpoint, self._edge.clock, self._caller.request_id)
         try:
             if self._stream:
                 stream = EventStream(scope, receive, send, self._extra_headers)

@@ -25,6 +25,7 @@ import ray
 from phi_cluster.cluster.config import KVConfig, SessionsConfig
 from phi_cluster.cluster.errors import Overloaded, PhiError
 from phi_cluster.cluster.events import EventKind
+from phi_cluster.cluster.logs import log_as
 from phi_cluster.cluster.messages import (
     AdmitTurn,
     BeginTurn,
@@ -450,6 +451,7 @@ class Keeper(NodeSessions):
         kv: KVConfig,
         budget_nbytes: int,
     ):
+        log_as("keeper")
         settings = session_settings(layout, fingerprint)
         node_id = ray.get_runtime_context().get_node_id()
         actors = RayActors(layout, fingerprint, state_path, node_id)

@@ -16,6 +16,7 @@ millisecond) are done in place.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
@@ -35,6 +36,8 @@ from phi_cluster.cluster.session.held_memory import HeldMemory
 from phi_cluster.cluster.session.journal import Journal, JournalInfo
 from phi_cluster.cluster.session.segment import Segment, SegmentGone, SegmentLayout, SegmentMismatch
 from phi_cluster.cluster.session.transcript import Match
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -214,6 +217,8 @@ class Session:
         segment.request, segment.claim = name_digest(request.request_id), self._turn.claim
         segment.committer = request.writers[0] if request.writers else None
         self._last_used = self._settings.clock()
+        told = {"request_id": request.request_id, "session": self.key.digest[:12]}
+        logger.info("a turn has begun", extra=told)
         return grant
 
     def commit(self, turn: CommitTurn) -> SessionStats | Moved:
@@ -228,6 +233,8 @@ class Session:
         if self._conversation.record(turn):
             self._activation_turns += 1
             commit_seconds = max(self._settings.clock() - began, 0.0)
+            told = {"request_id": turn.request_id, "session": self.key.digest[:12], "outcome": turn.finish_reason}
+            logger.info("a turn is recorded", extra=told | {"seconds": round(commit_seconds, 6)})
         self.abandon(turn.epoch)
         return replace(self.describe(), commit_seconds=commit_seconds)
 

@@ -144,7 +144,9 @@ class FakeSessions:
         field = {"tokens": "num_tokens", "age": "age_seconds", "idle": "idle_seconds"}.get(query.sort, query.sort)
         known.sort(key=lambda one: one[1][field], reverse=query.is_descending)
         cursors = [key[1] if query.tenant else "/".join(key) for key, _ in known]
-        begin = cursors.index(query.after) + 1 if query.after else 0
+        if query.after is not None and query.after not in cursors:
+            raise InvalidRequest("after: that session is not in this list any more", param="after")
+        begin = 0 if query.after is None else cursors.index(query.after) + 1
         page = slice(begin, begin + query.limit)
         found = [one | {"tenant": key[0]} for key, one in known[page]]
         totals = {"sessions": len(known), "by_state": dict(Counter(one["state"] for _, one in known))}

@@ -111,12 +111,12 @@ CASES = {
     "null content": (message(role="assistant", content=None), 400, "messages[0].content", "is required"),
     "unknown role": (message(role="robot", content="a"), 400, "messages[0].role", "'system', 'developer'"),
     "role as array": (message(role=["user"], content="a"), 400, "messages[0].role", "'system', 'developer'"),
-    "tool message": (message(role="tool", content="a"), 400, "messages[0].role", "tools are not"),
+    "tool message": (message(role="tool", content="a"), 400, "messages[0].tool_call_id", "is required"),
     "tool calls": (
         message(role="assistant", content="a", tool_calls=[{}]),
         400,
-        "messages[0].tool_calls",
-        "not supported yet",
+        "messages[0].tool_calls[0].id",
+        "is required",
     ),
     "image": (
         message(role="user", content=[{"type": "image_url", "image_url": {"url": "data:"}}]),
@@ -182,7 +182,7 @@ CASES = {
         "only allowed with stream",
     ),
     "messages for completions": (completion(messages=HELLO), 400, "messages", "not a field here"),
-    "tools": (chat(tools=[{"type": "function"}]), 400, "tools", "tools is not supported yet"),
+    "tools": (chat(tools=[{"type": "function"}]), 400, "tools[0].function", "is required"),
     "json output": (
         chat(response_format={"type": "xml"}),
         400,
