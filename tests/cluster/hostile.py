@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from tests.model.formats import HARMLESS, WRONG, Wanted
+
 CHAT, COMPLETIONS, SESSIONS, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/sessions", "/v1/responses"
 HELLO = [{"role": "user", "content": "Hi"}]
 # Beyond the built-in model's.
@@ -34,7 +36,7 @@ class Hostile:
     key: str = "bob"
 
 
-def _chat(name: str, status: int, code: str | None = None, **fields: Any) -> Hostile:
+def _chat(name: str, status: int | tuple[int, ...], code: str | None = None, **fields: Any) -> Hostile:
     return Hostile(name, status, code, body=json.dumps({"messages": HELLO, "max_tokens": 2, **fields}).encode())
 
 
@@ -80,6 +82,7 @@ def table(image_url: str) -> Iterator[Hostile]:
     yield from _amounts()
     yield from _json()
     yield from _content(image_url)
+    yield from _formats()
     yield from _sessions()
     yield from _responses()
     yield from _headers()
@@ -220,6 +223,19 @@ def _content(image_url: str) -> Iterator[Hostile]:
     yield _chat("a choice of 100,000", 400, guided_choice=[f"{i}" for i in range(100_000)])
     yield _chat("a schema of depth 90", 200, guided_json=json.loads('{"items":' * 90 + "{}" + "}" * 90))
     yield _chat("a schema", 400, response_format={"type": "json_schema", "json_schema": {"$ref": image_url}})
+
+
+def _formats() -> Iterator[Hostile]:
+    for name, (wanted, _) in WRONG.items():
+        # One is larger than a body may be; one is deeper than json can write (as others here, see _json).
+        if name != "far too deep":
+            yield _format(f"format: {name}", (400, 413), wanted)
+    for name, wanted in HARMLESS.items():
+        yield _format(f"format: {name}", 200, wanted)
+
+
+def _format(name: str, status: int | tuple[int, ...], wanted: Wanted) -> Hostile:
+    return _chat(name, status, structured_outputs={wanted.kind: wanted.value})
 
 
 def _sessions() -> Iterator[Hostile]:
