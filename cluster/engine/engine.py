@@ -191,6 +191,7 @@ class Engine:
         if right != draft_ids[: len(right)]:
             self._fail(sequence, RuntimeError("the runner drew a token behind a wrong draft"))
             return
+        sequence.prompt_logprobs += outcome.prompt_logprobs or ()
         taken: list[int] = []
         reason: str | None = None
         try:
@@ -221,6 +222,7 @@ class Engine:
                     num_cached_tokens=self._announce(sequence),
                     queue_seconds=self._queued.pop(sequence.sequence_id, None),
                     logprobs=logprobs,
+                    prompt_logprobs=_take_prompt_logprobs(sequence),
                 )
             )
 
@@ -237,7 +239,8 @@ class Engine:
             self._fail(sequence, error)
 
     def _fail(self, sequence: Sequence, error: Exception, token_ids: list[int] | None = None) -> None:
-        logger.error("sequence %d failed", sequence.sequence_id, exc_info=error)
+        names = {"request_id": sequence.request_id, "sequence_id": sequence.sequence_id}
+        logger.error("a sequence failed", exc_info=error, extra=names)
         self._finish(sequence, "error", token_ids, error=f"{type(error).__name__}: {error}")
 
     def _finish(
@@ -259,6 +262,9 @@ class Engine:
         self._came_at.pop(sequence.sequence_id, None)
         num_cached_tokens = self._announce(sequence)
         self._announced.discard(sequence.sequence_id)
+        queue_seconds = self._queued.pop(sequence.sequence_id, None)
+        told = {"request_id": sequence.request_id, "sequence_id": sequence.sequence_id, "outcome": reason}
+        logger.info("a sequence has ended", extra=told)
         self._outputs.append(
             SequenceOutput(
                 sequence.sequence_id,
@@ -267,8 +273,9 @@ class Engine:
                 released=True,
                 num_cached_tokens=num_cached_tokens,
                 error=error,
-                queue_seconds=self._queued.pop(sequence.sequence_id, None),
+                queue_seconds=queue_seconds,
                 logprobs=logprobs,
+                prompt_logprobs=_take_prompt_logprobs(sequence),
             )
         )
 
@@ -277,6 +284,12 @@ class Engine:
             return None
         self._announced.add(sequence.sequence_id)
         return sequence.num_cached_tokens
+
+
+def _take_prompt_logprobs(sequence: Sequence) -> list[TokenLogprobs] | None:
+    """They are told once."""
+    told, sequence.prompt_logprobs = sequence.prompt_logprobs, []
+    return told or None
 
 
 def _clear(sequence: Sequence) -> None:

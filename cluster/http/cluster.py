@@ -101,7 +101,7 @@ _PARAMETERS: list[dict[str, Any]] = [
         "in": "header",
         "required": False,
         "description": "of a stream: as `after`, which wins",
-        "schema": {"type": "string", "pattern": "^[0-9]{1,15}$"},
+        "schema": {"type": "string", "pattern": "^[0-9]{1,16}$"},
     },
 ]
 
@@ -124,10 +124,9 @@ def cluster_router(edge: Edge) -> APIRouter:
         given = parameters_of(request, ("limit", "after", "stream"))
         limit, after = limit_of(given, _DEFAULT_EVENTS, _MAX_EVENTS), _number(given.get("after"), "after")
         tenant = None if identity_of(request).has(ADMIN_SCOPE) else identity_of(request).tenant
+        last_seen = _number(request.headers.get(_LAST_EVENT_ID), _LAST_EVENT_ID)
         if flag_of(given, "stream"):
-            if after is None:
-                after = _number(request.headers.get(_LAST_EVENT_ID), _LAST_EVENT_ID)
-            return _Events(edge, after, tenant)
+            return _Events(edge, last_seen if after is None else after, tenant)
         page = await edge.watch.events(after, limit, tenant, 0.0)
         body = {"object": "list", "data": page.events, "has_more": page.has_more, "last": page.last}
         return Response(to_json(body), media_type="application/json")
@@ -139,6 +138,7 @@ def _number(text: str | None, param: str) -> int | None:
     """Raises InvalidRequest."""
     if text is None:
         return None
+    # No more digits than fit: int() of a million of them takes seconds.
     if not re.fullmatch("[0-9]{1,16}", text, re.ASCII) or int(text) > _LAST_NUMBER:
         raise InvalidRequest(f"{param}: the number of an event is expected", param=param)
     return int(text)

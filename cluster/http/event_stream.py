@@ -7,7 +7,7 @@ a silent stream alive, and its end. Knows nothing of turns and of what the event
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from starlette.requests import ClientDisconnect
@@ -60,6 +60,11 @@ class EventStream:
         """Sends an event, with `position` as its id; the first call sends the status 200 and the headers."""
         id_line = b"" if position is None else f"id: {position}\n".encode()
         await self._write(id_line + self._block(event))
+
+    async def write_all(self, events: Sequence[Mapping[str, Any]]) -> None:
+        """Several events at once, if there are any."""
+        if events:
+            await self._write(b"".join(map(self._block, events)))
 
     async def begin(self) -> None:
         """Sends the status 200 and the headers while there is nothing to say yet."""

@@ -101,7 +101,7 @@ export class Chat {
     const began = performance.now();
     let first = null;
     try {
-      const body = { model: this._model(), messages, stream: true, stream_options: { include_usage: true } };
+      const body = { model: this._model(), messages, max_tokens: byId("most").valueAsNumber || 256, stream: true, stream_options: { include_usage: true } };
       const headers = { "x-session-id": id, "x-phi-details": "1" };
       for await (const { data } of stream("/v1/chat/completions", { method: "POST", body, headers, signal: running.signal })) {
         if (data.error) throw new Error(data.error.message);

@@ -26,6 +26,7 @@ def server(launch):
 async def say(page, text):
     """One turn, and what it measured."""
     replies = await page.locator('.said[data-role="assistant"]').count()
+    await page.get_by_label("Up to").fill("24")
     await page.get_by_label("Message").fill(text)
     await page.get_by_label("Message").press("Enter")
     await expect(page.locator('.said[data-role="assistant"]')).to_have_count(replies + 1)

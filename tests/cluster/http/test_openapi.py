@@ -35,10 +35,12 @@ CHECKS = (
 
 
 @pytest.fixture
-async def url(make_app, serve, settings, sessions, keys, usage):
+async def url(make_app, serve, settings, sessions, keys, usage, watch):
     """Of the app behind a real server: it belongs to one event loop, and requests come from another thread."""
     for owner in ("alice", "bob"):
         sessions.add(owner, "0")
+    # Or its events would be waited for.
+    watch.is_ending = True
     # What is too large is not what the document's contrary is about.
     return await serve(make_app(replace(settings, max_body_bytes=2**26), keys=keys, usage=usage))
 
