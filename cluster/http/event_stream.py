@@ -61,10 +61,6 @@ class EventStream:
         id_line = b"" if position is None else f"id: {position}\n".encode()
         await self._write(id_line + self._block(event))
 
-    async def begin(self) -> None:
-        """Sends the status 200 and the headers while there is nothing to say yet."""
-        await self._write(KEEP_ALIVE)
-
     @property
     def has_started(self) -> bool:
         """Whether anything was sent."""
