@@ -29,13 +29,14 @@ class Template(Protocol):
 @dataclass(frozen=True)
 class _Frames:
     """`beginning` stands before a first user message (with what a template says on its own), `system` before a system
-    message, and the others between two messages."""
+    message, `end` behind a last reply, and the others between two messages."""
 
     beginning: str
     system: str | None
     system_to_user: str
     user_to_assistant: str
     assistant_to_user: str
+    end: str
 
 
 class SpokenReader:
@@ -50,9 +51,15 @@ class SpokenReader:
         if not text:
             return []
         try:
-            found = _found(text, self._frames)
-            if self._render(found).startswith(text):
-                return found
+            frames = self._frames
+            *before, last = _found(text, frames)
+            # A reply that ended by itself may be stored with (a part of) what the template puts behind it.
+            for count in range(len(frames.end) + 1):
+                if last["content"].endswith(frames.end[:count]):
+                    content = last["content"][: len(last["content"]) - count]
+                    found = [*before, _message(last["role"], content)]
+                    if self._render(found).startswith(text):
+                        return found
         except (TemplateError, ValueError):
             pass
         raise InvalidRequest(
@@ -65,13 +72,14 @@ class SpokenReader:
         user, reply, again, order = _PROBES
         chat = [_message("user", user), _message("assistant", reply), _message("user", again)]
         beginning, user_to_assistant, assistant_to_user, _ = _split(self._render(chat), user, reply, again)
+        *_, end = _split(self._render(chat[:2]), user, reply)
         try:
             whole = self._render([_message("system", order), *chat[:1]])
             system, system_to_user, _ = _split(whole, order, user)
         except TemplateError:
             # Not every model can be told how to be.
-            return _Frames(beginning, None, "", user_to_assistant, assistant_to_user)
-        return _Frames(beginning, system, system_to_user, user_to_assistant, assistant_to_user)
+            return _Frames(beginning, None, "", user_to_assistant, assistant_to_user, end)
+        return _Frames(beginning, system, system_to_user, user_to_assistant, assistant_to_user, end)
 
     def _render(self, messages: list[dict[str, str]]) -> str:
         return self._template.render_chat(messages, add_generation_prompt=False)

@@ -170,7 +170,6 @@ class _Events(Response):
             after = self._after
             if after is None:
                 after = (await watch.events(None, 1, self._tenant, 0.0)).last
-            await stream.begin()
             while clock.monotonic() < until:
                 page = await watch.events(after, _MAX_EVENTS, self._tenant, _WAIT_SECONDS)
                 for event in page.events:

@@ -66,10 +66,6 @@ class EventStream:
         if events:
             await self._write(b"".join(map(self._block, events)))
 
-    async def begin(self) -> None:
-        """Sends the status 200 and the headers while there is nothing to say yet."""
-        await self._write(KEEP_ALIVE)
-
     @property
     def has_started(self) -> bool:
         """Whether anything was sent."""

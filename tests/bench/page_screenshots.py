@@ -23,7 +23,7 @@ def main() -> None:
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
         for scheme in ("light", "dark"):
-            page = browser.new_page(viewport={"width": 1440, "height": 940}, color_scheme=scheme)
+            page = browser.new_page(viewport={"width": 1280, "height": 860}, color_scheme=scheme)
             page.goto(f"{parsed.url}/ui")
             page.locator("#table tbody tr").first.click()
             page.locator(".said").first.wait_for()

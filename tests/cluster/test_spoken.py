@@ -76,6 +76,15 @@ def test_what_was_said_is_found(source, messages):
     assert SpokenReader(template).messages(stored(template, messages)) == messages
 
 
+@pytest.mark.parametrize("reply", ["No more.", "", "1 <", "<|im_end|>", "<|im_end|>\n", "x\n"])
+@pytest.mark.parametrize("end", ["", "<|im_end|>", "<|im_end|>\n"])
+def test_a_reply_that_ended_by_itself(reply, end):
+    """What its last token stands for may be stored with it; what only looks so was said."""
+    template = Template(CHATML)
+    messages = said("Hi", reply)
+    assert SpokenReader(template).messages(stored(template, messages) + end) == messages
+
+
 @pytest.mark.parametrize("messages", [TALKS[0], TALKS[1], TALKS[3]])
 def test_templates_without_system_messages(messages):
     template = Template(NO_SYSTEM)
