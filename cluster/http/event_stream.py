@@ -16,7 +16,9 @@ from starlette.types import Receive, Scope, Send
 from phi_cluster.cluster.errors import PhiError
 from phi_cluster.cluster.http.errors import error_response, to_json
 
-KEEP_ALIVE = b": keep-alive\n\n"
+# Without an empty line behind it: that would end an event, and a decoder that has seen an id takes it for one without
+# data (OpenAI's Python client fails then). The next event's lines follow it.
+KEEP_ALIVE = b": keep-alive\n"
 DONE = b"data: [DONE]\n\n"
 
 

@@ -569,7 +569,8 @@ async def serve() -> AsyncIterator[Callable[[FastAPI], Awaitable[str]]]:
 def _events(body: str | bytes) -> list[Any]:
     """The JSON of each SSE event; the last one must be [DONE] and is left out. Comments are not events."""
     text = body.decode() if isinstance(body, bytes) else body
-    blocks = [block for block in text.split("\n\n") if block and not block.startswith(":")]
+    text = re.sub(r"^:.*\n", "", text, flags=re.MULTILINE)
+    blocks = [block for block in text.split("\n\n") if block]
     # What carries text has an id line before it.
     blocks = [re.sub(r"\Aid: \S+\n", "", block) for block in blocks]
     assert all(block.startswith("data: ") for block in blocks)

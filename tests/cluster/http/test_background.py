@@ -67,7 +67,7 @@ async def until(check: Callable[[], Awaitable[bool]]) -> None:
 
 
 def typed(text: str) -> list[dict[str, Any]]:
-    blocks = [block for block in text.split("\n\n") if block and not block.startswith(":")]
+    blocks = [block for block in text.split("\n\n") if block]
     return [json.loads(block.partition("\ndata: ")[2]) for block in blocks]
 
 

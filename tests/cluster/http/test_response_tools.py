@@ -53,7 +53,7 @@ async def create(client: Any, **fields: Any) -> dict[str, Any]:
 async def stream(client: Any, **fields: Any) -> list[dict[str, Any]]:
     answer = await client.post(RESPONSES, json={**ASK, "stream": True, **fields})
     assert answer.status_code == 200, answer.text
-    blocks = [block for block in answer.text.split("\n\n") if block and not block.startswith(":")]
+    blocks = [block for block in answer.text.split("\n\n") if block]
     events = [json.loads(block.partition("\ndata: ")[2]) for block in blocks]
     for event in events:
         EVENT.validate_python(event)

@@ -46,7 +46,7 @@ def typed_events(text: str) -> list[dict[str, Any]]:
     """The events of a stream, each valid by OpenAI's own models, with the `event:` line that belongs to it."""
     found = []
     for block in text.split("\n\n"):
-        if block and not block.startswith(":"):
+        if block:
             kind, data = block.split("\n")
             event = json.loads(data.removeprefix("data: "))
             assert kind == f"event: {event['type']}"

@@ -128,6 +128,8 @@ async def test_openapi_document(client):
         "/v1/sessions/{session_id}/recycle",
         "/v1/usage",
         "/v1/cluster",
+        "/tokenize",
+        "/detokenize",
         "/v1/events",
         "/health",
         "/ready",
