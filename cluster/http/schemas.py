@@ -133,9 +133,12 @@ class GenerationFields(StructuredFields):
                     raise refusal("{param} does not go with a format that the reply has to follow", param)
         if self.tool_use is not None:
             # A reply that calls ends with its calls, and a call is whole.
-            for param, given in (("min_tokens", self.min_tokens > 0), ("ignore_eos", self.ignore_eos)):
+            unfit = {"min_tokens": self.min_tokens > 0, "ignore_eos": self.ignore_eos}
+            if self.tool_use.callable:
+                unfit |= {"stop": bool(self.stop), "stop_token_ids": bool(self.stop_token_ids)}
+            for param, given in unfit.items():
                 if given:
-                    raise refusal("{param} does not go with tools", param)
+                    raise refusal("{param} does not go with tools that may be called", param)
         return self
 
     @property

@@ -183,6 +183,8 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"tools": [NOW], "tool_choice": allowed("none", "now")}, "tool_choice", "allowed_tools"),
     ({"tools": [NOW], "min_tokens": 3}, "min_tokens", "tools"),
     ({"tools": [NOW], "ignore_eos": True}, "ignore_eos", "tools"),
+    ({"tools": [NOW], "stop": "x"}, "stop", "tools"),
+    ({"tools": [NOW], "stop_token_ids": [1]}, "stop_token_ids", "tools"),
     ({"functions": [{"name": "f"}]}, "functions", "not supported"),
     (messages({"role": "tool", "tool_call_id": "call_1", "content": "x"}), "messages[1].tool_call_id", "call"),
     (messages({"role": "tool", "content": "x"}), "messages[1].tool_call_id", "required"),
