@@ -16,6 +16,7 @@ from phi_cluster.cluster.engine.scheduler import EngineLimits, ScheduledSequence
 from phi_cluster.cluster.engine.sequence import Sequence, SequenceStatus
 from phi_cluster.cluster.engine.settings import Speculation
 from phi_cluster.cluster.messages import SequenceOutput, StepWork, TokenLogprobs
+from phi_cluster.model.grammar import GrammarError
 
 __all__ = ["Engine", "EngineLimits"]
 
@@ -241,7 +242,11 @@ class Engine:
     def _fail(self, sequence: Sequence, error: Exception, token_ids: list[int] | None = None) -> None:
         names = {"request_id": sequence.request_id, "sequence_id": sequence.sequence_id}
         logger.error("a sequence failed", exc_info=error, extra=names)
-        self._finish(sequence, "error", token_ids, error=f"{type(error).__name__}: {error}")
+        if isinstance(error, GrammarError):
+            # Seen with a tokenizer only, perhaps in the middle of a reply: the request's fault all the same.
+            self._finish(sequence, "bad_grammar", token_ids, error=str(error))
+        else:
+            self._finish(sequence, "error", token_ids, error=f"{type(error).__name__}: {error}")
 
     def _finish(
         self,

@@ -241,16 +241,16 @@ def test_a_prompts_log_probabilities_are_those_of_transformers(client, model_fol
     # The second time the prompt's cache is there, and is not used: what it holds has no logits.
     for _ in range(2):
         ask = {"prompt": text, "echo": True, "logprobs": 3, "max_tokens": 0}
-        answer = client.http.post("/v1/completions", json=ask, headers={"x-session-id": "echo"})
-        reply = openai.types.Completion.model_validate(answer.json())
-        told = reply.choices[0].logprobs
-        assert reply.choices[0].text == "".join(told.tokens) == text
-        assert (reply.usage.prompt_tokens, reply.usage.completion_tokens) == (ids.shape[1], 0)
-        assert told.token_logprobs[0] is None
-        assert told.token_logprobs[1:] == pytest.approx(
+        reply = client.http.post("/v1/completions", json=ask, headers={"x-session-id": "echo"}).json()
+        [choice], usage, told = reply["choices"], reply["usage"], reply["choices"][0]["logprobs"]
+        assert choice["text"] == "".join(told["tokens"]) == text
+        assert (usage["prompt_tokens"], usage["completion_tokens"]) == (ids.shape[1], 0)
+        # As OpenAI's: nothing is known of the first.
+        assert told["token_logprobs"][0] is told["top_logprobs"][0] is None
+        assert told["token_logprobs"][1:] == pytest.approx(
             [float(row[i]) for row, i in zip(expected, ids[0, 1:], strict=False)], abs=1e-3
         )
-        for offset, token in zip(told.text_offset, told.tokens, strict=True):
+        for offset, token in zip(told["text_offset"], told["tokens"], strict=True):
             assert text[offset:].startswith(token)
     # What was computed for it is a cache like any other.
     ask = {"prompt": text, "max_tokens": 1}
