@@ -20,7 +20,7 @@ from phi_cluster.cluster.http.disconnect import until_disconnect
 from phi_cluster.cluster.http.edge import Edge
 from phi_cluster.cluster.http.errors import to_json, told_of
 from phi_cluster.cluster.http.event_stream import EventStream
-from phi_cluster.cluster.http.openapi import answer_docs, stream_docs
+from phi_cluster.cluster.http.openapi import answer_docs
 from phi_cluster.cluster.http.paging import flag_of, limit_of, parameters_of
 
 _DEFAULT_EVENTS, _MAX_EVENTS = 100, 1000
@@ -117,7 +117,7 @@ def cluster_router(edge: Edge) -> APIRouter:
         parameters_of(request, ())
         return Response(to_json(await edge.watch.cluster()), media_type="application/json")
 
-    @router.get("/v1/events", **stream_docs(None, EventList, ClusterEvent, _PARAMETERS, (403,)))
+    @router.get("/v1/events", **_event_docs())
     async def get_events(request: Request) -> Response:
         """What happened to the cluster: the last events, those behind a number, or, as a stream, those to come."""
         require(request, ENGINES_SCOPE)
@@ -132,6 +132,14 @@ def cluster_router(edge: Edge) -> APIRouter:
         return Response(to_json(body), media_type="application/json")
 
     return router
+
+
+def _event_docs() -> dict[str, Any]:
+    docs = answer_docs(EventList, 400, 403, parameters=_PARAMETERS)
+    data = {"type": "string", "description": "a ClusterEvent as JSON; [DONE] is the last one's"}
+    sent = {"type": "object", "required": ["data"], "properties": {"id": {"type": "string"}, "data": data}}
+    docs["responses"][200] = {"model": EventList, "content": {"text/event-stream": {"schema": sent}}}
+    return docs
 
 
 def _number(text: str | None, param: str) -> int | None:

@@ -18,7 +18,7 @@ from phi_cluster.cluster.errors import Unavailable
 from phi_cluster.cluster.http.caller import DETAILS_HEADER, REQUEST_ID_HEADER, RESUME_HEADER, SESSION_HEADER
 from phi_cluster.cluster.http.chat import chat_router
 from phi_cluster.cluster.http.chat_schemas import ChatCompletionChunk, ChatRequest
-from phi_cluster.cluster.http.cluster import ClusterEvent, cluster_router
+from phi_cluster.cluster.http.cluster import cluster_router
 from phi_cluster.cluster.http.completion_schemas import CompletionRequest
 from phi_cluster.cluster.http.completions import completions_router
 from phi_cluster.cluster.http.conversations import (
@@ -116,7 +116,7 @@ def build_app(
         TokenizeRequest,
         DetokenizeRequest,
     ]
-    install_openapi(app, requests, [ChatCompletionChunk, ResponseEvent, ClusterEvent], OPEN_PATHS)
+    install_openapi(app, requests, [ChatCompletionChunk, ResponseEvent], OPEN_PATHS)
     return app
 
 

@@ -119,6 +119,7 @@ async def test_openapi_document(client):
         "/v1/models/{model}",
         "/v1/sessions",
         "/v1/sessions/{session_id}",
+        "/v1/sessions/{session_id}/messages",
         "/v1/sessions/import",
         "/v1/sessions/{session_id}/clear",
         "/v1/sessions/{session_id}/export",
