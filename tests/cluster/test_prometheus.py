@@ -33,7 +33,7 @@ pytestmark = [
 MONITORING = Path(__file__).parent.parent.parent / "monitoring"
 KEY = "phi-watcher"
 # What Grafana puts in.
-VARIABLES = {"$__rate_interval": "1m", "$instance": ".+"}
+VARIABLES = {"$__rate_interval": "5m", "$instance": ".+"}
 # A report may be so old when it is scraped: the replica's, and the controller's round.
 REPORT_SECONDS = 3.0
 
@@ -176,12 +176,11 @@ def say_all(user: Any, server: Any, until: Callable[..., Any]) -> None:
     """All that there are panels for, under load."""
     load = Load(user, ["a", "b", "c"], "Count from one to a hundred.")
     try:
-        user.with_actor("a")
+        until(lambda: {"a", "b", "c"} <= user.sessions().keys(), "the conversations", 60)
         engine = user.session("a")["engine_pid"]
         os.kill(engine, signal.SIGKILL)
         until(lambda: user.metric("phi_recoveries_total", component="engine") >= 1, "the loss to be counted", 60)
         until(server.is_ready, "an engine", 60)
-        assert user.http.post("/v1/sessions/b/recycle").status_code == 200
         talk = user.conversation("sleeper")
         user.patient(talk, "word " * 200, max_tokens=4)
         for _ in range(2):
@@ -189,10 +188,13 @@ def say_all(user: Any, server: Any, until: Callable[..., Any]) -> None:
             user.patient(talk, "And?", max_tokens=4)
         assert user.http.post("/v1/sessions/sleeper/fork", json={"id": "twin"}).status_code == 200
         assert user.http.post("/v1/chat/completions", json={"messages": []}).status_code == 400
-        actor = user.with_actor("c")["actor_pid"]
-        os.kill(actor, signal.SIGKILL)
-        until(lambda: user.metric("phi_recoveries_total", component="session_actor") >= 1, "that one to be counted", 60)
+        # One that is talked to without a pause has no moment in which it could be given an actor.
+        user.patient(user.conversation("quiet"), "Hello.", max_tokens=4)
+        until(lambda: user.session("quiet")["actor_pid"], "an actor", 90)
+        assert user.http.post("/v1/sessions/quiet/recycle").status_code == 200
         until(lambda: user.metric("phi_session_recycles_total", reason="max_age") >= 1, "a renewal", 60)
+        os.kill(until(lambda: user.session("quiet")["actor_pid"], "its successor", 30), signal.SIGKILL)
+        until(lambda: user.metric("phi_recoveries_total", component="session_actor") >= 1, "that one to be counted", 60)
         time.sleep(5)
     finally:
         load.end()
