@@ -125,7 +125,6 @@ async def test_openapi_document(client):
         "/v1/sessions/{session_id}/export",
         "/v1/sessions/{session_id}/fork",
         "/v1/sessions/{session_id}/hibernate",
-        "/v1/sessions/{session_id}/messages",
         "/v1/sessions/{session_id}/recycle",
         "/v1/usage",
         "/v1/cluster",
