@@ -84,7 +84,7 @@ def scrape_alone(num_sessions: int, num_active: int, rounds: int = 50) -> dict[s
     )
     engine = EngineReport(1, 60.0, 100, 2 * 10**8, 2 * 10**8)
     counted = ReplicaMetrics(["leak"]).snapshot(3)
-    view.take_replica(ReplicaReport("one", _NODE, counted, 10**8, (10**8,), engine, 0.1, 0.0))
+    view.take_replica(ReplicaReport("one", _NODE, 7, 60.0, counted, 10**8, ((8, 10**8),), engine, 0.1, 0.0))
     registry = CollectorRegistry()
     registry.register(_Exporter(view))
     scrapes, looks, text = _Times(), _Times(), b""
