@@ -16,7 +16,16 @@ from typing import Any, Protocol
 
 from phi_cluster.cluster.errors import LimitReached, PhiError
 from phi_cluster.cluster.messages import AdmitTurn, ProcessId, SessionKey, TenantLimits, TurnUsage
-from phi_cluster.cluster.turn_api import Rates, TextDelta, TurnEvent, TurnRequest, TurnRunner, TurnStarted, UsageBook
+from phi_cluster.cluster.turn_api import (
+    ChoiceFinished,
+    Rates,
+    TextDelta,
+    TurnEvent,
+    TurnRequest,
+    TurnRunner,
+    TurnStarted,
+    UsageBook,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -49,8 +58,8 @@ class UsageOfKeys:
 class BoundedTurns(TurnRunner, Protocol):
     """Runs turns, so many at a time."""
 
-    def check_room(self) -> None:
-        """Raises Overloaded if a turn more would be refused."""
+    def check_room(self, num_choices: int = 1) -> None:
+        """Raises Overloaded if a turn more, of so many replies, would be refused."""
         ...
 
 
@@ -74,7 +83,7 @@ class AdmittedTurns:
     async def run(self, request: TurnRequest) -> AsyncGenerator[TurnEvent, None]:
         """See turn_api.TurnRunner.run; raises LimitReached before the first event."""
         # Before anybody else is asked: in a flood that would be the most of the work.
-        self._turns.check_room()
+        self._turns.check_room(request.num_choices)
         usage = TurnUsage(request.tenant, uuid.uuid4().hex)
         is_refused = False
         try:
@@ -106,7 +115,7 @@ class AdmittedTurns:
             limits=self._limits_of(request.tenant),
             claim=claim,
             process=self._process,
-            num_tokens=_GUESSED_REPLY_TOKENS if max_tokens is None else max_tokens,
+            num_tokens=request.num_choices * (_GUESSED_REPLY_TOKENS if max_tokens is None else max_tokens),
         )
 
     def _charge_later(self, usage: TurnUsage) -> None:
@@ -124,6 +133,8 @@ class AdmittedTurns:
 def _counted(usage: TurnUsage, event: TurnEvent) -> TurnUsage:
     if isinstance(event, TextDelta):
         return replace(usage, num_completion_tokens=usage.num_completion_tokens + event.num_tokens)
+    if isinstance(event, ChoiceFinished):
+        return usage
     counted = replace(usage, num_prompt_tokens=event.num_prompt_tokens, num_cached_tokens=event.num_cached_tokens)
     if isinstance(event, TurnStarted):
         return counted

@@ -171,6 +171,15 @@ class ResponsesConfig(_Section):
     )
 
 
+class LoggingConfig(_Section):
+    """What the processes log, into Ray's files (`ray/session_latest/logs` in the runtime folder)."""
+
+    format: Literal["pretty", "json"] = Field("pretty", description="lines to read, or one JSON object a line")
+    level: Literal["debug", "info", "warning", "error"] = Field(
+        "warning", description="info has a line for each request in each process that it goes through"
+    )
+
+
 class AutoscalingConfig(_Section):
     """More replicas while there is more to do."""
 
@@ -243,6 +252,7 @@ class Config(_Section):
     )
     server: ServerConfig = Field(default_factory=ServerConfig, description="HTTP")
     recycler: RecyclerConfig = Field(default_factory=RecyclerConfig, description="the controller")
+    logging: LoggingConfig = Field(default_factory=LoggingConfig, description="logs")
 
     @model_validator(mode="after")
     def _room_to_scale(self) -> Config:

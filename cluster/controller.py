@@ -32,6 +32,7 @@ from phi_cluster.cluster.engine_recycler import EnginePolicy, EngineRecycles
 from phi_cluster.cluster.errors import PhiError
 from phi_cluster.cluster.events import EventKind
 from phi_cluster.cluster.growth import GrowthWatch
+from phi_cluster.cluster.logs import log_as
 from phi_cluster.cluster.processes import is_running, kill_for_sure, private_bytes, process_id
 from phi_cluster.cluster.replica_report import ReplicaReport
 from phi_cluster.cluster.session.recycler import RecyclePolicy, RecycleReason, SessionSnapshot, decide, sleepers
@@ -60,6 +61,7 @@ class Controller:
     next one's counters begin anew, and Prometheus takes it so."""
 
     def __init__(self, config: Config, weights_nbytes: int, build: Mapping[str, str], runtime_dir: Path):
+        log_as("controller")
         sessions, engine = config.sessions, config.engine
         self._policy = RecyclePolicy(
             max_age=sessions.max_age,

@@ -63,6 +63,8 @@ class BeginTurn:
     claim: str = ""
     # See turn_api.TurnRequest.
     cache_hint: str | None = field(default=None, repr=False)
+    # The ids that are kept are to be told, too.
+    wants_ids: bool = False
 
     @property
     def attempt(self) -> str:
@@ -127,6 +129,8 @@ class TurnGrant:
     holder_pid: int
     # Of a request that reads on: the ids behind `num_kept_tokens` that it has left (int32), if they are still there.
     resumed_ids: bytes | None = field(default=None, repr=False)
+    # The first `num_kept_tokens` ids (int32), if they were asked for.
+    kept_ids: bytes | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)
@@ -178,6 +182,8 @@ class AddSequence:
     # Where the reply starts (absolute): penalties, min_tokens and max_tokens count from here. A sequence that
     # is taken over in mid-reply is added with the reply so far in `token_ids`.
     num_prompt_tokens: int
+    # For the log.
+    request_id: str = ""
 
 
 @dataclass(frozen=True)
@@ -231,6 +237,8 @@ class SequenceOutput:
     queue_seconds: float | None = field(default=None, compare=False)
     # One for each token, if the sequence's parameters ask for them.
     logprobs: list[TokenLogprobs] | None = field(default=None, repr=False)
+    # In the first output with tokens only: one for each of the prompt's tokens but the first, if they are asked for.
+    prompt_logprobs: list[TokenLogprobs] | None = field(default=None, repr=False)
 
 
 class EngineTotals(NamedTuple):
@@ -294,6 +302,7 @@ def encode_frame(message: Frame) -> bytes:
             message.sampling,
             message.max_num_tokens,
             message.num_prompt_tokens,
+            message.request_id,
         ]
     elif isinstance(message, ExtendSequence):
         body = ["extend", message.sequence_id, message.max_num_tokens]
@@ -309,7 +318,7 @@ def encode_frame(message: Frame) -> bytes:
         outputs = [
             [
                 *(o.sequence_id, o.token_ids, o.finish_reason, o.released, o.num_cached_tokens, o.error),
-                *(o.queue_seconds, o.logprobs),
+                *(o.queue_seconds, o.logprobs, o.prompt_logprobs),
             ]
             for o in message.outputs
         ]
@@ -344,5 +353,11 @@ def decode_frame(packed: bytes) -> Frame:
 
 
 def _read_output(*fields: Any) -> SequenceOutput:
-    *rest, logprobs = fields
-    return replace(SequenceOutput(*rest), logprobs=logprobs and [TokenLogprobs(*one) for one in logprobs])
+    *rest, logprobs, prompt_logprobs = fields
+    return replace(
+        SequenceOutput(*rest), logprobs=_read_logprobs(logprobs), prompt_logprobs=_read_logprobs(prompt_logprobs)
+    )
+
+
+def _read_logprobs(packed: list[Any] | None) -> list[TokenLogprobs] | None:
+    return packed and [TokenLogprobs(*one) for one in packed]

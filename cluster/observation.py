@@ -1,9 +1,13 @@
 """One request as its observer sees it.
 
-Owns: the times between its events. Knows nothing of what counts them and of how the response is written.
+Owns: the times between its events, and the line that the log has of it. Knows nothing of what counts them and of how
+the response is written.
 """
 
 from __future__ import annotations
+
+import logging
+from typing import Any
 
 from phi_cluster.cluster.errors import PhiError
 from phi_cluster.cluster.turn_api import (
@@ -17,14 +21,17 @@ from phi_cluster.cluster.turn_api import (
     TurnStarted,
 )
 
+logger = logging.getLogger(__name__)
+
 
 class Observation:
     """Begins with its construction, ends with `finish`, which counts only once."""
 
-    def __init__(self, observer: RequestObserver, endpoint: Endpoint, clock: Clock) -> None:
+    def __init__(self, observer: RequestObserver, endpoint: Endpoint, clock: Clock, request_id: str) -> None:
         self._observer = observer
         self._endpoint: Endpoint = endpoint
         self._clock = clock
+        self._request_id = request_id
         self._began = clock.monotonic()
         self._last_token: float | None = None
         self._counts = (0, 0, 0)
@@ -34,7 +41,8 @@ class Observation:
         observer.on_start(endpoint)
 
     def started(self, event: TurnStarted) -> None:
-        self._counts = (event.num_prompt_tokens, event.num_cached_tokens, 0)
+        prompt, cached, completion = self._counts if event.choice else (0, 0, 0)
+        self._counts = (prompt + event.num_prompt_tokens, cached + event.num_cached_tokens, completion)
 
     def tokens(self, num_tokens: int) -> None:
         if num_tokens < 1:
@@ -55,7 +63,7 @@ class Observation:
             self.tokens(event.num_tokens)
         elif isinstance(event, TurnStarted):
             self.started(event)
-        else:
+        elif isinstance(event, TurnFinished):
             self.totals(event)
 
     def totals(self, event: TurnFinished) -> None:
@@ -71,4 +79,13 @@ class Observation:
     def finish(self, outcome: Outcome) -> None:
         if not self._finished:
             self._finished = True
-            self._observer.on_finish(self._endpoint, outcome, self._clock.monotonic() - self._began, *self._counts)
+            seconds = self._clock.monotonic() - self._began
+            self._observer.on_finish(self._endpoint, outcome, seconds, *self._counts)
+            self._log(outcome, seconds)
+
+    def _log(self, outcome: Outcome, seconds: float) -> None:
+        prompt, cached, completion = self._counts
+        told: dict[str, Any] = {"request_id": self._request_id, "endpoint": self._endpoint, "outcome": outcome}
+        told |= {"seconds": round(seconds, 3), "ttft": None if self.ttft is None else round(self.ttft, 3)}
+        told |= {"prompt_tokens": prompt, "cached_tokens": cached, "completion_tokens": completion}
+        logger.info("a request has ended", extra=told)

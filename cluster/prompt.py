@@ -22,6 +22,8 @@ _IDS_MARK = "\ufdd1"
 # Room for a reply whose length nobody limits, in tokens: where the oldest turns are left out, one of a single token
 # would fit too early. At most a quarter of the context.
 _REPLY_ROOM = 512
+# Each is computed anew, and told in one message.
+_MAX_ECHO_LOGPROBS = 8192
 
 
 class PromptReader:
@@ -49,6 +51,13 @@ class PromptReader:
         if isinstance(request.prompt, str):
             return self._tokenizer.sanitize(request.prompt)
         return _IDS_MARK + "".join(f"{token_id} " for token_id in request.prompt)
+
+    def echoed(self, request: TurnRequest, token_ids: list[int]) -> str:
+        """The prompt as it is told: a text as it came, ids as what they say, special tokens by their names."""
+        assert request.messages is None
+        if isinstance(request.prompt, str):
+            return request.prompt
+        return self._tokenizer.decode(token_ids, with_special=True)
 
     def truncated(self, request: TurnRequest) -> TurnRequest:
         """The request without the oldest turns that do not fit with a reply. Takes milliseconds per thousand tokens;
@@ -96,6 +105,12 @@ class PromptReader:
                 "Shorten the messages or lower max_tokens.",
                 param="messages" if request.messages is not None else "prompt",
             )
+        if request.echo and request.sampling.get("logprobs") is not None and num_prompt > _MAX_ECHO_LOGPROBS:
+            raise InvalidRequest(
+                f"echo with logprobs tells at most {_MAX_ECHO_LOGPROBS} tokens of a prompt, this one has {num_prompt}: "
+                "send it in parts",
+                param="echo",
+            )
         if num_prompt == 0:
             raise InvalidRequest("the prompt is empty; give at least one token", param="prompt")
         return room if max_tokens is None else max_tokens
@@ -108,12 +123,15 @@ class PromptReader:
         ends = () if request.sampling["ignore_eos"] else self._tokenizer.eos_token_ids
         stops = (*request.sampling["stop_token_ids"], *ends)
         grammar = {} if request.sampling.get("grammar") is None else {"grammar_end_ids": list(ends)}
+        wants_prompt = request.echo and request.sampling.get("logprobs") is not None
         return (
             request.sampling
             | grammar
+            | ({"prompt_logprobs": True} if wants_prompt else {})
             | {
-                "seed": _seed_of(request.request_id) if seed is None else seed,
-                "max_tokens": max_tokens,
+                "seed": seed_of(request.request_id) if seed is None else seed,
+                # No reply at all: the engine draws one token, which is nobody's.
+                "max_tokens": max(max_tokens, 1),
                 "ignore_eos": False,
                 "stop_token_ids": list(dict.fromkeys(stops)),
                 "logit_bias": [[token_id, bias] for token_id, bias in request.sampling["logit_bias"].items()],
@@ -121,6 +139,6 @@ class PromptReader:
         )
 
 
-def _seed_of(request_id: str) -> int:
-    """63 bits that nobody guesses who does not know the id, which is random."""
-    return int.from_bytes(hashlib.blake2b(request_id.encode(), digest_size=8).digest(), "big") >> 1
+def seed_of(name: str) -> int:
+    """63 bits that nobody guesses who does not know the name: of a request, its id, which is random."""
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big") >> 1

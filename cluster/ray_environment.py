@@ -12,6 +12,7 @@ import secrets
 from pathlib import Path
 
 from phi_cluster.cluster.config import Config
+from phi_cluster.cluster.logs import FORMAT_VARIABLE, LEVEL_VARIABLE
 from phi_cluster.cluster.runtime_dir import RUNTIME_DIR_VARIABLE
 
 # By name: importing it here would cost every start a web framework.
@@ -29,6 +30,8 @@ def set_environment(config: Config, runtime_dir: Path) -> None:
     os.environ.update(
         {
             RUNTIME_DIR_VARIABLE: str(runtime_dir),
+            FORMAT_VARIABLE: config.logging.format,
+            LEVEL_VARIABLE: config.logging.level,
             "RAY_USAGE_STATS_ENABLED": "0",
             # Serve: HAProxy in front, replicas answer directly, streams outlive reloads.
             "RAY_SERVE_ENABLE_HA_PROXY": "1",

@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import logging
 import os
-import sys
 import time
 import uuid
 from functools import partial
@@ -30,8 +29,10 @@ from phi_cluster.cluster.engine_recycler import EngineReport
 from phi_cluster.cluster.errors import Unavailable
 from phi_cluster.cluster.events import EventKind, EventLog
 from phi_cluster.cluster.http.edge import EdgeSettings
+from phi_cluster.cluster.http.schemas import MAX_CHOICES
 from phi_cluster.cluster.http.server import build_app
 from phi_cluster.cluster.keys import KeyFile
+from phi_cluster.cluster.logs import log_as
 from phi_cluster.cluster.managed_sessions import ManagedSessions
 from phi_cluster.cluster.poison import PoisonList
 from phi_cluster.cluster.preflight import LOOPBACK
@@ -49,6 +50,7 @@ from phi_cluster.cluster.session.recycler import RecycleReason
 from phi_cluster.cluster.session.reports import private_or_zero
 from phi_cluster.cluster.spoken import SpokenReader
 from phi_cluster.cluster.standby import StandbyEngines
+from phi_cluster.cluster.tokenization import Tokenization
 from phi_cluster.cluster.turn import Turns
 from phi_cluster.cluster.turn_api import TurnRunner
 from phi_cluster.cluster.turn_attempt import TurnLimits
@@ -76,7 +78,7 @@ class Replica:
     async def __init__(  # type: ignore[misc]
         self, served: ServedModel, config: Config, runtime_dir: Path, num_threads: int, num_standbys: int
     ):
-        _log_to_ray()
+        log_as("replica")
         self._served = served
         self._config = config
         self._node_id = ray.get_runtime_context().get_node_id()
@@ -156,6 +158,7 @@ class Replica:
             max_model_len=served.max_model_len,
             vocab_size=served.config.vocab_size,
             max_body_bytes=server.max_body,
+            max_choices=min(MAX_CHOICES, self._config.engine.max_num_seqs),
             body_seconds=server.body_timeout,
             write_seconds=server.write_timeout,
             session_headers=server.session_headers,
@@ -169,6 +172,7 @@ class Replica:
         return build_app(
             settings,
             self._runner,
+            Tokenization(self._tokenizer, served.max_model_len),
             room.responses,
             room.conversations,
             self._managed,
@@ -304,10 +308,3 @@ async def _others_serve() -> bool:
         return bool(await controller.num_replicas.remote())
     except (ValueError, RayError):
         return False
-
-
-def _log_to_ray() -> None:
-    """What we log goes to this process's file among Ray's. Serve takes over stderr and drops what comes there."""
-    handler = logging.StreamHandler(sys.__stderr__)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    logging.getLogger("phi_cluster").addHandler(handler)

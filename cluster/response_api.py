@@ -4,9 +4,10 @@ Owns: a response as it is asked for, as it stands and as it is read, and the pro
 keeps conversations. A leaf: the edge calls these, the room `responses` implements them. Knows nothing of HTTP, of
 OpenAI's JSON (but that of items), of SQLite and of how a turn runs.
 
-An item is a JSON-able dict as OpenAI's messages: `type` ("message"), `id`, `role` (user, assistant, system or
+An item is a JSON-able dict as OpenAI's. Messages have `type` ("message"), `id`, `role` (user, assistant, system or
 developer), `status`, and `content`, a list of parts with `type` (`input_text`, of an assistant `output_text`) and
-`text`.
+`text`. Calls ("function_call") have `call_id`, `name` and `arguments` (JSON text), what came of them
+("function_call_output") `call_id` and `output` (text).
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, TypeAlias
 
 from phi_cluster.cluster.errors import PhiError
-from phi_cluster.cluster.turn_api import Rates, ReplyPiece, WantedFormat
+from phi_cluster.cluster.response_items import Item, output_items
+from phi_cluster.cluster.turn_api import Rates, ReplyPiece, ToolUse, WantedFormat
 
-Item: TypeAlias = dict[str, Any]
 # What stands, and what is still to come.
 ResponseStatus: TypeAlias = Literal["queued", "in_progress", "completed", "incomplete", "failed", "cancelled"]
 OPEN = ("queued", "in_progress")
@@ -29,9 +30,10 @@ class NewResponse:
     """A response that is asked for. `request_id` is the request's, 32 hex digits; the response is named by it.
 
     `settings` are what the response will be described by (OpenAI's fields, JSON-able); `sampling`, `stop`,
-    `wanted_format` and `truncate` are as in `TurnRequest`. `input` has items with ids, and perhaps references to items
-    that are kept, with `type` ("item_reference") and `id` only. At most one of `previous_response_id` and
-    `conversation_id` is given. `store` False: nothing of it is kept; then it is not in the background.
+    `wanted_format`, `tool_use` and `truncate` are as in `TurnRequest`. `input` has items with ids, and perhaps
+    references to items that are kept, with `type` ("item_reference") and `id` only. At most one of
+    `previous_response_id` and `conversation_id` is given. `store` False: nothing of it is kept; then it is not in the
+    background.
     """
 
     tenant: str
@@ -41,6 +43,7 @@ class NewResponse:
     sampling: dict[str, Any] = field(repr=False)
     stop: tuple[str, ...] = field(default=(), repr=False)
     wanted_format: WantedFormat | None = None
+    tool_use: ToolUse | None = None
     truncate: bool = False
     background: bool = False
     store: bool = True
@@ -71,7 +74,7 @@ class ResponseFault:
 
 @dataclass(frozen=True)
 class Response:
-    """A response as it stands. `pieces` are its text, as `TextDelta.pieces`; times are wall clock in seconds.
+    """A response as it stands. `pieces` are its reply, as `TextDelta.pieces`; times are wall clock in seconds.
 
     `usage` is known once it is over; `fault` says why it failed.
     """
@@ -92,25 +95,15 @@ class Response:
     def is_over(self) -> bool:
         return self.status not in OPEN
 
-    @property
-    def text(self) -> str:
-        return "".join(piece for piece in self.pieces if isinstance(piece, str))
-
     def output(self) -> list[Item]:
-        """The assistant's message, if there is one: of a response that failed, or was cancelled, if it said a word."""
+        """The assistant's message and calls: of a response that failed, or was cancelled, if it said a word."""
         if not self.is_over or (not self.pieces and self.status in ("failed", "cancelled")):
             return []
-        return [output_item(self.asked, self.text, "completed" if self.status == "completed" else "incomplete")]
+        status = "completed" if self.status == "completed" else "incomplete"
+        return output_items(self.asked.request_id, self.pieces, status)
 
 
-def output_item(asked: NewResponse, text: str, status: str) -> Item:
-    """The one message that a response consists of."""
-    part = {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
-    item = {"type": "message", "id": f"msg_{asked.request_id}", "role": "assistant", "status": status}
-    return {**item, "content": [part]}
-
-
-# What comes while a response is read: more pieces of its text, and at last how it stands when it is over.
+# What comes while a response is read: more of its pieces, and at last how it stands when it is over.
 ReadingEvent: TypeAlias = "tuple[ReplyPiece, ...] | Response"
 
 

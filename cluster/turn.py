@@ -16,11 +16,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+import uuid
 from collections import OrderedDict
 from collections.abc import AsyncGenerator
 from contextlib import aclosing, suppress
 from dataclasses import replace
 
+from phi_cluster.cluster.choices import several
 from phi_cluster.cluster.engine_client import EngineClient, EngineHandle, SequenceStream
 from phi_cluster.cluster.errors import ContextOverflow, Overloaded, PhiError, Unavailable
 from phi_cluster.cluster.messages import ProcessId, SessionKey
@@ -41,6 +43,7 @@ from phi_cluster.cluster.turn_attempt import (
     MemoryYielded,
     Poison,
     Sessions,
+    SharedPrompt,
     Surroundings,
     TurnAttempt,
     TurnLimits,
@@ -95,35 +98,39 @@ class Turns:
         """Seconds for which the first of the turns that have not started has waited; 0 if there is none."""
         return time.monotonic() - next(iter(self._waiting.values())) if self._waiting else 0.0
 
-    def check_room(self) -> None:
-        """Raises Overloaded if a turn more would be refused. Costs nothing: who is refused should know it at once."""
-        if self._running >= self._around.limits.max_turns:
+    def check_room(self, num_choices: int = 1) -> None:
+        """Raises Overloaded if a turn more, or one of so many replies, would be refused. Costs nothing: who is refused
+        should know it at once."""
+        if self._running + num_choices > self._around.limits.max_turns:
             raise Overloaded("too many requests are waiting; try again", retry_after=1)
 
     async def run(self, request: TurnRequest) -> AsyncGenerator[TurnEvent, None]:
         """See turn_api.TurnRunner.run."""
-        self.check_room()
-        self._running += 1
+        num_choices = request.num_choices
+        self.check_room(num_choices)
+        self._running += num_choices
+        run = self._run(request) if num_choices == 1 else several(request, self._run, self._run_other)
         this = object()
         self._waiting[this] = time.monotonic()
         try:
             # Closed with this one, not when it is collected: a turn that has left has begun to end.
-            async with aclosing(self._run(request)) as events:
+            async with aclosing(run) as events:
                 async for event in events:
                     if isinstance(event, TurnStarted):
                         self._waiting.pop(this, None)
                     yield event
         finally:
             self._waiting.pop(this, None)
-            self._running -= 1
+            self._running -= num_choices
 
-    async def _run(self, request: TurnRequest) -> AsyncGenerator[TurnEvent, None]:
+    async def _run(self, request: TurnRequest, shares: SharedPrompt | None = None) -> AsyncGenerator[TurnEvent, None]:
+        """`shares`: others will answer the same prompt."""
         prompts = self._around.prompts
         if request.truncate:
             request = await asyncio.to_thread(prompts.truncated, request)
         while True:
             try:
-                async with aclosing(self._run_as_it_is(request)) as events:
+                async with aclosing(self._run_as_it_is(request, shares)) as events:
                     async for event in events:
                         yield event
                 return
@@ -134,7 +141,7 @@ class Turns:
                     raise
                 request = shorter
 
-    async def _run_as_it_is(self, request: TurnRequest) -> AsyncGenerator[TurnEvent, None]:
+    async def _run_as_it_is(self, request: TurnRequest, shares: SharedPrompt | None) -> AsyncGenerator[TurnEvent, None]:
         text = self._around.prompts.render(request)
         grammar = await grammar_of(request, self._around.tokenizer.tool_format)
         if grammar is not None:
@@ -147,7 +154,23 @@ class Turns:
             # Its client came back before its first connection was seen to be gone.
             engines.abort(live)
         key = SessionKey(request.tenant, request.session_id or "", ephemeral=request.session_id is None)
-        carried = Carried(key, given=request.resume_from or BEGINNING)
+        carried = Carried(key, given=request.resume_from or BEGINNING, shares=shares)
+        async with aclosing(self._carry_on(request, text, carried)) as events:
+            async for event in events:
+                yield event
+
+    async def _run_other(self, request: TurnRequest, shared: SharedPrompt) -> AsyncGenerator[TurnEvent, None]:
+        """One more reply to a prompt that is computed, in memory of its own; nothing of it stays. `request` has the
+        prompt as ids."""
+        key = SessionKey(request.tenant, uuid.uuid4().hex, ephemeral=True)
+        carried = Carried(key, given=BEGINNING, started=shared.started, shared=shared)
+        text = self._around.prompts.render(request)
+        async with aclosing(self._carry_on(request, text, carried)) as events:
+            async for event in events:
+                yield event
+
+    async def _carry_on(self, request: TurnRequest, text: str, carried: Carried) -> AsyncGenerator[TurnEvent, None]:
+        """From one memory to the next, if it has to be."""
         num_lost = num_yielded = 0
         while num_lost < _MAX_MEMORIES and num_yielded < _MAX_YIELDS:
             try:
@@ -196,7 +219,7 @@ class Turns:
             num_prompt_tokens=reply.num_prompt_tokens,
             num_cached_tokens=reply.num_cached_tokens,
             num_completion_tokens=len(reply.token_ids),
-            engine_replaced=self._was_replaced(attempt.grant.key.digest, engine),
+            engine_replaced=carried.shared is None and self._was_replaced(attempt.grant.key.digest, engine),
         )
 
     def _end_later(self, attempt: TurnAttempt) -> None:

@@ -101,9 +101,15 @@ class TurnRequest:
     vocabulary's size. `logprobs` (how many of the likeliest tokens to tell) may be there; None means the same as its
     absence.
 
+    `echo`: the prompt (no messages) is told too, with its tokens' log probabilities if those are asked for, and
+    `max_tokens` may be 0. Not with `resume_from`.
+
     `tenant` is derived from the client's key; two tenants share nothing. `session_id` None: an unnamed
     session. `request_id` is ours, never the client's: also with `resume_from`, which means that this request came
     before, was interrupted, and is to be read on behind that position of its reply (see `TextDelta.position`).
+
+    `num_choices`: so many replies, each by a seed of its own, of which the first is the turn, and just what it would be
+    alone; the others leave nothing in the session. Not with `resume_from` and `truncate`.
 
     `truncate`: where the messages do not fit, the oldest turns are left out instead of refusing the request.
     """
@@ -122,19 +128,11 @@ class TurnRequest:
     continue_final_message: bool = False
     resume_from: Position | None = None
     truncate: bool = False
+    num_choices: int = 1
+    echo: bool = False
     # Of an unnamed session: of two conversations that the request continues equally, the one that had this hint before
     # is meant.
     cache_hint: str | None = field(default=None, repr=False)
-
-
-@dataclass(frozen=True)
-class TurnStarted:
-    """The first event, once: the turn is admitted and its prompt is known to fit."""
-
-    num_prompt_tokens: int
-    num_cached_tokens: int
-    # Where keys have limits.
-    rates: Rates | None = None
 
 
 class TokenChoice(NamedTuple):
@@ -145,16 +143,31 @@ class TokenChoice(NamedTuple):
 
 
 class TokenLogprob(NamedTuple):
-    """A token of the reply, and the likeliest in its place, in descending order."""
+    """A token, and the likeliest in its place, in descending order. None: it is the prompt's first."""
 
     token: bytes
-    logprob: float
+    logprob: float | None
     top: tuple[TokenChoice, ...]
 
 
 @dataclass(frozen=True)
+class TurnStarted:
+    """The first event, once: the turn is admitted and its prompt is known to fit. `echo`: the prompt, if it was asked
+    for; `echo_logprobs`: of all its tokens. `choice`: the first that it is the prompt of, where there are several."""
+
+    num_prompt_tokens: int
+    num_cached_tokens: int
+    # Where keys have limits.
+    rates: Rates | None = None
+    echo: str | None = field(default=None, repr=False)
+    echo_logprobs: tuple[TokenLogprob, ...] = field(default=(), repr=False)
+    choice: int = 0
+
+
+@dataclass(frozen=True)
 class TextDelta:
-    """Text that is final, and how many new tokens this event stands for. `text` may be empty (held back).
+    """Text that is final, and how many new tokens this event stands for. `text` may be empty (held back). `choice`: in
+    which of several replies.
 
     `position` is where in the reply the text ends. `logprobs`, if they were asked for, are the new tokens', without
     those that have no text. `pieces` are the parts of `text` and then of calls, none of them empty: the same reply has
@@ -166,6 +179,7 @@ class TextDelta:
     position: Position
     pieces: tuple[ReplyPiece, ...] = field(default=(), repr=False)
     logprobs: tuple[TokenLogprob, ...] = field(default=(), repr=False)
+    choice: int = 0
 
     @property
     def calls(self) -> tuple[CallPiece, ...]:
@@ -174,8 +188,17 @@ class TextDelta:
 
 
 @dataclass(frozen=True)
+class ChoiceFinished:
+    """One of several replies is over (of one alone, `TurnFinished` says it)."""
+
+    choice: int
+    finish_reason: FinishReason
+
+
+@dataclass(frozen=True)
 class TurnFinished:
-    """The last event, once, after the turn has been committed. The counts are the turn's totals."""
+    """The last event, once, after the turn has been committed. The counts are the turn's totals: the prompt counts once
+    for several replies. `finish_reason` is the first one's."""
 
     finish_reason: FinishReason
     num_prompt_tokens: int
@@ -184,20 +207,38 @@ class TurnFinished:
     engine_replaced: bool = False
 
 
-TurnEvent: TypeAlias = TurnStarted | TextDelta | TurnFinished
+TurnEvent: TypeAlias = TurnStarted | TextDelta | ChoiceFinished | TurnFinished
 
 
 class TurnRunner(Protocol):
     """Runs turns."""
 
     def run(self, request: TurnRequest) -> AsyncGenerator[TurnEvent, None]:
-        """An async generator: `TurnStarted`, any number of `TextDelta`, `TurnFinished`.
+        """An async generator: `TurnStarted`, any number of `TextDelta`, `TurnFinished`; of several replies, the deltas
+        come in any order, and each reply's are followed by a `ChoiceFinished`.
 
         Raises `PhiError`; before the first event it becomes the response's HTTP status, later an error event.
         A client that leaves is seen as `asyncio.CancelledError` at an await or as `GeneratorExit` at a yield
         (never both): a `finally` that aborts the sequence serves both. What may not be torn in the middle (a
         commit) wants `asyncio.shield`.
         """
+        ...
+
+
+class Tokens(Protocol):
+    """The model's tokenizer, to look at."""
+
+    async def of_prompt(self, request: TurnRequest, *, add_special_tokens: bool) -> list[int]:
+        """The ids of the prompt of such a turn; `add_special_tokens`: with what the tokenizer puts around a text.
+        Raises `InvalidRequest` if the template refuses it."""
+        ...
+
+    async def names(self, token_ids: Sequence[int]) -> list[str]:
+        """Each token as the tokenizer's file writes it. Ids are of the vocabulary."""
+        ...
+
+    async def text(self, token_ids: Sequence[int]) -> str:
+        """What the ids say, special tokens by their names."""
         ...
 
 

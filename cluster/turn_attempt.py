@@ -11,13 +11,22 @@ import uuid
 from array import array
 from collections.abc import AsyncGenerator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import NoReturn, Protocol
 
 from phi_cluster.cluster.call_reader import CallReader
 from phi_cluster.cluster.engine_client import EngineClient, EngineFailed, SequenceStream
 from phi_cluster.cluster.errors import GaveWay, InvalidRequest, Overloaded, PoisonousRequest, ReadElsewhere
-from phi_cluster.cluster.messages import AddSequence, BeginTurn, ProcessId, SequenceOutput, SessionKey, TurnGrant
+from phi_cluster.cluster.messages import (
+    AddSequence,
+    BeginTurn,
+    ProcessId,
+    SegmentRef,
+    SequenceOutput,
+    SessionKey,
+    TokenLogprobs,
+    TurnGrant,
+)
 from phi_cluster.cluster.prompt import PromptReader
 from phi_cluster.cluster.reply import Reply
 from phi_cluster.cluster.turn_api import Position, TextDelta, TokenChoice, TokenLogprob, TurnRequest, TurnStarted
@@ -35,6 +44,11 @@ class Sessions(Recorder, Lessor, Protocol):
 
     async def give_way(self, key: SessionKey) -> None:
         """The session, whose turn has been ended, gives the memory of its keys and values back."""
+        ...
+
+    async def lay_prompt(self, grant: TurnGrant, source: SegmentRef, num_tokens: int) -> None:
+        """The new session that the turn began in gets the first tokens of another one's memory, as far as they are to
+        be had. Memory for them is leased."""
         ...
 
 
@@ -78,14 +92,30 @@ class MemoryYielded(Exception):
 
 
 @dataclass
+class SharedPrompt:
+    """A prompt that several replies answer. The first of them, the turn, sets the rest as soon as it is computed:
+    `request` as it was in the end, `token_ids` of the prompt, `segment`, where it lies."""
+
+    request: TurnRequest | None = None
+    started: TurnStarted | None = None
+    token_ids: list[int] = field(default_factory=list, repr=False)
+    segment: SegmentRef | None = None
+
+
+@dataclass
 class Carried:
     """What of a turn outlives the memory in which it began. `token_ids` are the reply's, None before there are any to
-    speak of; the client has all text up to `given`, and `started` if it was told so."""
+    speak of; the client has all text up to `given`, and `started` if it was told so.
+
+    `shares`: others will answer the same prompt. `shared`: this is one of those others; it leaves nothing, and its
+    prompt is computed already."""
 
     key: SessionKey
     given: Position
     token_ids: list[int] | None = None
     started: TurnStarted | None = None
+    shares: SharedPrompt | None = None
+    shared: SharedPrompt | None = None
 
 
 class TurnAttempt:
@@ -105,6 +135,8 @@ class TurnAttempt:
         self._text = text
         self._carried = carried
         self._fresh = ""
+        self._prompt_ids: list[int] = []
+        self._prompt_logprobs: list[TokenLogprobs] | None = None
         self.stream: SequenceStream | None = None
 
     async def enter(self) -> None:
@@ -120,6 +152,7 @@ class TurnAttempt:
             resume=request.resume_from is not None and carried.token_ids is None,
             claim=uuid.uuid4().hex,
             cache_hint=request.cache_hint,
+            wants_ids=carried.shares is not None,
         )
         self.grant = await around.sessions.begin_turn(begin)
         self.reply = Reply(
@@ -161,6 +194,7 @@ class TurnAttempt:
                 sampling=sampling,
                 max_num_tokens=num_prompt + len(so_far) + ahead,
                 num_prompt_tokens=num_prompt,
+                request_id=request.request_id,
             )
             try:
                 await around.sessions.reserve(grant.key, add.max_num_tokens)
@@ -169,12 +203,16 @@ class TurnAttempt:
                 if isinstance(refusal, GaveWay) or self._carried.started is not None:
                     await self._yield_memory(so_far)
                 raise
+            if self._carried.shared is not None and (source := self._carried.shared.segment) is not None:
+                await around.sessions.lay_prompt(grant, source, num_prompt)
             self.stream = await around.engines.add(add)
-        # Only now is there anything to record: a turn that was refused room leaves the session as it was.
-        record = self.record
-        record.num_kept_tokens, record.num_kept_chars, record.prompt_ids = num_kept, kept_chars, new_ids
-        record.sampling = sampling
         reply.num_prompt_tokens = num_prompt
+        self._prompt_ids = array("i", grant.kept_ids or b"").tolist()[:num_kept] + new_ids
+        if self._carried.shared is None:
+            # Only now is there anything to record: a turn that was refused room leaves the session as it was.
+            record = self.record
+            record.num_kept_tokens, record.num_kept_chars, record.prompt_ids = num_kept, kept_chars, new_ids
+            record.sampling = sampling
 
     async def events(self) -> AsyncGenerator[TurnStarted | TextDelta, None]:
         """Text until the reply is over and the sequence released. Raises MemoryLost and MemoryYielded, with all of the
@@ -206,12 +244,19 @@ class TurnAttempt:
             lease.follow(num_there + len(stream.received))
             if not has_begun:
                 has_begun = True
+                self._share()
+                self._prompt_logprobs = output.prompt_logprobs
                 num_cached = output.num_cached_tokens or 0
                 if stream.was_moved or request.resume_from is not None:
                     # What an engine computed before it died was no cache when the turn began.
                     num_cached = min(num_cached, self.grant.num_computed_tokens)
                 for event in self._begin(num_cached):
                     yield event
+            if request.sampling["max_tokens"] == 0:
+                # Only the prompt was asked for: what was drawn is nobody's.
+                if output.finish_reason is not None:
+                    reply.end("length")
+                continue
             if reply.is_cut:
                 # What the step in flight brought after a stop string is nobody's.
                 continue
@@ -231,18 +276,36 @@ class TurnAttempt:
 
     def _logprobs(self, output: SequenceOutput, num_tokens: int) -> tuple[TokenLogprob, ...]:
         """Of the first `num_tokens` tokens of an output, as far as they have text."""
-        tokenizer = self._around.tokenizer
-
-        def choice(token_id: int, logprob: float) -> TokenChoice:
-            return TokenChoice(tokenizer.token_bytes(token_id), logprob)
-
         return tuple(
-            TokenLogprob(*choice(token_id, logprob), tuple(map(choice, top_ids, top_logprobs)))
-            for token_id, (logprob, top_ids, top_logprobs) in zip(
-                output.token_ids[:num_tokens], output.logprobs or (), strict=False
-            )
-            if not tokenizer.is_special(token_id)
+            self._token_logprob(token_id, found)
+            for token_id, found in zip(output.token_ids[:num_tokens], output.logprobs or (), strict=False)
+            if not self._around.tokenizer.is_special(token_id)
         )
+
+    def _echo_logprobs(self) -> tuple[TokenLogprob, ...]:
+        """Of all of the prompt's tokens, so that clients can count them; what the tokenizer put before or behind a text
+        has no text in it."""
+        if self._request.sampling.get("logprobs") is None:
+            return ()
+        first, *others = self._prompt_ids
+        tokenizer = self._around.tokenizer
+        told = [TokenLogprob(tokenizer.token_bytes(first), None, ())]
+        told += map(self._token_logprob, others, self._prompt_logprobs or ())
+        if isinstance(self._request.prompt, str):
+            hidden = map(tokenizer.is_special, self._prompt_ids)
+            told = [one._replace(token=b"") if hide else one for one, hide in zip(told, hidden, strict=True)]
+        return tuple(told)
+
+    def _token_logprob(self, token_id: int, found: TokenLogprobs) -> TokenLogprob:
+        def choice(token_id: int, logprob: float) -> TokenChoice:
+            return TokenChoice(self._around.tokenizer.token_bytes(token_id), logprob)
+
+        return TokenLogprob(*choice(token_id, found.logprob), tuple(map(choice, found.top_ids, found.top_logprobs)))
+
+    def _share(self) -> None:
+        """The prompt is computed: others may answer it."""
+        if (shared := self._carried.shares) is not None:
+            shared.request, shared.token_ids, shared.segment = self._request, self._prompt_ids, self.grant.segment
 
     def _begin(self, num_cached: int) -> list[TurnStarted | TextDelta]:
         """What is told first: once that the turn has started, and the text that was there already."""
@@ -250,6 +313,12 @@ class TurnAttempt:
         told: list[TurnStarted | TextDelta] = []
         if carried.started is None:
             carried.started = TurnStarted(reply.num_prompt_tokens, min(num_cached, reply.num_prompt_tokens))
+            if self._request.echo:
+                carried.started = replace(
+                    carried.started,
+                    echo=self._around.prompts.echoed(self._request, self._prompt_ids),
+                    echo_logprobs=self._echo_logprobs(),
+                )
             told.append(carried.started)
         reply.num_cached_tokens = carried.started.num_cached_tokens
         pieces = reply.take_pieces()
@@ -272,7 +341,9 @@ class TurnAttempt:
         if not stream.is_poisonous:
             raise EngineFailed(f"the engine gave the request up: {error}")
         with suppress(OSError):
-            self._around.poison.add(self._request)
+            # What the client asked for, of whatever reply to it.
+            shared = self._carried.shared
+            self._around.poison.add((shared and shared.request) or self._request)
         raise poisonous()
 
 

@@ -19,6 +19,7 @@ import numpy as np
 import ray
 
 from phi_cluster.cluster.errors import StartError
+from phi_cluster.cluster.logs import log_as
 from phi_cluster.cluster.served_model import ServedModel
 
 # Raise it when model/quantize.py packs other bytes than before, or means others by them, so that older files are not
@@ -70,6 +71,7 @@ class WeightStore:
     """Publishes on first use and hands out the reference from then on."""
 
     def __init__(self, model: ServedModel, cache_path: Path):
+        log_as("weight_store")
         self._model = model
         self._cache_path = cache_path
         self._published: tuple[dict[str, Any], list[ray.ObjectRef]] | None = None

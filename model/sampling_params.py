@@ -58,6 +58,8 @@ class SamplingParams:
     grammar_end_ids: tuple[int, ...] = ()
     # Each token comes with its log probability, and those of so many of the likeliest in its place.
     logprobs: int | None = None
+    # So do the prompt's tokens, all but the first; none of them is taken from a cache then.
+    prompt_logprobs: bool = False
 
     def __post_init__(self) -> None:
         _integer("seed", self.seed, MIN_SEED, MAX_SEED)
@@ -89,6 +91,8 @@ class SamplingParams:
             _integer("grammar_end_ids", token_id, 0)
         if self.logprobs is not None:
             _integer("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+        if not isinstance(self.prompt_logprobs, bool) or (self.prompt_logprobs and self.logprobs is None):
+            raise ValueError(f"prompt_logprobs must be false without logprobs, got {self.prompt_logprobs!r}")
         # Own copies: neither the caller's list nor his dictionary can change a running sequence.
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
         object.__setattr__(self, "grammar_end_ids", tuple(self.grammar_end_ids))

@@ -149,7 +149,11 @@ class Tokenizer:
     def encode_prompt(self, text: str) -> list[int]:
         """The ids of a raw prompt with what the tokenizer puts around a text (a begin token), as Hugging
         Face's `tokenizer(text)` does, except that special tokens in it stay text."""
-        return [*self._before, *self.encode(self.sanitize(text)), *self._after]
+        return self.surrounded(self.encode(self.sanitize(text)))
+
+    def surrounded(self, ids: Sequence[int]) -> list[int]:
+        """The ids of a text with what the tokenizer puts around any."""
+        return [*self._before, *ids, *self._after]
 
     def detokenizer(self, previous_id: int | None = None) -> Detokenizer:
         """A new one, for the ids of one reply. Its text is that of `decode(ids)`. If the reply goes on in the
@@ -157,9 +161,9 @@ class Tokenizer:
         middle = previous_id is not None and previous_id not in self._added
         return self._decoding.detokenizer(middle)
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids, special tokens left out."""
-        return self._tokenizer.decode(list(ids), skip_special_tokens=True)
+    def decode(self, ids: Sequence[int], *, with_special: bool = False) -> str:
+        """The text of ids, special tokens left out or (`with_special`) by their names."""
+        return self._tokenizer.decode(list(ids), skip_special_tokens=not with_special)
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that a token stands for (a part of a character, maybe); a special token's are its
@@ -171,6 +175,10 @@ class Tokenizer:
     def token_text(self, token_id: int) -> str:
         """`token_bytes` as text, parts of characters as U+FFFD."""
         return self.token_bytes(token_id).decode("utf-8", "replace")
+
+    def token_name(self, token_id: int) -> str:
+        """The token as tokenizer.json writes it (a space may be U+0120 or U+2581); "" for an id without a token."""
+        return self._tokenizer.id_to_token(token_id) or ""
 
     def is_special(self, token_id: int) -> bool:
         """Whether the token is left out of decoded text."""

@@ -14,7 +14,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -139,8 +139,16 @@ def _free_ports() -> tuple[int, int, int]:
 class Server:
     """A running `phi-cluster serve`. `state_dir` outlives it."""
 
-    def __init__(self, folder: Path, state_dir: Path, config: Mapping[str, Any], ports: tuple[int, int, int]):
-        """Returns when it says that it is ready. `ports`: API, metrics, first internal one."""
+    def __init__(
+        self,
+        folder: Path,
+        state_dir: Path,
+        config: Mapping[str, Any],
+        ports: tuple[int, int, int],
+        prefix: Sequence[str] = (),
+    ):
+        """Returns when it says that it is ready. `ports`: API, metrics, first internal one; `prefix`: before its
+        command, of a program that becomes it (exec)."""
         self.state_dir = state_dir
         self.ports = self.port, self.metrics_port, self.internal_ports = ports
         self.url = f"http://127.0.0.1:{self.port}"
@@ -159,7 +167,7 @@ class Server:
         (folder / "config.yaml").write_text(yaml.safe_dump({**config, **own}))
         # An empty working directory: nothing of the server may depend on where it is started.
         (folder / "cwd").mkdir()
-        command = [str(Path(sys.executable).with_name("phi-cluster")), "serve", str(folder / "config.yaml")]
+        command = [*prefix, str(Path(sys.executable).with_name("phi-cluster")), "serve", str(folder / "config.yaml")]
         with self._log.open("wb") as log:
             self._popen = subprocess.Popen(
                 command, cwd=folder / "cwd", stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
@@ -281,11 +289,17 @@ class Launch:
         self._make_folder = make_folder
         self._servers: list[Server] = []
 
-    def __call__(self, config: Mapping[str, Any], state_dir: Path | None = None, like: Server | None = None) -> Server:
+    def __call__(
+        self,
+        config: Mapping[str, Any],
+        state_dir: Path | None = None,
+        like: Server | None = None,
+        prefix: Sequence[str] = (),
+    ) -> Server:
         """`like`: on the same ports as a server that was killed."""
         folder = self._make_folder("server")
         ports = like.ports if like is not None else _free_ports()
-        server = Server(folder, state_dir or folder / "state", config, ports)
+        server = Server(folder, state_dir or folder / "state", config, ports, prefix)
         if like is not None:
             server.shm_before = like.shm_before
         self._servers.append(server)

@@ -15,6 +15,7 @@ from typing import Any
 import ray
 
 from phi_cluster.cluster.engine.settings import EngineSettings
+from phi_cluster.cluster.logs import log_as
 from phi_cluster.cluster.messages import ProcessId
 from phi_cluster.cluster.processes import process_id
 from phi_cluster.cluster.served_model import ServedModel
@@ -28,6 +29,7 @@ class EngineActor:
     """`start` returns once a step has been computed and the socket listens."""
 
     def __init__(self, served: ServedModel, settings: EngineSettings):
+        log_as("engine")
         self._served = served
         self._settings = settings
 

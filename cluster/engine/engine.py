@@ -16,6 +16,7 @@ from phi_cluster.cluster.engine.scheduler import EngineLimits, ScheduledSequence
 from phi_cluster.cluster.engine.sequence import Sequence, SequenceStatus
 from phi_cluster.cluster.engine.settings import Speculation
 from phi_cluster.cluster.messages import SequenceOutput, StepWork, TokenLogprobs
+from phi_cluster.model.grammar import GrammarError
 
 __all__ = ["Engine", "EngineLimits"]
 
@@ -191,6 +192,7 @@ class Engine:
         if right != draft_ids[: len(right)]:
             self._fail(sequence, RuntimeError("the runner drew a token behind a wrong draft"))
             return
+        sequence.prompt_logprobs += outcome.prompt_logprobs or ()
         taken: list[int] = []
         reason: str | None = None
         try:
@@ -221,6 +223,7 @@ class Engine:
                     num_cached_tokens=self._announce(sequence),
                     queue_seconds=self._queued.pop(sequence.sequence_id, None),
                     logprobs=logprobs,
+                    prompt_logprobs=_take_prompt_logprobs(sequence),
                 )
             )
 
@@ -237,8 +240,13 @@ class Engine:
             self._fail(sequence, error)
 
     def _fail(self, sequence: Sequence, error: Exception, token_ids: list[int] | None = None) -> None:
-        logger.error("sequence %d failed", sequence.sequence_id, exc_info=error)
-        self._finish(sequence, "error", token_ids, error=f"{type(error).__name__}: {error}")
+        names = {"request_id": sequence.request_id, "sequence_id": sequence.sequence_id}
+        logger.error("a sequence failed", exc_info=error, extra=names)
+        if isinstance(error, GrammarError):
+            # Seen with a tokenizer only, perhaps in the middle of a reply: the request's fault all the same.
+            self._finish(sequence, "bad_grammar", token_ids, error=str(error))
+        else:
+            self._finish(sequence, "error", token_ids, error=f"{type(error).__name__}: {error}")
 
     def _finish(
         self,
@@ -259,6 +267,9 @@ class Engine:
         self._came_at.pop(sequence.sequence_id, None)
         num_cached_tokens = self._announce(sequence)
         self._announced.discard(sequence.sequence_id)
+        queue_seconds = self._queued.pop(sequence.sequence_id, None)
+        told = {"request_id": sequence.request_id, "sequence_id": sequence.sequence_id, "outcome": reason}
+        logger.info("a sequence has ended", extra=told)
         self._outputs.append(
             SequenceOutput(
                 sequence.sequence_id,
@@ -267,8 +278,9 @@ class Engine:
                 released=True,
                 num_cached_tokens=num_cached_tokens,
                 error=error,
-                queue_seconds=self._queued.pop(sequence.sequence_id, None),
+                queue_seconds=queue_seconds,
                 logprobs=logprobs,
+                prompt_logprobs=_take_prompt_logprobs(sequence),
             )
         )
 
@@ -277,6 +289,12 @@ class Engine:
             return None
         self._announced.add(sequence.sequence_id)
         return sequence.num_cached_tokens
+
+
+def _take_prompt_logprobs(sequence: Sequence) -> list[TokenLogprobs] | None:
+    """They are told once."""
+    told, sequence.prompt_logprobs = sequence.prompt_logprobs, []
+    return told or None
 
 
 def _clear(sequence: Sequence) -> None:

@@ -117,6 +117,7 @@ class Intake:
                 params=params,
                 max_num_tokens=frame.max_num_tokens,
                 matcher=matcher,
+                request_id=frame.request_id,
             )
         except BaseException:
             kv.close()

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from collections.abc import Sequence as AbstractSequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Protocol, TypeAlias
 
@@ -28,10 +28,12 @@ from phi_cluster.model.sampler import DrawRows, SamplingError, SamplingRequest, 
 @dataclass(frozen=True)
 class Drawn:
     """What a step brought to a sequence: its next tokens, all but the last equal to the drafts (none: its tokens are
-    not all computed yet), and their log probabilities where those are wanted."""
+    not all computed yet), and their log probabilities where those are wanted. `prompt_logprobs`: of the prompt's tokens
+    behind those that were computed."""
 
     token_ids: list[int]
     logprobs: list[TokenLogprobs] | None = None
+    prompt_logprobs: list[TokenLogprobs] | None = None
 
 
 # Or why there is none.
@@ -93,36 +95,40 @@ class ModelRunner:
         no token can be drawn from (NaN) fails its own sequence only.
         """
         chunks = [_chunk(one) for one in scheduled]
-        constrained = [
-            one for one, chunk in zip(scheduled, chunks, strict=True) if one.sequence.matcher and chunk.num_logits
-        ]
+        constrained = [one for one in scheduled if one.sequence.matcher and _num_due(one)]
         masks = self._beside.submit(_masks, constrained) if constrained else None
         try:
             logits = self._model.forward(chunks)
         finally:
             # Nobody may look at a matcher while it is at work.
             allowed = {} if masks is None else masks.result()
+        if logits.shape != (num_rows := sum(chunk.num_logits for chunk in chunks), self._vocab_size):
+            raise RuntimeError(f"logits of shape {tuple(logits.shape)}, {num_rows} rows were asked for")
+        told = _of_prompts(scheduled, chunks, logits)
+        if told:
+            logits = logits[_rows_due(scheduled, chunks)]
         # All rows at once. Whether a row counts turns out later, but what it would be drawn with is known: it counts
         # only if all drafts before it were right.
         requests = [
             sequence.sampling_request(draft_ids[:i], _row(allowed.get(sequence.sequence_id), i))
-            for (sequence, _, draft_ids), chunk in zip(scheduled, chunks, strict=True)
-            for i in range(chunk.num_logits)
+            for one in scheduled
+            for sequence, _, draft_ids in (one,)
+            for i in range(_num_due(one))
         ]
-        if logits.shape != (len(requests), self._vocab_size):
-            raise RuntimeError(f"logits of shape {tuple(logits.shape)}, {len(requests)} rows were asked for")
         drawn = iter(_sample(logits, requests, self._draw))
         outcomes: dict[int, StepOutcome] = {}
         first = 0
-        for one, chunk in zip(scheduled, chunks, strict=True):
-            sequence = one.sequence
-            outcome = _verify(list(islice(drawn, chunk.num_logits)), one.draft_ids)
+        for one in scheduled:
+            sequence, num_due = one.sequence, _num_due(one)
+            outcome = _verify(list(islice(drawn, num_due)), one.draft_ids)
             if isinstance(broken := allowed.get(sequence.sequence_id), Exception):
                 outcome = broken
             elif isinstance(outcome, Drawn) and outcome.token_ids and sequence.params.logprobs is not None:
                 outcome = _with_logprobs(outcome, logits[first:], sequence.params.logprobs)
+            if isinstance(outcome, Drawn) and sequence.sequence_id in told:
+                outcome = replace(outcome, prompt_logprobs=told[sequence.sequence_id])
             outcomes[sequence.sequence_id] = outcome
-            first += chunk.num_logits
+            first += num_due
         return outcomes
 
 
@@ -130,8 +136,39 @@ def _chunk(one: ScheduledSequence) -> SequenceChunk:
     sequence, num, draft_ids = one
     start = sequence.num_computed_tokens
     ids = torch.tensor([*sequence.token_ids[start : start + num], *draft_ids], dtype=torch.int64)
-    due = 1 + len(draft_ids) if start + num == sequence.num_tokens else 0
-    return SequenceChunk(ids, start, sequence.kv.cache, sequence.long_rope, due)
+    num_logits = max(_num_due(one), num if sequence.wants_prompt_logprobs else 0)
+    return SequenceChunk(ids, start, sequence.kv.cache, sequence.long_rope, num_logits)
+
+
+def _num_due(one: ScheduledSequence) -> int:
+    """So many tokens are to be drawn, by the last rows."""
+    return 1 + len(one.draft_ids) if one.num_tokens == one.sequence.num_uncomputed_tokens else 0
+
+
+def _rows_due(scheduled: list[ScheduledSequence], chunks: list[SequenceChunk]) -> list[int]:
+    """Rows of logits that tokens are drawn from."""
+    rows: list[int] = []
+    end = 0
+    for one, chunk in zip(scheduled, chunks, strict=True):
+        end += chunk.num_logits
+        rows += range(end - _num_due(one), end)
+    return rows
+
+
+def _of_prompts(
+    scheduled: list[ScheduledSequence], chunks: list[SequenceChunk], logits: torch.Tensor
+) -> dict[int, list[TokenLogprobs]]:
+    """By sequence id: of the prompt's tokens that the computed rows foretell, where that is wanted."""
+    found: dict[int, list[TokenLogprobs]] = {}
+    end = 0
+    for one, chunk in zip(scheduled, chunks, strict=True):
+        sequence, start = one.sequence, end
+        end += chunk.num_logits
+        if sequence.wants_prompt_logprobs and sequence.params.logprobs is not None:
+            first = sequence.num_computed_tokens + 1
+            token_ids = sequence.token_ids[first : first + one.num_tokens]
+            found[sequence.sequence_id] = _logprobs(logits[start:], token_ids, sequence.params.logprobs)
+    return found
 
 
 def _masks(scheduled: list[ScheduledSequence]) -> dict[int, NDArray[np.uint32] | Exception]:
@@ -151,8 +188,12 @@ def _row(masks: NDArray[np.uint32] | Exception | None, i: int) -> NDArray[np.uin
 
 
 def _with_logprobs(drawn: Drawn, logits: torch.Tensor, num_top: int) -> Drawn:
-    rows = logits[: len(drawn.token_ids)].detach().to("cpu", torch.float32).numpy()
-    return Drawn(drawn.token_ids, [TokenLogprobs(*found) for found in token_logprobs(rows, drawn.token_ids, num_top)])
+    return Drawn(drawn.token_ids, _logprobs(logits, drawn.token_ids, num_top))
+
+
+def _logprobs(logits: torch.Tensor, token_ids: list[int], num_top: int) -> list[TokenLogprobs]:
+    rows = logits[: len(token_ids)].detach().to("cpu", torch.float32).numpy()
+    return [TokenLogprobs(*found) for found in token_logprobs(rows, token_ids, num_top)]
 
 
 def _verify(drawn: list[int | Exception], draft_ids: AbstractSequence[int]) -> StepOutcome:

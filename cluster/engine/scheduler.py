@@ -29,6 +29,8 @@ from phi_cluster.cluster.engine.settings import MAX_DRAFT_TOKENS, Speculation
 # MAX_DRAFT_TOKENS lie behind a sequence, so after the last step with drafts (which may add as many tokens) it has
 # overwritten them before it has used up the room.
 _HEADROOM_TOKENS = 2 * MAX_DRAFT_TOKENS
+# Where all of a prompt's logits are wanted: a row of them may have a megabyte.
+_MAX_LOGIT_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -247,19 +249,25 @@ def share_tokens(sequences: list[Sequence], budget: int) -> list[tuple[Sequence,
     oldest prefill, so that a long prompt goes on under any traffic; the other half goes to whoever can finish
     first, so that a short prompt need not wait for a long one.
     """
+    lacking = {s.sequence_id: _num_at_once(s) for s in sequences}
     shares = {s.sequence_id: 1 for s in sequences if s.num_uncomputed_tokens == 1}
     prefills = [s for s in sequences if s.num_uncomputed_tokens > 1]
     rest = budget - len(shares)
     if prefills and rest > 0:
         oldest = prefills[0]
-        shares[oldest.sequence_id] = min(oldest.num_uncomputed_tokens, (rest + 1) // 2)
+        shares[oldest.sequence_id] = min(lacking[oldest.sequence_id], (rest + 1) // 2)
         rest -= shares[oldest.sequence_id]
-        lacking = {s.sequence_id: s.num_uncomputed_tokens - shares.get(s.sequence_id, 0) for s in prefills}
+        lacking[oldest.sequence_id] -= shares[oldest.sequence_id]
         for sequence in sorted(prefills, key=lambda s: lacking[s.sequence_id]):
             share = min(rest, lacking[sequence.sequence_id])
             shares[sequence.sequence_id] = shares.get(sequence.sequence_id, 0) + share
             rest -= share
     return [(s, shares[s.sequence_id]) for s in sequences if shares.get(s.sequence_id)]
+
+
+def _num_at_once(sequence: Sequence) -> int:
+    num = sequence.num_uncomputed_tokens
+    return min(num, _MAX_LOGIT_ROWS) if sequence.wants_prompt_logprobs else num
 
 
 def share_drafts(proposals: dict[int, list[int]], budget: int) -> dict[int, tuple[int, ...]]:

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from phi_cluster.cluster.messages import TokenLogprobs
 from phi_cluster.model.sampler import SamplingRequest
 from phi_cluster.model.sampling_params import SamplingParams
 
@@ -95,6 +96,7 @@ class Sequence:
         params: SamplingParams,
         max_num_tokens: int,
         matcher: ReplyMatcher | None = None,
+        request_id: str = "",
     ):
         if kv.num_tokens != len(token_ids):
             raise ValueError(f"the KV segment holds {kv.num_tokens} tokens, the sequence has {len(token_ids)}")
@@ -106,6 +108,8 @@ class Sequence:
         if len(token_ids) > max_num_tokens:
             raise ValueError(f"{len(token_ids)} tokens are more than max_num_tokens {max_num_tokens}")
         self.sequence_id = sequence_id
+        # For the log.
+        self.request_id = request_id
         self.kv = kv
         self.token_ids = list(token_ids)
         self.num_prompt_tokens = num_prompt_tokens
@@ -119,8 +123,11 @@ class Sequence:
         # Older sequences have lower numbers; the scheduler gives them.
         self.arrival = 0
         self.long_rope = kv.long_rope
+        # Of the prompt's tokens behind the first, as far as they are computed, if they are wanted.
+        self.prompt_logprobs: list[TokenLogprobs] = []
         # Logits come from computing: at least the last token is always computed (again).
-        self.num_computed_tokens = min(kv.num_computed_tokens, self.num_tokens - 1)
+        computed = 0 if self.wants_prompt_logprobs else kv.num_computed_tokens
+        self.num_computed_tokens = min(computed, self.num_tokens - 1)
         # Prompt tokens that need not be computed for the first token of this reply.
         self.num_cached_tokens = min(self.num_computed_tokens, num_prompt_tokens)
         self._prompt_ids: NDArray[np.int64] | None = None
@@ -140,6 +147,11 @@ class Sequence:
         return self.num_tokens - self.num_computed_tokens
 
     @property
+    def wants_prompt_logprobs(self) -> bool:
+        """Once there is a reply they have been told."""
+        return self.params.prompt_logprobs and self.num_generated_tokens == 0
+
+    @property
     def is_paused(self) -> bool:
         """Whether the lease has no room for one more token."""
         return self.num_tokens >= self.max_num_tokens
@@ -153,6 +165,7 @@ class Sequence:
         """Nothing is computed any more: it begins anew with prompt and reply so far."""
         self.num_computed_tokens = 0
         self.num_cached_tokens = 0
+        self.prompt_logprobs.clear()
 
     def append(self, token_id: int) -> None:
         """Take a drawn token in. Raises ValueError if its grammar does not allow it."""

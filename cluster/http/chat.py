@@ -6,8 +6,9 @@ tokens and engines.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fastapi import APIRouter
@@ -21,9 +22,9 @@ from phi_cluster.cluster.http.edge import Edge
 from phi_cluster.cluster.http.logprob_format import chat_logprobs
 from phi_cluster.cluster.http.models import check_model
 from phi_cluster.cluster.http.openapi import generation_docs
-from phi_cluster.cluster.http.schemas import sampling_of
+from phi_cluster.cluster.http.schemas import check_choices, sampling_of
 from phi_cluster.cluster.http.strict_model import validated
-from phi_cluster.cluster.http.tool_format import call_delta, whole_calls
+from phi_cluster.cluster.http.tool_format import call_deltas, whole_calls
 from phi_cluster.cluster.http.turn_response import TurnResponse
 from phi_cluster.cluster.turn_api import CallPiece, Endpoint, FinishReason, TokenLogprob, TurnRequest, call_id
 
@@ -44,6 +45,7 @@ def chat_router(edge: Edge) -> APIRouter:
         chat = validated(ChatRequest, await read_object(request, settings))
         check_model(chat.model, settings)
         check_resumable(caller, chat.num_logprobs)
+        check_choices(chat, caller, settings)
         turn = TurnRequest(
             tenant=caller.tenant,
             session_id=caller.session_id,
@@ -57,9 +59,10 @@ def chat_router(edge: Edge) -> APIRouter:
             add_generation_prompt=chat.add_generation_prompt and not chat.continue_final_message,
             continue_final_message=chat.continue_final_message,
             cache_hint=chat.prompt_cache_key,
+            num_choices=chat.num_choices,
         )
         reply = ChatReply.begin(caller, edge)
-        return TurnResponse(edge, caller, turn, reply, stream=chat.stream, include_usage=chat.include_usage)
+        return TurnResponse(edge, caller, [turn], reply, stream=chat.stream, include_usage=chat.include_usage)
 
     return router
 
@@ -73,6 +76,7 @@ class ChatReply:
     created: int
     model: str
     system_fingerprint: str | None
+    index: int = 0
     endpoint: Endpoint = "chat"
 
     @classmethod
@@ -86,6 +90,9 @@ class ChatReply:
             system_fingerprint=settings.system_fingerprint,
         )
 
+    def of_choice(self, index: int) -> ChatReply:
+        return replace(self, index=index)
+
     def opening(self) -> dict[str, Any]:
         return self._chunk([self._choice({"role": "assistant", "content": ""}, None)])
 
@@ -94,7 +101,7 @@ class ChatReply:
     ) -> dict[str, Any]:
         delta: dict[str, Any] = {"content": text} if text or not calls else {}
         if calls:
-            delta["tool_calls"] = [call_delta(call, self._call_id(call)) for call in calls]
+            delta["tool_calls"] = call_deltas(calls, self._call_id)
         return self._chunk([self._choice(delta, None, logprobs)])
 
     def closing(self, finish_reason: FinishReason) -> dict[str, Any]:
@@ -116,7 +123,7 @@ class ChatReply:
             message["content"] = text or None
             message["tool_calls"] = whole_calls(calls, self._call_id)
         choice = {
-            "index": 0,
+            "index": self.index,
             "message": message,
             "logprobs": None if logprobs is None else chat_logprobs(logprobs),
             "finish_reason": finish_reason,
@@ -124,7 +131,11 @@ class ChatReply:
         return {**self._head("chat.completion"), "choices": [choice], "usage": usage}
 
     def _call_id(self, call: CallPiece) -> str:
-        return call_id(self.request_id, call.number)
+        if self.index == 0:
+            return call_id(self.request_id, call.number)
+        # A name as long as a request's.
+        name = hashlib.blake2b(f"{self.request_id} choice {self.index}".encode(), digest_size=16).hexdigest()
+        return call_id(name, call.number)
 
     def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {**self._head("chat.completion.chunk"), "choices": choices}
@@ -136,7 +147,7 @@ class ChatReply:
         logprobs: Sequence[TokenLogprob] | None = None,
     ) -> dict[str, Any]:
         told = None if logprobs is None else chat_logprobs(logprobs)
-        return {"index": 0, "delta": delta, "logprobs": told, "finish_reason": finish_reason}
+        return {"index": self.index, "delta": delta, "logprobs": told, "finish_reason": finish_reason}
 
     def _head(self, kind: str) -> dict[str, Any]:
         return {

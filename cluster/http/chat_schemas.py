@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, BeforeValidator, Field, WithJsonSchema, model_validator
 
 from phi_cluster.cluster.http.content_parts import texts_of
-from phi_cluster.cluster.http.schemas import NOT_SUPPORTED, GenerationFields, Usage
+from phi_cluster.cluster.http.schemas import NOT_SUPPORTED, ChoiceFields, Usage
 from phi_cluster.cluster.http.strict_model import StrictModel, refusal
 from phi_cluster.cluster.http.tool_results import first_orphan
 from phi_cluster.cluster.http.tool_schemas import (
@@ -109,7 +109,7 @@ class ChatMessage(StrictModel):
         return message
 
 
-class ChatRequest(GenerationFields):
+class ChatRequest(ChoiceFields):
     """POST /v1/chat/completions."""
 
     not_supported: ClassVar[dict[str, tuple[Any, ...]]] = {
@@ -118,6 +118,7 @@ class ChatRequest(GenerationFields):
         "chat_template": (),
         "chat_template_kwargs": ({},),
         "documents": ([],),
+        "echo": (False,),
         "function_call": ("none", "auto"),
         "functions": ([],),
         "include_reasoning": (True, False),

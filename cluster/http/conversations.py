@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Path
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, RootModel
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -16,20 +16,20 @@ from phi_cluster.cluster.http.auth import tenant_of
 from phi_cluster.cluster.http.body import read_object
 from phi_cluster.cluster.http.edge import Edge
 from phi_cluster.cluster.http.errors import to_json
-from phi_cluster.cluster.http.item_schemas import MAX_ADDED_ITEMS, InputItem, ItemList, MessageItem, Metadata
+from phi_cluster.cluster.http.item_schemas import MAX_ADDED_ITEMS, ItemList, Metadata, NewItem, SomeItem
 from phi_cluster.cluster.http.openapi import answer_docs, body_docs
 from phi_cluster.cluster.http.paging import PAGE_PARAMETERS, item_list, page_of, query_of
 from phi_cluster.cluster.http.strict_model import StrictModel, validated
 from phi_cluster.cluster.response_api import Conversation, ItemPage
 
 ConversationId = Annotated[str, Path(description="as the conversation has it: conv_ and 32 hexadecimal digits")]
-ItemId = Annotated[str, Path(description="as the item has it: msg_ and 32 hexadecimal digits")]
+ItemId = Annotated[str, Path(description="as the item has it: msg_, fc_ or fco_ and hexadecimal digits")]
 
 
 class NewConversation(StrictModel):
     """POST /v1/conversations."""
 
-    items: list[InputItem] = Field(default_factory=list, max_length=MAX_ADDED_ITEMS)
+    items: list[NewItem] = Field(default_factory=list, max_length=MAX_ADDED_ITEMS)
     metadata: Metadata = Field(default_factory=dict)
 
 
@@ -42,7 +42,11 @@ class ConversationUpdate(StrictModel):
 class NewItems(StrictModel):
     """POST /v1/conversations/{conversation_id}/items."""
 
-    items: list[InputItem] = Field(min_length=1, max_length=MAX_ADDED_ITEMS)
+    items: list[NewItem] = Field(min_length=1, max_length=MAX_ADDED_ITEMS)
+
+
+class AnyItemObject(RootModel[SomeItem]):
+    """An item, by its type."""
 
 
 class ConversationObject(BaseModel):
@@ -106,7 +110,7 @@ def conversations_router(edge: Edge) -> APIRouter:
         found = await conversations.items(tenant_of(request), conversation_id, page)
         return Response(item_list(found), media_type="application/json")
 
-    @router.get("/{conversation_id}/items/{item_id}", **answer_docs(MessageItem, 400, 404))
+    @router.get("/{conversation_id}/items/{item_id}", **answer_docs(AnyItemObject, 400, 404))
     async def get_item(request: Request, conversation_id: ConversationId, item_id: ItemId) -> Response:
         """One message."""
         return _json(await conversations.item(tenant(request), conversation_id, item_id))

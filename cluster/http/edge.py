@@ -14,6 +14,7 @@ from phi_cluster.cluster.turn_api import (
     EngineAdmin,
     Health,
     RequestObserver,
+    Tokens,
     TurnRunner,
     UsageBook,
 )
@@ -31,6 +32,8 @@ class EdgeSettings:
     # Token ids are 0 ... vocab_size - 1.
     vocab_size: int
     max_body_bytes: int = 8 * 2**20
+    # The most replies to one prompt.
+    max_choices: int = 16
     # Seconds of silence after which a stream gets a comment line.
     keep_alive_seconds: float = 10.0
     # A request's body must have come within so many seconds, and a client must take what is sent to it within so many.
@@ -52,6 +55,7 @@ class EdgeSettings:
             "max_model_len",
             "vocab_size",
             "max_body_bytes",
+            "max_choices",
             "keep_alive_seconds",
             "body_seconds",
             "write_seconds",
@@ -66,6 +70,7 @@ class Edge:
 
     settings: EdgeSettings
     turns: TurnRunner
+    tokens: Tokens
     responses: Responses
     conversations: Conversations
     sessions: SessionAdmin

@@ -7,7 +7,7 @@ a silent stream alive, and its end. Knows nothing of turns and of what the event
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from starlette.requests import ClientDisconnect
@@ -16,7 +16,9 @@ from starlette.types import Receive, Scope, Send
 from phi_cluster.cluster.errors import PhiError
 from phi_cluster.cluster.http.errors import error_response, to_json
 
-KEEP_ALIVE = b": keep-alive\n\n"
+# Without an empty line behind it: that would end an event, and a decoder that has seen an id takes it for one without
+# data (OpenAI's Python client fails then). The next event's lines follow it.
+KEEP_ALIVE = b": keep-alive\n"
 DONE = b"data: [DONE]\n\n"
 
 
@@ -60,6 +62,11 @@ class EventStream:
         """Sends an event, with `position` as its id; the first call sends the status 200 and the headers."""
         id_line = b"" if position is None else f"id: {position}\n".encode()
         await self._write(id_line + self._block(event))
+
+    async def write_all(self, events: Sequence[Mapping[str, Any]]) -> None:
+        """Several events at once, if there are any."""
+        if events:
+            await self._write(b"".join(map(self._block, events)))
 
     @property
     def has_started(self) -> bool:

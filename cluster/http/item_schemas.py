@@ -1,4 +1,4 @@
-"""Items as clients send and get them: the messages of responses and conversations.
+"""Items as clients send and get them: the messages of responses and conversations, calls and their results.
 
 Owns: what an item may be, and its shape in responses. Knows nothing of what becomes of items.
 """
@@ -11,15 +11,16 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import (
     BaseModel,
     BeforeValidator,
+    Discriminator,
     Field,
-    ValidatorFunctionWrapHandler,
+    Tag,
     WithJsonSchema,
-    WrapValidator,
     model_validator,
 )
 
 from phi_cluster.cluster.http.content_parts import texts_of
-from phi_cluster.cluster.http.strict_model import StrictModel, refusal
+from phi_cluster.cluster.http.strict_model import StrictModel, refusal, untold
+from phi_cluster.cluster.http.tool_schemas import CallId, ToolName
 from phi_cluster.cluster.response_api import Item
 
 MAX_ITEMS = 4096
@@ -77,7 +78,7 @@ class InputItem(StrictModel):
             raise refusal("{param}: item_reference is not for here: send the message itself", "type")
         if kind == "reasoning":
             raise refusal("{param}: reasoning is not supported: this model does not reason apart", "type")
-        raise refusal(f"{{param}}: {kind[:32]} is not supported yet, because tools are not", "type")
+        raise refusal(f"{{param}}: {kind[:32]} is not supported: tools are functions that the client calls", "type")
 
     def as_item(self) -> Item:
         """See response_api.Item; with an id of its own."""
@@ -91,25 +92,80 @@ class InputItem(StrictModel):
         return {**head, "status": self.status or "completed", "content": content}
 
 
-class ItemReference(InputItem):
-    """A message that is named instead of sent."""
+_OF_OTHER_TOOLS: dict[str, tuple[Any, ...]] = {"caller": (), "created_by": (), "namespace": ()}
+
+
+class CallItem(StrictModel):
+    """A call of a tool: as it came in a response. Ids of items are given anew, the call's stays."""
+
+    not_supported: ClassVar[dict[str, tuple[Any, ...]]] = {
+        # As the official client's objects dump it.
+        "async": (False,),
+        "async_": (False,),
+        **_OF_OTHER_TOOLS,
+    }
+
+    type: Literal["function_call"]
+    call_id: CallId
+    name: ToolName
+    arguments: str = Field(description="JSON text; as a model wrote it, so perhaps none")
+    id: str | None = Field(None, max_length=128, description="accepted, without effect")
+    status: Literal["in_progress", "completed", "incomplete"] | None = Field(None, description="kept")
+
+    def as_item(self) -> Item:
+        """See response_api.Item; with an id of its own."""
+        head = {"type": "function_call", "id": f"fc_{uuid.uuid4().hex}", "call_id": self.call_id, "name": self.name}
+        return {**head, "arguments": self.arguments, "status": self.status or "completed"}
+
+
+class ResultItem(StrictModel):
+    """What came of a call."""
+
+    not_supported: ClassVar[dict[str, tuple[Any, ...]]] = _OF_OTHER_TOOLS
+
+    type: Literal["function_call_output"]
+    call_id: CallId
+    name: ToolName | None = Field(None, description="accepted, without effect")
+    output: Annotated[list[str], BeforeValidator(_texts), WithJsonSchema(_CONTENT_SCHEMA)]
+    id: str | None = Field(None, max_length=128, description="accepted, without effect")
+    status: Literal["in_progress", "completed", "incomplete"] | None = Field(None, description="kept")
+
+    def as_item(self) -> Item:
+        """See response_api.Item; with an id of its own."""
+        head = {"type": "function_call_output", "id": f"fco_{uuid.uuid4().hex}", "call_id": self.call_id}
+        return {**head, "output": "\n".join(self.output), "status": self.status or "completed"}
+
+
+class ItemReference(StrictModel):
+    """An item that is named instead of sent."""
+
+    type: Literal["item_reference"]
+    id: Annotated[str, Field(min_length=1, max_length=128)]
 
     def as_item(self) -> Item:
         """See response_api.NewResponse.input."""
         return {"type": "item_reference", "id": self.id}
 
 
-def _by_type(given: Any, as_message: ValidatorFunctionWrapHandler) -> InputItem:
-    if not isinstance(given, dict) or given.get("type") != "item_reference":
-        message: InputItem = as_message(given)
-        return message
-    if given.keys() != {"type", "id"} or not isinstance(given["id"], str):
-        raise refusal('must be exactly {"type": "item_reference", "id": "msg_..."}')
-    return ItemReference.model_construct(role="user", content=[], id=given["id"][:128])
+def _kind(given: Any) -> str:
+    """What is none of these is for messages to refuse."""
+    kind = given.get("type") if isinstance(given, dict) else None
+    return untold(kind if kind in ("function_call", "function_call_output") else "message")
 
 
-# A message, or a reference to one that is kept.
-AnyItem = Annotated[InputItem, WrapValidator(_by_type)]
+def _any_kind(given: Any) -> str:
+    is_reference = isinstance(given, dict) and given.get("type") == "item_reference"
+    return untold("item_reference") if is_reference else _kind(given)
+
+
+_Message = Annotated[InputItem, Tag(untold("message"))]
+_Call = Annotated[CallItem, Tag(untold("function_call"))]
+_Result = Annotated[ResultItem, Tag(untold("function_call_output"))]
+_Reference = Annotated[ItemReference, Tag(untold("item_reference"))]
+# What is said, called or answered.
+NewItem = Annotated[_Message | _Call | _Result, Discriminator(_kind)]
+# Or a reference to what is kept.
+AnyItem = Annotated[_Message | _Call | _Result | _Reference, Discriminator(_any_kind)]
 
 
 def _metadata(given: Any) -> Any:
@@ -141,9 +197,29 @@ class MessageItem(BaseModel):
     content: list[Part]
 
 
+class FunctionCallItem(BaseModel):
+    id: str
+    type: Literal["function_call"]
+    call_id: str
+    name: str
+    arguments: str
+    status: Literal["in_progress", "completed", "incomplete"]
+
+
+class FunctionCallOutputItem(BaseModel):
+    id: str
+    type: Literal["function_call_output"]
+    call_id: str
+    output: str
+    status: Literal["in_progress", "completed", "incomplete"]
+
+
+SomeItem = MessageItem | FunctionCallItem | FunctionCallOutputItem
+
+
 class ItemList(BaseModel):
     object: Literal["list"]
-    data: list[MessageItem]
+    data: list[SomeItem]
     has_more: bool
     first_id: str
     last_id: str

@@ -33,12 +33,15 @@ def completion_logprobs(tokens: Sequence[TokenLogprob], first_offset: int) -> di
         "tokens": [_text(one.token) for one in tokens],
         "token_logprobs": [one.logprob for one in tokens],
         # Parts of characters may look the same: the likelier one is told.
-        "top_logprobs": [{_text(other.token): other.logprob for other in reversed(one.top)} for one in tokens],
+        "top_logprobs": [
+            None if one.logprob is None else {_text(other.token): other.logprob for other in reversed(one.top)}
+            for one in tokens
+        ],
         "text_offset": offsets,
     }
 
 
-def _choice(token: bytes, logprob: float) -> dict[str, Any]:
+def _choice(token: bytes, logprob: float | None) -> dict[str, Any]:
     return {"token": _text(token), "logprob": logprob, "bytes": list(token)}
 
 

@@ -12,8 +12,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from phi_cluster.cluster.response_api import Response, ResponseStatus, ResponseUsage, output_item
-from phi_cluster.cluster.turn_api import ReplyPiece
+from phi_cluster.cluster.response_api import Item, Response, ResponseStatus, ResponseUsage
+from phi_cluster.cluster.response_items import call_item, message_item, output_items
+from phi_cluster.cluster.turn_api import CallPiece, ReplyPiece
 
 _LAST_EVENTS: dict[str, str] = {"completed": "response.completed", "failed": "response.failed"}
 
@@ -51,8 +52,10 @@ class ResponseEvents:
     def __init__(self, response: Response):
         """`response` as it stands at any time."""
         self._response = replace(response, pieces=(), usage=None, fault=None, ended_at=None)
-        self._item_id = output_item(response.asked, "", "in_progress")["id"]
-        self._has_item = False
+        # What has been said of the item that comes: it has begun with the first of them.
+        self._pieces: list[ReplyPiece] = []
+        self._item_id = ""
+        self._index = 0
         self.number = 0
 
     def opening(self) -> Iterator[dict[str, Any]]:
@@ -63,19 +66,28 @@ class ResponseEvents:
         yield self._event("response.in_progress", response=response_json(replace(self._response, status=status)))
 
     def said(self, pieces: tuple[ReplyPiece, ...]) -> Iterator[dict[str, Any]]:
-        """More pieces of the text."""
-        yield from self._item()
+        """More pieces of the reply."""
         for piece in pieces:
-            yield self._text_event("delta", delta=piece)
+            if self._pieces and isinstance(piece, CallPiece) and piece.name is not None:
+                yield from self._end(self._item("completed"))
+            if not self._pieces:
+                yield from self._begin(piece)
+            self._pieces.append(piece)
+            if isinstance(piece, str):
+                yield self._event("response.output_text.delta", **self._part_place(), logprobs=[], delta=piece)
+            elif piece.arguments:
+                place = self._item_place()
+                yield self._event("response.function_call_arguments.delta", **place, delta=piece.arguments)
 
     def closing(self, response: Response) -> Iterator[dict[str, Any]]:
         """How it ended. All of its pieces have been said."""
-        for item in response.output():
-            yield from self._item()
-            yield self._text_event("done", text=response.text)
-            part = item["content"][0]
-            yield self._event("response.content_part.done", **self._place(), part=part)
-            yield self._event("response.output_item.done", output_index=0, item=item)
+        items = response.output()
+        if items:
+            if not self._pieces:
+                # Nothing is said: the message begins with its end.
+                yield from self._begin("")
+                self._pieces.append("")
+            yield from self._end(items[-1])
         # There is no event of its own for what was cancelled: its status tells.
         kind = _LAST_EVENTS.get(response.status, "response.incomplete")
         yield self._event(kind, response=response_json(response))
@@ -84,19 +96,44 @@ class ResponseEvents:
         """The stream cannot go on, whatever becomes of the response."""
         return self._event("error", code=code, message=message, param=param)
 
-    def _item(self) -> Iterator[dict[str, Any]]:
-        """The message begins with its first piece, or with its end if nothing is said."""
-        if not self._has_item:
-            self._has_item = True
-            item = output_item(self._response.asked, "", "in_progress")
-            yield self._event("response.output_item.added", output_index=0, item={**item, "content": []})
-            yield self._event("response.content_part.added", **self._place(), part=item["content"][0])
+    def _begin(self, piece: ReplyPiece) -> Iterator[dict[str, Any]]:
+        request_id = self._response.asked.request_id
+        if isinstance(piece, CallPiece):
+            item = call_item(request_id, piece.number, piece.name or "", "", "in_progress")
+            self._item_id = item["id"]
+            yield self._event("response.output_item.added", output_index=self._index, item=item)
+            return
+        item = message_item(request_id, "", "in_progress")
+        self._item_id = item["id"]
+        yield self._event("response.output_item.added", output_index=self._index, item={**item, "content": []})
+        yield self._event("response.content_part.added", **self._part_place(), part=item["content"][0])
 
-    def _text_event(self, what: str, **fields: Any) -> dict[str, Any]:
-        return self._event(f"response.output_text.{what}", **self._place(), logprobs=[], **fields)
+    def _end(self, item: Item) -> Iterator[dict[str, Any]]:
+        if item["type"] == "message":
+            part = item["content"][0]
+            yield self._event("response.output_text.done", **self._part_place(), logprobs=[], text=part["text"])
+            yield self._event("response.content_part.done", **self._part_place(), part=part)
+        else:
+            done = {"name": item["name"], "arguments": item["arguments"]}
+            yield self._event("response.function_call_arguments.done", **self._item_place(), **done)
+        yield self._event("response.output_item.done", output_index=self._index, item=item)
+        self._pieces.clear()
+        self._index += 1
 
-    def _place(self) -> dict[str, Any]:
-        return {"item_id": self._item_id, "output_index": 0, "content_index": 0}
+    def _item(self, status: str) -> Item:
+        """The one that comes, as far as it has come."""
+        first = self._pieces[0]
+        request_id = self._response.asked.request_id
+        if not isinstance(first, CallPiece):
+            return output_items(request_id, self._pieces, status)[-1]
+        arguments = "".join(piece.arguments for piece in self._pieces if isinstance(piece, CallPiece))
+        return call_item(request_id, first.number, first.name or "", arguments, status)
+
+    def _item_place(self) -> dict[str, Any]:
+        return {"item_id": self._item_id, "output_index": self._index}
+
+    def _part_place(self) -> dict[str, Any]:
+        return {**self._item_place(), "content_index": 0}
 
     def _event(self, kind: str, **fields: Any) -> dict[str, Any]:
         event = {"type": kind, "sequence_number": self.number, **fields}

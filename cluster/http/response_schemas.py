@@ -11,12 +11,13 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 
 from phi_cluster.cluster.http.edge import EdgeSettings
-from phi_cluster.cluster.http.item_schemas import MAX_ITEMS, AnyItem, MessageItem, Metadata
+from phi_cluster.cluster.http.item_schemas import MAX_ITEMS, AnyItem, FunctionCallItem, MessageItem, Metadata
 from phi_cluster.cluster.http.schemas import NOT_SUPPORTED, GenerationFields
 from phi_cluster.cluster.http.strict_model import StrictModel, refusal
 from phi_cluster.cluster.http.structured_output import Schema, SchemaName
+from phi_cluster.cluster.http.tool_schemas import MAX_TOOLS, ResponseTool, ResponseToolChoice, tool_use_of
 from phi_cluster.cluster.response_api import NewResponse
-from phi_cluster.cluster.turn_api import WantedFormat
+from phi_cluster.cluster.turn_api import ToolUse, WantedFormat
 
 
 def _input_items(given: Any) -> Any:
@@ -37,12 +38,6 @@ def _no_includes(given: Any) -> Any:
     return given
 
 
-def _tool_choice(given: Any) -> Any:
-    if given == "required" or isinstance(given, dict):
-        raise refusal("tools are not supported yet, so none can be required: leave it out")
-    return given
-
-
 _INPUT_SCHEMA = {
     "anyOf": [
         {"type": "string"},
@@ -52,9 +47,11 @@ _INPUT_SCHEMA = {
             "items": {
                 "anyOf": [
                     {"$ref": "#/components/schemas/InputItem"},
+                    {"$ref": "#/components/schemas/CallItem"},
+                    {"$ref": "#/components/schemas/ResultItem"},
                     {
                         "type": "object",
-                        "properties": {"type": {"const": "item_reference"}, "id": {"type": "string"}},
+                        "properties": {"type": {"const": "item_reference"}, "id": {"type": "string", "minLength": 1}},
                         "required": ["type", "id"],
                         "additionalProperties": False,
                     },
@@ -109,12 +106,13 @@ class ResponseRequest(GenerationFields):
         "access_programs": (),
         "background_options": (),
         "context_management": ([],),
+        "echo": (False,),
         "image": (),
         "moderation": (),
+        "n": (1,),
         "prompt": (),
         "prompt_cache_options": ({}, {"mode": "implicit"}),
         "reasoning": ({}, {"effort": None}, {"effort": "none"}, {"effort": None, "summary": None}),
-        "tools": ([],),
         "top_logprobs": (0,),
     }
 
@@ -135,9 +133,12 @@ class ResponseRequest(GenerationFields):
     metadata: Metadata = Field(default_factory=dict, description="up to 16 texts, given back with the response")
     text: TextConfig | None = Field(None, description="what the reply looks like: text, JSON, or JSON by a schema")
     include: Annotated[list[str], BeforeValidator(_no_includes)] = Field(default_factory=list)
-    tool_choice: Annotated[Literal["none", "auto"], BeforeValidator(_tool_choice)] = "auto"
-    parallel_tool_calls: bool = Field(True, description="accepted, without effect: there are no tools")
-    max_tool_calls: int | None = Field(None, ge=1, description="accepted, without effect: there are no tools")
+    tools: list[ResponseTool] = Field(
+        default_factory=list, max_length=MAX_TOOLS, description="functions that the reply may ask its client to call"
+    )
+    tool_choice: ResponseToolChoice | None = Field(None, description="left out: auto")
+    parallel_tool_calls: bool = Field(True, description="false: at most one call in a reply")
+    max_tool_calls: int | None = Field(None, ge=1, description="accepted, without effect: of tools that run here")
     prompt_cache_key: str | None = Field(None, max_length=512, description="as in chats, with store: false")
     prompt_cache_retention: Literal["in_memory", "24h"] | None = Field(None, description="accepted, without effect")
     safety_identifier: str | None = Field(None, description="accepted, without effect")
@@ -164,6 +165,10 @@ class ResponseRequest(GenerationFields):
     def reply_limit(self) -> int | None:
         return self.max_output_tokens
 
+    @property
+    def tool_use(self) -> ToolUse | None:
+        return tool_use_of(self.tools, self.tool_choice, self.parallel_tool_calls, "")
+
     def formats(self) -> list[WantedFormat]:
         wanted = None if self.text is None else self.text.format
         if wanted is None or wanted.type == "text":
@@ -187,7 +192,8 @@ class ResponseRequest(GenerationFields):
             "safety_identifier": self.safety_identifier,
             "temperature": self.temperature,
             "text": {"format": wanted.described() if wanted is not None else {"type": "text"}},
-            "tool_choice": self.tool_choice,
+            "tool_choice": "auto" if self.tool_choice is None else self.tool_choice[2],
+            "tools": [tool.described() for tool in self.tools],
             "top_p": self.top_p,
             "truncation": self.truncation,
             "user": self.user,
@@ -206,6 +212,7 @@ def new_response(
         sampling=sampling,
         stop=tuple(fields.stop),
         wanted_format=fields.wanted_format,
+        tool_use=fields.tool_use,
         truncate=fields.truncation == "auto",
         background=fields.background,
         store=fields.store,
@@ -262,7 +269,7 @@ class ResponseObject(BaseModel):
     max_output_tokens: int | None
     metadata: dict[str, str]
     model: str
-    output: list[MessageItem]
+    output: list[MessageItem | FunctionCallItem]
     previous_response_id: str | None
     store: bool
     temperature: float
@@ -284,6 +291,8 @@ class ResponseEvent(BaseModel):
         "response.output_text.delta",
         "response.output_text.done",
         "response.content_part.done",
+        "response.function_call_arguments.delta",
+        "response.function_call_arguments.done",
         "response.output_item.done",
         "response.completed",
         "response.incomplete",

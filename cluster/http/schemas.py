@@ -12,6 +12,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import BaseModel, BeforeValidator, Field, WithJsonSchema, model_validator
 
 from phi_cluster.cluster.errors import ContextOverflow, InvalidRequest
+from phi_cluster.cluster.http.caller import RESUME_HEADER, Caller
 from phi_cluster.cluster.http.edge import EdgeSettings
 from phi_cluster.cluster.http.strict_model import StrictModel, refusal
 from phi_cluster.cluster.http.structured_output import StructuredFields
@@ -20,6 +21,8 @@ from phi_cluster.cluster.turn_api import ToolUse
 MAX_STOPS = 16
 MAX_STOP_LENGTH = 1024
 MAX_IDS = 1024
+# Of one prompt; a server with fewer places allows fewer.
+MAX_CHOICES = 16
 _MAX_COUNT = 2**31 - 1
 _TOKEN_ID = re.compile(r"[0-9]{1,10}", re.ASCII)
 
@@ -29,11 +32,9 @@ NOT_SUPPORTED: dict[str, tuple[Any, ...]] = {
     "allowed_token_ids": ([],),
     "bad_words": ([],),
     "cache_salt": (),
-    "echo": (False,),
     "include_stop_str_in_output": (False,),
     "kv_transfer_params": (),
     "length_penalty": (1,),
-    "n": (1,),
     "priority": (0,),
     "prompt_logprobs": (0, False),
     "return_token_ids": (False,),
@@ -132,9 +133,12 @@ class GenerationFields(StructuredFields):
                     raise refusal("{param} does not go with a format that the reply has to follow", param)
         if self.tool_use is not None:
             # A reply that calls ends with its calls, and a call is whole.
-            for param, given in (("min_tokens", self.min_tokens > 0), ("ignore_eos", self.ignore_eos)):
+            unfit = {"min_tokens": self.min_tokens > 0, "ignore_eos": self.ignore_eos}
+            if self.tool_use.callable:
+                unfit |= {"stop": bool(self.stop), "stop_token_ids": bool(self.stop_token_ids)}
+            for param, given in unfit.items():
                 if given:
-                    raise refusal("{param} does not go with tools", param)
+                    raise refusal("{param} does not go with tools that may be called", param)
         return self
 
     @property
@@ -155,6 +159,17 @@ class GenerationFields(StructuredFields):
     @property
     def include_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
+
+
+class ChoiceFields(GenerationFields):
+    """Where a request may ask for several replies."""
+
+    n: int | None = Field(None, ge=1, le=MAX_CHOICES, description="so many replies, each by a seed of its own")
+
+    @property
+    def num_choices(self) -> int:
+        """So many replies are made."""
+        return self.n or 1
 
 
 def sampling_of(fields: GenerationFields, settings: EdgeSettings) -> dict[str, Any]:
@@ -188,6 +203,17 @@ def sampling_of(fields: GenerationFields, settings: EdgeSettings) -> dict[str, A
         "stop_token_ids": tuple(fields.stop_token_ids),
         "logprobs": fields.num_logprobs,
     }
+
+
+def check_choices(fields: ChoiceFields, caller: Caller, settings: EdgeSettings, param: str = "n") -> None:
+    """Raises `InvalidRequest` if there are more than this server makes, or the reply is to be read on."""
+    if fields.num_choices > settings.max_choices:
+        raise InvalidRequest(f"{param} must be at most {settings.max_choices} on this server", param=param)
+    if fields.num_choices > 1 and caller.resume_from is not None:
+        raise InvalidRequest(
+            f"{RESUME_HEADER}: of a request with {param} above 1 no reply can be read on; send the request anew",
+            param=RESUME_HEADER,
+        )
 
 
 def check_token_ids(param: str, token_ids: list[int], vocab_size: int) -> None:

@@ -37,6 +37,7 @@ from phi_cluster.cluster.http.rates import RATE_HEADERS
 from phi_cluster.cluster.http.response_schemas import ResponseEvent, ResponseRequest
 from phi_cluster.cluster.http.responses import responses_router
 from phi_cluster.cluster.http.sessions import sessions_router
+from phi_cluster.cluster.http.tokenize import DetokenizeRequest, TokenizeRequest, tokenize_router
 from phi_cluster.cluster.http.ui import ui_router
 from phi_cluster.cluster.http.usage import usage_router
 from phi_cluster.cluster.response_api import Conversations, Responses
@@ -47,6 +48,7 @@ from phi_cluster.cluster.turn_api import (
     Health,
     Keys,
     RequestObserver,
+    Tokens,
     TurnRunner,
     UsageBook,
 )
@@ -59,6 +61,7 @@ _OWN_HEADERS = (DETAILS_HEADER, RESUME_HEADER, REQUEST_ID_HEADER)
 def build_app(
     settings: EdgeSettings,
     turns: TurnRunner,
+    tokens: Tokens,
     responses: Responses,
     conversations: Conversations,
     sessions: SessionAdmin,
@@ -71,7 +74,9 @@ def build_app(
     usage: UsageBook | None = None,
 ) -> FastAPI:
     """A new app over these objects; several may live in one process. Without `keys` everybody may come in."""
-    edge = Edge(settings, turns, responses, conversations, sessions, engines, health, observer, watch, clock, usage)
+    edge = Edge(
+        settings, turns, tokens, responses, conversations, sessions, engines, health, observer, watch, clock, usage
+    )
     app = FastAPI(
         title="phi-cluster",
         version=API_VERSION,
@@ -87,6 +92,7 @@ def build_app(
         responses_router(edge),
         conversations_router(edge),
         models_router(edge),
+        tokenize_router(edge),
         sessions_router(edge),
         engines_router(edge),
         usage_router(edge),
@@ -107,6 +113,8 @@ def build_app(
         NewConversation,
         ConversationUpdate,
         NewItems,
+        TokenizeRequest,
+        DetokenizeRequest,
     ]
     install_openapi(app, requests, [ChatCompletionChunk, ResponseEvent], OPEN_PATHS)
     return app

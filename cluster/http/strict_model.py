@@ -61,6 +61,11 @@ def refusal(message: str, field: str | None = None) -> PydanticCustomError:
     return PydanticCustomError("refused", "{message}", {"message": message, "field": field})
 
 
+def untold(name: str) -> str:
+    """As a tag of a union: it is no part of a field's path."""
+    return f"<{name}>"
+
+
 def validated(model: type[Model], given: dict[str, Any]) -> Model:
     """`given` as a `model`. Raises `InvalidRequest` about the first thing that is wrong with it."""
     try:
@@ -79,7 +84,7 @@ def _explain(detail: ErrorDetails) -> InvalidRequest:
     elif detail["type"] == "missing":
         message = f"{param} is required"
     else:
-        told = detail["type"] != "literal_error" and not detail["type"].endswith(("_long", "_short"))
+        told = detail["type"] != "literal_error" and not detail["type"].endswith(("_long", "_short", "_mismatch"))
         message = f"{param} {_demand(detail)}{_shown(detail['input']) if told else ''}"
     return InvalidRequest(message, param=param or None)
 
@@ -87,6 +92,8 @@ def _explain(detail: ErrorDetails) -> InvalidRequest:
 def _path(loc: tuple[int | str, ...]) -> str:
     path = ""
     for part in loc:
+        if isinstance(part, str) and part == untold(part[1:-1]):
+            continue
         if isinstance(part, int):
             path += f"[{part}]"
         else:
@@ -117,6 +124,7 @@ def _demand(detail: ErrorDetails) -> str:
         "too_short": "must not be empty",
         "string_too_long": "must have at most {max_length} characters",
         "string_too_short": "must not be empty",
+        "string_pattern_mismatch": "must match {pattern}",
     }
     demand = demands.get(detail["type"])
     return demand.format(**limits) if demand else f"is wrong: {detail['msg']}"

@@ -11,12 +11,15 @@ from typing import Any
 from phi_cluster.cluster.turn_api import CallPiece
 
 
-def call_delta(piece: CallPiece, call_id: str) -> dict[str, Any]:
-    """An entry of a delta's `tool_calls`."""
-    if piece.name is None:
-        return {"index": piece.number, "function": {"arguments": piece.arguments}}
-    function = {"name": piece.name, "arguments": piece.arguments}
-    return {"index": piece.number, "id": call_id, "type": "function", "function": function}
+def call_deltas(pieces: Sequence[CallPiece], id_of: Callable[[CallPiece], str]) -> list[dict[str, Any]]:
+    """A delta's `tool_calls`, one for each call that these pieces are of."""
+    deltas: dict[int, dict[str, Any]] = {}
+    for piece in pieces:
+        delta = deltas.setdefault(piece.number, {"index": piece.number, "function": {"arguments": ""}})
+        if piece.name is not None:
+            delta |= {"id": id_of(piece), "type": "function", "function": {"name": piece.name, "arguments": ""}}
+        delta["function"]["arguments"] += piece.arguments
+    return list(deltas.values())
 
 
 def whole_calls(pieces: Sequence[CallPiece], id_of: Callable[[CallPiece], str]) -> list[dict[str, Any]]:

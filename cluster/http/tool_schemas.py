@@ -60,6 +60,13 @@ class ChatTool(StrictModel):
 class ResponseTool(FunctionFields):
     """OpenAI's tool of a response: a function that the client calls."""
 
+    not_supported: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "allowed_callers": (["direct"],),
+        "async": (False,),
+        "defer_loading": (False,),
+        "output_schema": (),
+    }
+
     type: Literal["function"]
 
     _check_type = model_validator(mode="before")(_only_functions)
@@ -67,6 +74,10 @@ class ResponseTool(FunctionFields):
     @property
     def fields(self) -> FunctionFields:
         return self
+
+    def described(self) -> dict[str, Any]:
+        """As a response tells of it."""
+        return {"strict": None, "parameters": None, **self.model_dump(exclude_unset=True)}
 
 
 class ToolCallFunction(StrictModel):
@@ -87,7 +98,8 @@ class ChatToolCall(StrictModel):
     _check_type = model_validator(mode="before")(_only_functions)
 
 
-ToolChoice = tuple[Literal["none", "auto", "required"], tuple[str, ...] | None]
+# The mode, the names it is about (None: all), and the field as it came.
+ToolChoice = tuple[Literal["none", "auto", "required"], tuple[str, ...] | None, Any]
 
 
 def _name_of(given: Any, inner: str | None) -> Any:
@@ -99,11 +111,11 @@ def _name_of(given: Any, inner: str | None) -> Any:
 
 
 def _choice(given: Any, inner: str | None) -> Any:
-    """The mode, and the names it is about (None: all)."""
+    """As a ToolChoice."""
     if given in ("none", "auto", "required"):
-        return given, None
+        return given, None, given
     if isinstance(name := _name_of(given, inner), str):
-        return "required", (name,)
+        return "required", (name,), given
     if isinstance(given, dict) and given.get("type") == "allowed_tools":
         allowed = given.get("allowed_tools") if inner is not None else given
         mode = allowed.get("mode") if isinstance(allowed, dict) else None
@@ -111,7 +123,7 @@ def _choice(given: Any, inner: str | None) -> Any:
         if mode in ("auto", "required") and isinstance(tools, list) and tools:
             names = [_name_of(one, inner) for one in tools]
             if all(isinstance(name, str) for name in names):
-                return mode, tuple(names)
+                return mode, tuple(names), given
     example = '"name": NAME' if inner is None else f'"{inner}": {{"name": NAME}}'
     raise refusal(f'must be none, auto, required, {{"type": "function", {example}}}, or allowed_tools of such')
 
@@ -159,7 +171,7 @@ def tool_use_of(
     tools: Sequence[ChatTool | ResponseTool], choice: ToolChoice | None, is_parallel: bool, inner: str
 ) -> ToolUse | None:
     """None: there are no tools. `inner`: the path from a tool to its function's fields. Raises a validation error."""
-    mode, chosen = choice or ("auto", None)
+    mode, chosen, _ = choice or ("auto", None, None)
     if not tools:
         if mode == "required":
             raise refusal("{param} asks for a call, but there are no tools", "tool_choice")

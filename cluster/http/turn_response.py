@@ -7,8 +7,10 @@ runs.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
+from collections import defaultdict
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from starlette.requests import ClientDisconnect
@@ -21,10 +23,12 @@ from phi_cluster.cluster.http.disconnect import send_in_time, until_disconnect
 from phi_cluster.cluster.http.edge import Edge
 from phi_cluster.cluster.http.errors import error_response, to_json, told_of
 from phi_cluster.cluster.http.event_stream import EventStream
+from phi_cluster.cluster.http.prompts import run_all
 from phi_cluster.cluster.http.rates import rate_headers
 from phi_cluster.cluster.observation import Observation
 from phi_cluster.cluster.turn_api import (
     CallPiece,
+    ChoiceFinished,
     Endpoint,
     FinishReason,
     TextDelta,
@@ -41,6 +45,10 @@ class ReplyFormat(Protocol):
 
     @property
     def endpoint(self) -> Endpoint: ...
+
+    def of_choice(self, index: int) -> ReplyFormat:
+        """The same for another of several replies."""
+        ...
 
     def opening(self) -> dict[str, Any] | None:
         """The chunk before all text, if there is one."""
@@ -68,30 +76,48 @@ class ReplyFormat(Protocol):
     ) -> dict[str, Any]: ...
 
 
+@dataclass
+class SaidChoice:
+    """One whole reply, and the prompt if it is told too."""
+
+    text: str = ""
+    echo: str = ""
+    echo_logprobs: list[TokenLogprob] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    calls: list[CallPiece] = field(default_factory=list)
+    finish_reason: FinishReason = "stop"
+
+
 class TurnResponse(Response):
-    """Runs `request` when it is called as an ASGI app. `include_usage` is for streams only."""
+    """Runs `requests`, one for each prompt, when it is called as an ASGI app. `include_usage` is for streams only,
+    `pick`, which says what is told of all that was said, for whole replies only."""
 
     def __init__(
         self,
         edge: Edge,
         caller: Caller,
-        request: TurnRequest,
+        requests: Sequence[TurnRequest],
         reply_format: ReplyFormat,
         *,
         stream: bool,
         include_usage: bool,
+        pick: Callable[[Sequence[SaidChoice]], Sequence[SaidChoice]] | None = None,
     ) -> None:
         super().__init__()
         self._edge = edge
         self._caller = caller
-        self._request = request
+        self._requests = requests
         self._format = reply_format
+        num_choices = sum(request.num_choices for request in requests)
+        self._is_several = num_choices > 1
+        self._formats = [reply_format.of_choice(index) for index in range(num_choices)]
+        self._pick = pick
         self._stream = stream
         self._include_usage = include_usage
         self._extra_headers = {SESSION_HEADER: caller.session_id} if caller.session_id is not None else {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        observation = Observation(self._edge.observer, self._format.endpoint, self._edge.clock)
+        observation = Observation(self._edge.observer, self._format.endpoint, self._edge.clock, self._caller.request_id)
         try:
             if self._stream:
                 stream = EventStream(scope, receive, send, self._extra_headers)
@@ -110,31 +136,32 @@ class TurnResponse(Response):
 
     async def _send_stream(self, stream: EventStream, observation: Observation) -> None:
         try:
-            finished = None
-            # Of tokens whose text has not come out yet.
-            logprobs: list[TokenLogprob] = []
+            finished, told_openings = None, False
+            # Of one choice's tokens, whose text has not come out yet.
+            logprobs: dict[int, list[TokenLogprob]] = defaultdict(list)
             async with aclosing(self._events(observation)) as events:
                 async for event in events:
                     if isinstance(event, TextDelta):
-                        logprobs += event.logprobs
+                        choice = event.choice
+                        logprobs[choice] += event.logprobs
                         if event.text or event.calls:
-                            delta = self._format.delta(event.text, self._told_of(logprobs), event.calls)
-                            await stream.write(delta, event.position)
-                            logprobs = []
+                            told = self._told_of(logprobs.pop(choice))
+                            delta = self._formats[choice].delta(event.text, told, event.calls)
+                            await stream.write(delta, self._position(event))
                     elif isinstance(event, TurnStarted):
                         stream.add_headers(self._extra_headers)
-                        opening = self._format.opening()
-                        if opening is not None:
-                            await stream.write(opening)
+                        openings, told_openings = [] if told_openings else self._openings(), True
+                        await stream.write_all([*openings, *self._echoes(event)])
+                    elif isinstance(event, ChoiceFinished):
+                        await stream.write_all(self._closing(event.choice, event.finish_reason, logprobs))
                     else:
                         finished = event
             assert finished is not None
-            if logprobs:
-                await stream.write(self._format.delta("", logprobs))
-            chunks = [self._format.closing(finished.finish_reason)]
+            chunks = [] if self._is_several else self._closing(0, finished.finish_reason, logprobs)
             if self._include_usage:
                 chunks.append(self._format.usage_chunk(usage_of(finished)))
-            self._add_details(chunks[-1], finished, observation)
+            if chunks:
+                self._add_details(chunks[-1], finished, observation)
             observation.finish(finished.finish_reason)
             await stream.end(*chunks)
         except ClientDisconnect:
@@ -142,23 +169,52 @@ class TurnResponse(Response):
         except Exception as error:
             await stream.fail(self._told(error, observation))
 
+    def _openings(self) -> list[dict[str, Any]]:
+        return [opening for form in self._formats if (opening := form.opening()) is not None]
+
+    def _echoes(self, started: TurnStarted) -> list[dict[str, Any]]:
+        """The prompt, told for each of its choices."""
+        if started.echo is None:
+            return []
+        told = self._told_of(list(started.echo_logprobs))
+        return [form.delta(started.echo, told) for form in self._formats_of(started)]
+
+    def _formats_of(self, started: TurnStarted) -> list[ReplyFormat]:
+        """Those of a prompt's choices."""
+        return self._formats[started.choice : started.choice + self._requests[0].num_choices]
+
+    def _closing(
+        self, choice: int, finish_reason: FinishReason, logprobs: dict[int, list[TokenLogprob]]
+    ) -> list[dict[str, Any]]:
+        """The last chunks of a choice."""
+        form, rest = self._formats[choice], logprobs.pop(choice, [])
+        return [*([form.delta("", self._told_of(rest))] if rest else []), form.closing(finish_reason)]
+
+    def _position(self, event: TextDelta) -> object:
+        """Where a client may read on. Not in several replies."""
+        return None if self._is_several else event.position
+
     async def _send_whole(self, scope: Scope, receive: Receive, send: Send, observation: Observation) -> None:
         try:
-            texts: list[str] = []
-            logprobs: list[TokenLogprob] = []
-            calls: list[CallPiece] = []
+            said = [SaidChoice() for _ in self._formats]
             finished = None
             async with aclosing(self._events(observation)) as events:
                 async for event in events:
                     if isinstance(event, TextDelta):
-                        texts.append(event.text)
-                        logprobs += event.logprobs
-                        calls += event.calls
-                    elif isinstance(event, TurnFinished):
+                        said[event.choice].text += event.text
+                        said[event.choice].logprobs += event.logprobs
+                        said[event.choice].calls += event.calls
+                    elif isinstance(event, ChoiceFinished):
+                        said[event.choice].finish_reason = event.finish_reason
+                    elif isinstance(event, TurnStarted):
+                        for one in said[event.choice : event.choice + self._requests[0].num_choices]:
+                            one.echo, one.echo_logprobs = event.echo or "", list(event.echo_logprobs)
+                    else:
                         finished = event
             assert finished is not None
-            told = self._told_of(logprobs)
-            body = self._format.whole("".join(texts), told, finished.finish_reason, usage_of(finished), calls)
+            if not self._is_several:
+                said[0].finish_reason = finished.finish_reason
+            body = self._body(said if self._pick is None else self._pick(said), usage_of(finished))
             self._add_details(body, finished, observation)
             response = Response(to_json(body), 200, self._extra_headers, media_type="application/json")
             observation.finish(finished.finish_reason)
@@ -166,10 +222,24 @@ class TurnResponse(Response):
             response = error_response(self._told(error, observation), self._extra_headers)
         await send_in_time(response, scope, receive, send, self._edge.settings.write_seconds)
 
+    def _body(self, said: Sequence[SaidChoice], usage: dict[str, Any]) -> dict[str, Any]:
+        """One choice's body with the choices of all."""
+        bodies = [
+            form.whole(
+                one.echo + one.text,
+                self._told_of([*one.echo_logprobs, *one.logprobs]),
+                one.finish_reason,
+                usage,
+                one.calls,
+            )
+            for form, one in zip(self._formats, said, strict=False)
+        ]
+        return {**bodies[0], "choices": [choice for body in bodies for choice in body["choices"]]}
+
     async def _events(self, observation: Observation) -> AsyncGenerator[TurnEvent, None]:
         """The runner's events, observed, and checked: the last one is `TurnFinished`."""
         finished = False
-        async with aclosing(self._edge.turns.run(self._request)) as events:
+        async with aclosing(run_all(self._edge.turns, self._requests)) as events:
             async for event in events:
                 observation.see(event)
                 if isinstance(event, TurnStarted):
@@ -180,10 +250,10 @@ class TurnResponse(Response):
             raise RuntimeError("the turn ended without TurnFinished")
 
     def _told_of(self, logprobs: list[TokenLogprob]) -> list[TokenLogprob] | None:
-        return None if self._request.sampling.get("logprobs") is None else logprobs
+        return None if self._requests[0].sampling.get("logprobs") is None else logprobs
 
     def _told(self, error: Exception, observation: Observation) -> PhiError:
-        told = told_of(error, self._request.request_id)
+        told = told_of(error, self._caller.request_id)
         observation.fail(told)
         return told
 

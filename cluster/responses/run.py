@@ -115,8 +115,8 @@ class Run:
     async def go(self) -> Response | None:
         """The response when it is over; None: it never started (`error` says why, or the client left), or was given
         up."""
-        observation = Observation(self._tools.observer, "responses", self._tools.clock)
         asked = self.response.asked
+        observation = Observation(self._tools.observer, "responses", self._tools.clock, asked.request_id)
         deadline = asyncio.get_running_loop().time() + _PATIENCE_SECONDS
         while True:
             if self.left.is_set():
@@ -165,7 +165,7 @@ class Run:
                     self.has_started = True
                     self.rates = event.rates
                     self.response = replace(self.response, status="in_progress")
-                else:
+                elif isinstance(event, TurnFinished):
                     finished = event
                 self.tell()
         if finished is None:
@@ -187,9 +187,10 @@ class Run:
             session_id=begun.session_id if asked.store else None,
             request_id=asked.request_id,
             sampling=asked.sampling,
-            messages=messages_of(asked.settings.get("instructions"), [*begun.context, *asked.input]),
+            messages=messages_of(asked.settings.get("instructions"), begun.context, asked.input),
             stop=asked.stop,
             wanted_format=asked.wanted_format,
+            tool_use=asked.tool_use,
             resume_from=BEGINNING if self._is_second else None,
             truncate=asked.truncate,
             cache_hint=asked.settings.get("prompt_cache_key"),

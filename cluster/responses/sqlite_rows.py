@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from phi_cluster.cluster.errors import NotFound
@@ -16,7 +16,7 @@ from phi_cluster.cluster.response_api import OPEN, NewResponse, Response, Respon
 from phi_cluster.cluster.responses import sqlite_items
 from phi_cluster.cluster.responses.database import pack, unpack
 from phi_cluster.cluster.responses.store import Branch
-from phi_cluster.cluster.turn_api import WantedFormat
+from phi_cluster.cluster.turn_api import CallPiece, ReplyPiece, Tool, ToolUse, WantedFormat
 
 COLUMNS = (
     "number, tenant, id, created_at, session_id, context_id, conversation_id, context_end, status, ended_at,"
@@ -90,12 +90,12 @@ def delete_row(connection: sqlite3.Connection, row: Row) -> None:
 
 def response_of(connection: sqlite3.Connection, row: Row, after: int = 0) -> Response:
     outcome = unpack(row.outcome)
-    pieces: list[str] = outcome["pieces"]
+    pieces = _pieces_of(outcome["pieces"])
     if row.status in OPEN:
         query = "SELECT first, pieces FROM progress WHERE response = ? ORDER BY first"
         for first, packed in connection.execute(query, (row.number,)):
             # Saved again by whoever took it over, perhaps in other groups: the same pieces.
-            pieces[first:] = unpack(packed)
+            pieces[first:] = _pieces_of(unpack(packed))
     usage, fault = outcome["usage"], outcome["fault"]
     return Response(
         asked=_asked_for(row),
@@ -118,6 +118,7 @@ def _asked(new: NewResponse) -> dict[str, Any]:
         "stop": new.stop,
         # As JSON: a schema's numbers may be of any size.
         "wanted_format": wanted and (wanted.param, wanted.kind, json.dumps(wanted.value)),
+        "tool_use": new.tool_use and json.dumps(asdict(new.tool_use)),
         "truncate": new.truncate,
         "background": new.background,
         "previous_response_id": new.previous_response_id,
@@ -130,7 +131,16 @@ def _asked_for(row: Row) -> NewResponse:
     asked["stop"] = tuple(asked["stop"])
     if (wanted := asked.get("wanted_format")) is not None:
         asked["wanted_format"] = WantedFormat(wanted[0], wanted[1], json.loads(wanted[2]))
+    if (packed := asked.get("tool_use")) is not None:
+        tool_use = json.loads(packed)
+        tools = tuple(Tool(**tool) for tool in tool_use.pop("tools"))
+        asked["tool_use"] = ToolUse(tools, tuple(tool_use.pop("callable")), **tool_use)
     return NewResponse(tenant=row.tenant, input=[], conversation_id=row.conversation_id, **asked)
+
+
+def _pieces_of(unpacked: list[Any]) -> list[ReplyPiece]:
+    """A call's piece is a tuple, and so a list by now."""
+    return [piece if isinstance(piece, str) else CallPiece(*piece) for piece in unpacked]
 
 
 def outcome_of(response: Response) -> bytes:

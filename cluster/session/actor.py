@@ -12,6 +12,7 @@ from pathlib import Path
 
 import ray
 
+from phi_cluster.cluster.logs import log_as
 from phi_cluster.cluster.messages import (
     BeginTurn,
     CommitTurn,
@@ -120,6 +121,7 @@ class SessionActor(SessionHost):
     """The host in a process of its own."""
 
     def __init__(self, layout: SegmentLayout, fingerprint: str, state_path: Path):
+        log_as("session_actor")
         settings = session_settings(layout, fingerprint)
         super().__init__(
             settings, lambda key: SQLiteJournal(state_path, key, fingerprint, settings.clock), process_id()

@@ -42,9 +42,9 @@ class Conversation:
         self._fingerprint = fingerprint
         self._load(info)
 
-    def begin(self, text: str, resumed: str | None = None) -> TurnGrant:
+    def begin(self, text: str, resumed: str | None = None, *, wants_ids: bool = False) -> TurnGrant:
         """Take the epoch, make the segment hold the stored ids, and say how much of the prompt `text` they
-        are.
+        are; `wants_ids`: and which.
 
         `resumed`: the id of a request that came before and reads on. What it has left is told, if it is still there,
         and stays in the segment. Raises ReplyGone if other turns have been made since, and the journal's errors; a turn
@@ -79,6 +79,7 @@ class Conversation:
             turns=info.turns,
             holder_pid=os.getpid(),
             resumed_ids=resumed_ids,
+            kept_ids=self.transcript.token_ids[:kept].tobytes() if wants_ids else None,
         )
 
     def record(self, turn: CommitTurn) -> bool:

@@ -223,11 +223,11 @@ class Custody:
     def drop_surplus(self) -> None:
         """Unnamed conversations beyond the number to keep go."""
         for entry in self.roster.surplus_ephemeral():
-            asyncio.create_task(self._drop(entry))  # noqa: RUF006 -- nobody waits for it, and it cannot fail
+            asyncio.create_task(self.drop(entry))  # noqa: RUF006 -- nobody waits for it, and it cannot fail
 
     async def _try_drop(self, entry: Entry) -> bool:
         try:
-            is_gone = await self._drop(entry)
+            is_gone = await self.drop(entry)
             if is_gone:
                 self.events.add(EventKind.MEMORY_GIVEN_WAY, entry.key, reason="idle")
             return is_gone
@@ -236,7 +236,8 @@ class Custody:
             logger.info("a cache could not be dropped: %s", type(error).__name__)
             return False
 
-    async def _drop(self, entry: Entry) -> bool:
+    async def drop(self, entry: Entry) -> bool:
+        """Out of memory it goes, an unnamed one for good; False if it is in use."""
         if self.roster.find(entry.key) is not entry:
             return False
         if not entry.key.ephemeral:

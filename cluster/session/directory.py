@@ -12,17 +12,28 @@ import contextlib
 import uuid
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from phi_cluster.cluster.errors import PhiError, SessionExists, StaleEpoch, Unavailable
-from phi_cluster.cluster.messages import AdmitTurn, BeginTurn, CommitTurn, Moved, SessionKey, TurnGrant, TurnUsage
+from phi_cluster.cluster.messages import (
+    AdmitTurn,
+    BeginTurn,
+    CommitTurn,
+    Moved,
+    SegmentRef,
+    SessionKey,
+    TurnGrant,
+    TurnUsage,
+)
 from phi_cluster.cluster.session.keeper import HeldBy
 from phi_cluster.cluster.session.recycler import RecycleReason
 from phi_cluster.cluster.session.session import SessionStats
 from phi_cluster.cluster.session_api import SessionPage, SessionQuery
 from phi_cluster.cluster.turn_api import Rates
+
+_T = TypeVar("_T")
 
 _REMEMBERED_HOLDERS = 4096
 # A keeper that was killed is back in seconds, on a busy machine in tens of them.
@@ -40,9 +51,11 @@ class SessionDirectory:
         self._keeper = keeper
         self._on_commit = on_commit
         self._holders: OrderedDict[str, Any] = OrderedDict()
-        self._background: set[asyncio.Future[None]] = set()
+        self._background: set[asyncio.Future[Any]] = set()
         # By session: the memory of its last turn is being settled with the keeper.
         self._settling: dict[str, asyncio.Future[None]] = {}
+        # By session: a prompt is being copied into it, which must not be torn.
+        self._laying: dict[str, asyncio.Future[int]] = {}
 
     # What a turn asks.
 
@@ -72,7 +85,19 @@ class SessionDirectory:
             self._on_commit(stats.commit_seconds, len(commit.token_ids) + len(commit.text))
         await self._settle(commit.key, stats)
 
+    async def lay_prompt(self, grant: TurnGrant, source: SegmentRef, num_tokens: int) -> None:
+        """The turn's session, which is new, gets the first tokens of another one's memory, as far as they are to be
+        had."""
+        key = grant.key
+        laying = self._in_background(self._call(key, "lay_prompt", key, grant.epoch, source, num_tokens))
+        self._laying[key.digest] = laying
+        laying.add_done_callback(lambda _: self._laying.pop(key.digest, None))
+        with contextlib.suppress(Unavailable):
+            await asyncio.shield(laying)
+
     async def abandon(self, key: SessionKey, epoch: int) -> None:
+        if laying := self._laying.get(key.digest):
+            await asyncio.wait((laying,))
         await self._settle(key, await self._call(key, "abandon", key, epoch))
 
     async def admit(self, ask: AdmitTurn) -> Rates:
@@ -217,7 +242,7 @@ class SessionDirectory:
         if self._settling.get(digest) is settling:
             del self._settling[digest]
 
-    def _in_background(self, work: Awaitable[None]) -> asyncio.Future[None]:
+    def _in_background(self, work: Awaitable[_T]) -> asyncio.Future[_T]:
         task = asyncio.ensure_future(work)
         self._background.add(task)
         task.add_done_callback(self._background.discard)

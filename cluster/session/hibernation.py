@@ -153,9 +153,16 @@ class Hibernation:
                 await self.forget(key)
                 return
             self._asleep.pop(key.digest, None)
+            dropped: list[str] = []
             write = self._store.write
             began = self._monotonic()
-            written = await asyncio.to_thread(write, key.digest, segment, num_tokens, _mark(recorded))
+            try:
+                written = await asyncio.to_thread(
+                    write, key.digest, segment, num_tokens, _mark(recorded), dropped.append
+                )
+            finally:
+                for other in dropped:
+                    self._asleep.pop(other, None)
         finally:
             segment.close()
         self._asleep[key.digest] = written

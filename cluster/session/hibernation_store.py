@@ -12,6 +12,7 @@ import contextlib
 import logging
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -54,9 +55,17 @@ class HibernationStore(Protocol):
         """What there is, by digest; what was left half-written goes."""
         ...
 
-    def write(self, digest: str, segment: Segment, num_tokens: int, mark: Mark) -> Hibernated:
-        """Keep the segment's first tokens, durably, in the place of what was kept of this session. Raises StorageFull
-        and OSError, and what was kept before is gone then."""
+    def write(
+        self,
+        digest: str,
+        segment: Segment,
+        num_tokens: int,
+        mark: Mark,
+        on_drop: Callable[[str], None] = lambda digest: None,
+    ) -> Hibernated:
+        """Keep the segment's first tokens, durably, in the place of what was kept of this session. `on_drop` is told
+        whose files went for want of room, whatever comes of this one. Raises StorageFull and OSError, and what was
+        kept before is gone then."""
         ...
 
     def take(self, digest: str, segment: Segment, mark: Mark) -> None:
@@ -102,12 +111,19 @@ class FileHibernationStore:
                     path.unlink()
         return found
 
-    def write(self, digest: str, segment: Segment, num_tokens: int, mark: Mark) -> Hibernated:
+    def write(
+        self,
+        digest: str,
+        segment: Segment,
+        num_tokens: int,
+        mark: Mark,
+        on_drop: Callable[[str], None] = lambda digest: None,
+    ) -> Hibernated:
         path = self._path(digest)
         path.unlink(missing_ok=True)
         # There is a journal, so there is its folder; but not if it was deleted by hand.
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._make_room(file_nbytes(segment, num_tokens))
+        self._make_room(file_nbytes(segment, num_tokens), on_drop)
         temporary = path.with_suffix(".kv.tmp")
         fd = os.open(temporary, os.O_CREAT | os.O_WRONLY | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
@@ -141,7 +157,7 @@ class FileHibernationStore:
     def delete(self, digest: str) -> None:
         self._path(digest).unlink(missing_ok=True)
 
-    def _make_room(self, nbytes: int) -> None:
+    def _make_room(self, nbytes: int, on_drop: Callable[[str], None]) -> None:
         """Deletes the oldest files until so many bytes fit. Raises StorageFull, with none deleted for nothing."""
         files = []
         for path in self._folder.glob("??/*.kv"):
@@ -160,6 +176,7 @@ class FileHibernationStore:
                 return
             logger.info("the oldest hibernated cache is dropped for want of room: %d bytes", size)
             path.unlink(missing_ok=True)
+            on_drop(path.stem)
             missing -= size
 
     def _path(self, digest: str) -> Path:

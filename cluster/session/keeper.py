@@ -25,7 +25,17 @@ import ray
 from phi_cluster.cluster.config import KVConfig, SessionsConfig
 from phi_cluster.cluster.errors import Overloaded, PhiError
 from phi_cluster.cluster.events import EventKind
-from phi_cluster.cluster.messages import AdmitTurn, BeginTurn, CommitTurn, Moved, SessionKey, TurnGrant, TurnUsage
+from phi_cluster.cluster.logs import log_as
+from phi_cluster.cluster.messages import (
+    AdmitTurn,
+    BeginTurn,
+    CommitTurn,
+    Moved,
+    SegmentRef,
+    SessionKey,
+    TurnGrant,
+    TurnUsage,
+)
 from phi_cluster.cluster.processes import private_bytes, process_id
 from phi_cluster.cluster.session.accounts import Accounts, ForgetfulStore, UsageStore
 from phi_cluster.cluster.session.actor import session_settings
@@ -181,8 +191,22 @@ class NodeSessions:
         entry.session.abandon(epoch)
         stats = entry.session.describe()
         self._custody.settle(entry, stats)
+        if key.ephemeral and not stats.turns:
+            # Nobody can ever go on with it.
+            await self._custody.drop(entry)
         self._custody.drop_surplus()
         return stats
+
+    async def lay_prompt(
+        self, key: SessionKey, epoch: int, source: SegmentRef, num_tokens: int
+    ) -> int | HeldBy | Moved:
+        """See `Session.lay_prompt`."""
+        entry = self._roster.find(key)
+        if entry is None:
+            return Moved(key)
+        if entry.session is None:
+            return HeldBy(entry.actor.handle)
+        return await entry.session.lay_prompt(epoch, source, num_tokens)
 
     async def withdraw(self, key: SessionKey, claim: str) -> bool | HeldBy | Moved:
         await self.start()
@@ -427,6 +451,7 @@ class Keeper(NodeSessions):
         kv: KVConfig,
         budget_nbytes: int,
     ):
+        log_as("keeper")
         settings = session_settings(layout, fingerprint)
         node_id = ray.get_runtime_context().get_node_id()
         actors = RayActors(layout, fingerprint, state_path, node_id)

@@ -32,7 +32,7 @@ from phi_cluster.cluster.session.segment_layout import ID_NBYTES, SegmentLayout,
 __all__ = ["Segment", "SegmentGone", "SegmentLayout", "SegmentMismatch", "SegmentStat", "peek"]
 
 MAGIC = b"phiKVseg"
-VERSION = 2
+VERSION = 3
 
 # Offsets in the header: magic 8, version 8, nonce 16, identity 32, then the fields.
 _HEAD = struct.Struct("=8sq16s32s")
@@ -41,8 +41,8 @@ _IDENTITY_OFFSET = 32
 _IDENTITY_OFFSET = 32
 FIELDS_OFFSET = 64
 _EPOCH, _FLAGS, _SEED, _NUM_COMPUTED_TOKENS, _NUM_TOKENS, _WRITER_PID, _WRITER_START_TICKS = range(7)
-_COMMITTER_PID, _COMMITTER_START_TICKS, _REQUEST, _, _CLAIM, _ = range(7, 13)
-_FIELDS = struct.Struct("=13q")
+_COMMITTER_PID, _COMMITTER_START_TICKS, _REQUEST, _, _CLAIM, _, _LOWERINGS = range(7, 14)
+_FIELDS = struct.Struct("=14q")
 _NAME = struct.Struct("=2q")
 _FLAG_LONG_ROPE = 1
 _FLAG_SEED = 2
@@ -161,7 +161,7 @@ class Segment:
     def long_rope(self, value: bool) -> None:
         if value != self.long_rope:
             # Keys of one regime are wrong in the other: nothing counts as computed from here on.
-            self._fields[_NUM_COMPUTED_TOKENS] = 0
+            self._lower(0)
             self._fields[_FLAGS] ^= _FLAG_LONG_ROPE
 
     @property
@@ -272,17 +272,23 @@ class Segment:
 
     def copy_from(self, source: Segment, num_tokens: int) -> None:
         """Hold, as new memory, the first `num_tokens` tokens of another segment of this layout, with as many keys and
-        values as it has of them, and its regime. Nobody may write to either meanwhile. Blocks (other threads run on).
+        values as it has of them, and its regime. The source may grow meanwhile. Blocks (other threads run on).
 
-        Raises ValueError if there are fewer tokens or this segment holds some, OSError if there is no memory.
+        Raises ValueError if there are fewer tokens, this segment holds some, or the source lost some meanwhile (this
+        one is empty then), OSError if there is no memory.
         """
+        lowerings = source._fields[_LOWERINGS]
         if self.num_tokens or not 0 <= num_tokens <= source.num_tokens:
             raise ValueError(f"cannot copy {num_tokens} of {source.num_tokens} tokens over {self.num_tokens}")
-        num_computed = min(num_tokens, source.num_computed_tokens)
+        num_computed, long_rope = min(num_tokens, source.num_computed_tokens), source.long_rope
         for offset, length in self.layout.used_ranges(num_tokens, num_computed):
             # Read, not copied from mapping to mapping: that would hold all other threads up.
             memfd.read_into(source._fd, self._view[offset : offset + length], offset)
-        self.set_counts(num_tokens, num_computed, long_rope=source.long_rope)
+        if source._fields[_LOWERINGS] != lowerings:
+            # Counted before anything goes: what was read may be from before and after.
+            self.trim(0)
+            raise ValueError("the source gave tokens back while it was copied")
+        self.set_counts(num_tokens, num_computed, long_rope=long_rope)
 
     def read_bytes(self, offset: int, into: memoryview) -> None:
         """Bytes of the file, for whoever stores it elsewhere. Blocks (other threads run on)."""
@@ -305,7 +311,7 @@ class Segment:
         there are fewer."""
         if not 0 <= num_tokens <= self.num_tokens:
             raise ValueError(f"cannot trim {self.num_tokens} tokens to {num_tokens}")
-        self._fields[_NUM_COMPUTED_TOKENS] = min(self.num_computed_tokens, num_tokens)
+        self._lower(min(self.num_computed_tokens, num_tokens))
         self._fields[_NUM_TOKENS] = num_tokens
         layout = self.layout
         used = page_ceil(num_tokens * ID_NBYTES)
@@ -316,7 +322,7 @@ class Segment:
 
     def drop_kv(self) -> None:
         """Give all keys and values back and keep the ids: the next turn computes them again."""
-        self._fields[_NUM_COMPUTED_TOKENS] = 0
+        self._lower(0)
         self._punch(self.layout.kv_offset, self.layout.kv.nbytes)
 
     def clear(self) -> None:
@@ -339,6 +345,12 @@ class Segment:
     def __del__(self) -> None:
         # A holder that was dropped after an error must not keep a conversation's memory.
         self.close()
+
+    def _lower(self, num_computed: int) -> None:
+        """Rows behind so many are about to go: whoever copies them has to see it."""
+        if num_computed < self.num_computed_tokens:
+            self._fields[_LOWERINGS] += 1
+        self._fields[_NUM_COMPUTED_TOKENS] = num_computed
 
     def _punch(self, offset: int, length: int) -> None:
         memfd.punch(self._fd, offset, length)

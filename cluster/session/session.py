@@ -16,6 +16,7 @@ millisecond) are done in place.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
@@ -33,8 +34,10 @@ from phi_cluster.cluster.session.conversation import Conversation, name_digest
 from phi_cluster.cluster.session.gate import Entry, Gate, GateTimeout
 from phi_cluster.cluster.session.held_memory import HeldMemory
 from phi_cluster.cluster.session.journal import Journal, JournalInfo
-from phi_cluster.cluster.session.segment import Segment, SegmentLayout
+from phi_cluster.cluster.session.segment import Segment, SegmentGone, SegmentLayout, SegmentMismatch
 from phi_cluster.cluster.session.transcript import Match
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -200,11 +203,11 @@ class Session:
             return Moved(self.key)
         resumed = request.request_id if request.resume else None
         try:
-            grant = self._conversation.begin(request.text, resumed)
+            grant = self._conversation.begin(request.text, resumed, wants_ids=request.wants_ids)
             while self._is_borrowed():
                 # An engine of an earlier turn came in before it could see the new epoch: its words go, when it has.
                 await asyncio.sleep(self._settings.poll_seconds)
-                grant = self._conversation.begin(request.text, resumed)
+                grant = self._conversation.begin(request.text, resumed, wants_ids=request.wants_ids)
         except BaseException:
             self._gate.release()
             raise
@@ -214,6 +217,8 @@ class Session:
         segment.request, segment.claim = name_digest(request.request_id), self._turn.claim
         segment.committer = request.writers[0] if request.writers else None
         self._last_used = self._settings.clock()
+        told = {"request_id": request.request_id, "session": self.key.digest[:12]}
+        logger.info("a turn has begun", extra=told)
         return grant
 
     def commit(self, turn: CommitTurn) -> SessionStats | Moved:
@@ -228,6 +233,8 @@ class Session:
         if self._conversation.record(turn):
             self._activation_turns += 1
             commit_seconds = max(self._settings.clock() - began, 0.0)
+            told = {"request_id": turn.request_id, "session": self.key.digest[:12], "outcome": turn.finish_reason}
+            logger.info("a turn is recorded", extra=told | {"seconds": round(commit_seconds, 6)})
         self.abandon(turn.epoch)
         return replace(self.describe(), commit_seconds=commit_seconds)
 
@@ -240,6 +247,26 @@ class Session:
         self._conversation.segment.request = None
         self._end_turn()
         return True
+
+    async def lay_prompt(self, epoch: int, source: SegmentRef, num_tokens: int) -> int:
+        """Before anybody writes in the turn of `epoch`, in a session that holds nothing yet: another session's first
+        `num_tokens` tokens, with their keys and values, while that one's turn goes on. Returns how many have these
+        now: fewer, or none, if the other's memory is not as it was; then the engine computes them. A lease must cover
+        them, and the turn must not be ended meanwhile."""
+        if self._turn is None or self._turn.epoch != epoch:
+            return 0
+        settings, segment = self._settings, self._conversation.segment
+        try:
+            other = settings.segments.open(source, settings.layout, settings.fingerprint)
+        except (SegmentGone, SegmentMismatch):
+            return 0
+        try:
+            await asyncio.to_thread(segment.copy_from, other, num_tokens)
+        except (ValueError, OSError):
+            return 0
+        finally:
+            other.close()
+        return segment.num_computed_tokens
 
     def withdraw(self, claim: str) -> bool:
         """The attempt waits no more; if its turn had begun already, it is abandoned. False if there was

@@ -7,6 +7,7 @@ has none for its pages: a bit that flips on the disk would be another token). Kn
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import sqlite3
@@ -76,6 +77,8 @@ def create_file(path: Path) -> None:
                 _sync_dir(folder.parent)
         os.close(os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
     except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise _full(path) from None
         raise JournalUnavailable(f"cannot open the journal {path}: {error.strerror}") from None
 
 
@@ -186,12 +189,24 @@ def _raise_typed(path: Path, error: sqlite3.Error) -> NoReturn:
         raise error  # a mistake of ours, not of the file
     # By message: error codes came to Python's module with 3.11, and SQLite's messages are fixed.
     message = str(error)
-    if "is full" in message:
-        raise JournalFull(f"the disk is full: nothing was written to the journal {path}", retry_after=5.0) from None
+    # A log that cannot grow on a full disk is an input/output error to SQLite, or a file that cannot be opened.
+    if "is full" in message or (("disk I/O" in message or "unable to open" in message) and _has_no_room(path)):
+        raise _full(path) from None
     unavailable = ("locked", "busy", "disk I/O", "unable to open", "readonly", "out of memory", "permission")
     if isinstance(error, sqlite3.OperationalError) and any(word in message for word in unavailable):
         raise JournalUnavailable(f"the journal {path}: {message}", retry_after=1.0) from None
     raise corrupt(path, message) from None
+
+
+def _full(path: Path) -> JournalFull:
+    return JournalFull(f"the disk is full: nothing was written to the journal {path}", retry_after=5.0)
+
+
+def _has_no_room(path: Path) -> bool:
+    """Not a block is left on the journal's disk."""
+    with contextlib.suppress(OSError):
+        return os.statvfs(path.parent).f_bavail == 0
+    return False
 
 
 def corrupt(path: Path, reason: str) -> JournalCorrupt:

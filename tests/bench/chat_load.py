@@ -20,6 +20,15 @@ PROMPTS = (
 )
 
 
+class Refused(RuntimeError):
+    """The server's answer was an error. Its message is the server's words; `retry_after` in seconds."""
+
+    def __init__(self, status: int, message: str, retry_after: float):
+        super().__init__(message)
+        self.status = status
+        self.retry_after = retry_after
+
+
 @dataclass
 class Turn:
     """What one turn brought; moments in seconds since some fixed one. `times` are those of the pieces of text."""
@@ -37,7 +46,7 @@ class Turn:
 
 
 async def send(client: httpx.AsyncClient, session: str, messages: list[dict[str, str]], tokens: int) -> Turn:
-    """One streamed turn of exactly `tokens` tokens, greedy. Raises RuntimeError with the server's words."""
+    """One streamed turn of exactly `tokens` tokens, greedy. Raises Refused, and RuntimeError for what breaks later."""
     body = {
         "messages": messages,
         "max_tokens": tokens,
@@ -50,7 +59,8 @@ async def send(client: httpx.AsyncClient, session: str, messages: list[dict[str,
     turn = Turn(time.perf_counter())
     async with client.stream("POST", "/v1/chat/completions", json=body, headers={"x-session-id": session}) as response:
         if response.is_error:
-            raise RuntimeError((await response.aread()).decode(errors="replace"))
+            words = (await response.aread()).decode(errors="replace")
+            raise Refused(response.status_code, words, float(response.headers.get("retry-after", 1)))
         async for line in response.aiter_lines():
             if not line.startswith("data: {"):
                 continue
@@ -85,7 +95,12 @@ class Conversation:
         prompt = prompt or PROMPTS[self._num_turns % len(PROMPTS)]
         self._num_turns += 1
         self.messages.append({"role": "user", "content": prompt})
-        turn = await send(self._client, self.session, self.messages, tokens)
+        try:
+            turn = await send(self._client, self.session, self.messages, tokens)
+        except BaseException:
+            # It may be said again.
+            self.messages.pop()
+            raise
         self.messages.append({"role": "assistant", "content": turn.reply})
         return turn
 

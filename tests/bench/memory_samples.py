@@ -59,3 +59,11 @@ class MemorySamples:
     def totals(self) -> dict[str, list[tuple[float, int, int]]]:
         """By part: x, bytes of all its processes, and how many there were."""
         return dict(sorted(self._sums.items()))
+
+    def sum_over_time(self, unit: float) -> list[tuple[float, float]]:
+        """x, and the bytes of all processes together, in `unit`s."""
+        sums: dict[float, float] = defaultdict(float)
+        for points in self._sums.values():
+            for x, nbytes, _ in points:
+                sums[x] += nbytes / unit
+        return sorted(sums.items())

@@ -237,3 +237,9 @@ def test_percentiles_of_a_flood(bench) -> None:
     assert overload.percentile([0.004, 0.001, 0.002, 0.003], 0.5) == 3.0
     assert overload.percentile([0.001], 0.99) == 1.0
     assert overload.percentile([], 0.5) is None
+
+
+def test_a_scrape_is_of_the_same_size_whatever_the_number_of_sessions(bench) -> None:
+    scrape_alone = bench("scraping").scrape_alone
+    few, many = scrape_alone(5, 2, rounds=1), scrape_alone(500, 2, rounds=1)
+    assert few["series"] == many["series"] > 200

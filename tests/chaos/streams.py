@@ -186,7 +186,7 @@ class Stream:
             *events, left = (left + piece).split(b"\n\n")
             for event in events:
                 self._take(event.decode())
-        if left:
+        if any(line and not line.startswith(b":") for line in left.split(b"\n")):
             attempt.strays += 1
         if attempt.dones:
             self._end("error" if attempt.errors else "done")

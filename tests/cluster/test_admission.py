@@ -52,7 +52,7 @@ class Runner:
         self.runs = 0
         self.is_full = False
 
-    def check_room(self) -> None:
+    def check_room(self, num_choices: int = 1) -> None:
         if self.is_full:
             raise Overloaded("full")
 

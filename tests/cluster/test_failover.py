@@ -10,6 +10,7 @@ import concurrent.futures
 import contextlib
 import ctypes
 import itertools
+import json
 import os
 import signal
 import threading
@@ -321,6 +322,49 @@ def test_a_long_reply_outlives_several_engines(client, server, undisturbed, unti
         reply = stream.finish()
     assert all_of([reply]) == all_of([expected])
     until(lambda: client.metric("phi_recoveries_total", component="engine") == deaths + 3, "three deaths to be counted")
+
+
+def several(client, num, kill=None, **fields):
+    """So many replies to one prompt, streamed in a session, and the usage; `kill` is called once each has begun."""
+    body = {
+        "messages": [{"role": "user", "content": "Tell me about islands, at length."}],
+        "max_tokens": 48,
+        "ignore_eos": True,
+        "temperature": 0.9,
+        "seed": 31,
+        "n": num,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    texts, ends, usage = [""] * num, [""] * num, {}
+    with client.http.stream("POST", "/v1/chat/completions", json=body | fields, headers={"x-session-id": "n"}) as got:
+        assert got.status_code == 200
+        for line in got.iter_lines():
+            if not line.startswith("data: {"):
+                continue
+            event = json.loads(line.removeprefix("data: "))
+            usage = event.get("usage") or usage
+            for choice in event["choices"]:
+                texts[choice["index"]] += choice["delta"].get("content") or ""
+                ends[choice["index"]] = choice["finish_reason"] or ends[choice["index"]]
+            if kill is not None and all(texts):
+                kill()
+                kill = None
+    client.http.delete("/v1/sessions/n").raise_for_status()
+    return texts, ends, (usage["prompt_tokens"], usage["completion_tokens"])
+
+
+def test_several_replies_to_one_prompt_outlive_an_engine_and_leave_nothing(client, server, undisturbed, until):
+    expected = several(client, 4)
+    texts, ends, (num_prompt, _) = expected
+    assert len(set(texts)) == 4
+    assert set(ends) <= {"stop", "length"}
+    # The first is what one alone is.
+    assert several(client, 1) == (texts[:1], ends[:1], (num_prompt, expected[2][1] // 4))
+    deaths = client.metric("phi_recoveries_total", component="engine")
+    assert several(client, 4, engine(client, server, until).kill) == expected
+    until(lambda: client.metric("phi_recoveries_total", component="engine") == deaths + 1, "the death to be counted")
+    until(lambda: client.metric("phi_sessions", state="ephemeral") == 0, "nothing to be left of them")
 
 
 def test_engines_end_with_their_replica_also_one_that_stands_by(client, server, until):

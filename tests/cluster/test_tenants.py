@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -61,6 +62,8 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def server(launch: Callable[..., Any], keys: Path) -> Iterator[Any]:
     engine = {"standby_engines": 0, "num_threads": 1}
     config = {"replicas": 2, "engine": engine, "kv": {"reserve_wait": "300ms"}, "server": {"keys": str(keys)}}
+    # All that is ever logged.
+    config["logging"] = {"format": "json", "level": "debug"}
     server = launch(config)
     yield server
     server.stop()
@@ -157,6 +160,28 @@ def test_a_prompt_is_nowhere_but_in_the_journal(ask: Callable[..., httpx.Respons
     assert needle not in ray_tables(server)
     # It is where it belongs, or all of this proves nothing.
     assert [path for path in files_of(server.state_dir) if needle in path.read_bytes()]
+
+
+def test_a_request_is_known_by_its_id_in_every_process(
+    ask: Callable[..., httpx.Response], server: Any, until: Callable[..., Any]
+) -> None:
+    request_id = ask("alice", "Hello", "traced").headers["x-request-id"]
+
+    def told() -> list[dict[str, Any]]:
+        logs = [path for path in files_of(server.runtime_dir) if path.suffix == ".err"]
+        lines = [line for path in logs for line in path.read_text(errors="replace").splitlines()]
+        return [json.loads(line) for line in lines if f'"request_id": "{request_id}"' in line]
+
+    def in_all() -> bool:
+        processes = {line["process"] for line in told()}
+        # A new session is with the keeper until it has an actor.
+        return {"replica", "engine"} < processes and bool(processes & {"keeper", "session_actor"})
+
+    until(in_all, "a word of each process", 10)
+    [ended] = [line for line in told() if line["process"] == "replica"]
+    assert (ended["endpoint"], ended["outcome"]) in {("chat", "stop"), ("chat", "length")}
+    assert ended["prompt_tokens"] > 0
+    assert ended["seconds"] >= ended["ttft"] > 0
 
 
 def files_of(folder: Path) -> list[Path]:

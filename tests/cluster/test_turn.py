@@ -115,6 +115,8 @@ class FakeSessions:
         self.behind_prompt = False
         self.encode: Callable[[str], list[int]]
         self.abandoned: list[int] = []
+        # Copied prompts: into which session, from where, how many tokens.
+        self.laid: list[tuple[SessionKey, SegmentRef, int]] = []
 
     async def begin_turn(self, request: BeginTurn) -> TurnGrant:
         await self._script.call("begin_turn")
@@ -138,6 +140,7 @@ class FakeSessions:
             turns=0,
             holder_pid=1,
             resumed_ids=self._resumed_ids(request, kept),
+            kept_ids=transcript.token_ids[:kept].tobytes() if request.wants_ids else None,
         )
 
     def _resumed_ids(self, request: BeginTurn, kept: int) -> bytes | None:
@@ -163,6 +166,10 @@ class FakeSessions:
 
     async def give_way(self, key: SessionKey) -> None:
         await self._script.call("give_way")
+
+    async def lay_prompt(self, grant: TurnGrant, source: SegmentRef, num_tokens: int) -> None:
+        self.laid.append((grant.key, source, num_tokens))
+        await self._script.call("lay_prompt")
 
     def transcript(self, tenant: str, session_id: str) -> Transcript:
         return self.transcripts[SessionKey(tenant, session_id).digest]

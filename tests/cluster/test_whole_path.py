@@ -100,6 +100,20 @@ def test_greedy_text_is_what_transformers_writes(client, model_folder):
     assert reply.text == tokenizer.decode(expected, skip_special_tokens=True)
 
 
+def test_tokens_are_those_that_a_turn_has(client, tokenizer):
+    messages = [{"role": "user", "content": FRANCE}]
+    told = client.http.post("/tokenize", json={"messages": messages, "return_token_strs": True}).json()
+    talk = client.conversation("tokens")
+    assert told["count"] == len(told["tokens"]) == len(told["token_strs"]) == talk.say(FRANCE, max_tokens=1).prompt
+    assert client.http.post("/detokenize", json={"tokens": told["tokens"]}).json() == {
+        "prompt": tokenizer.render_chat(messages)
+    }
+    raw = client.http.post("/v1/completions", json={"prompt": "Once upon a time", "max_tokens": 1}).json()
+    told = client.http.post("/tokenize", json={"prompt": "Once upon a time"}).json()
+    assert told["tokens"] == tokenizer.encode_prompt("Once upon a time")
+    assert told["count"] == raw["usage"]["prompt_tokens"]
+
+
 def test_a_seed_makes_sampling_reproducible(client):
     ask = {"temperature": 1.0, "max_tokens": 24}
     said = [client.conversation(None).say("Invent a word.", seed=seed, **ask).text for seed in (7, 7, 8)]
@@ -212,6 +226,36 @@ def test_log_probabilities_are_those_of_transformers(client, model_folder):
         best = row.topk(5)
         assert [one.token for one in told.top_logprobs] == [tokenizer.decode([i]) for i in best.indices]
         assert [one.logprob for one in told.top_logprobs] == pytest.approx(best.values.tolist(), abs=1e-3)
+
+
+def test_a_prompts_log_probabilities_are_those_of_transformers(client, model_folder):
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+    text = "The capital of France is Paris, and the capital of Peru is Lima. " * 8
+    ids = tokenizer(text, return_tensors="pt").input_ids
+    with torch.inference_mode():
+        expected = model(ids).logits[0].double().log_softmax(-1)
+    # The second time the prompt's cache is there, and is not used: what it holds has no logits.
+    for _ in range(2):
+        ask = {"prompt": text, "echo": True, "logprobs": 3, "max_tokens": 0}
+        reply = client.http.post("/v1/completions", json=ask, headers={"x-session-id": "echo"}).json()
+        [choice], usage, told = reply["choices"], reply["usage"], reply["choices"][0]["logprobs"]
+        assert choice["text"] == "".join(told["tokens"]) == text
+        assert (usage["prompt_tokens"], usage["completion_tokens"]) == (ids.shape[1], 0)
+        # As OpenAI's: nothing is known of the first.
+        assert told["token_logprobs"][0] is told["top_logprobs"][0] is None
+        assert told["token_logprobs"][1:] == pytest.approx(
+            [float(row[i]) for row, i in zip(expected, ids[0, 1:], strict=False)], abs=1e-3
+        )
+        for offset, token in zip(told["text_offset"], told["tokens"], strict=True):
+            assert text[offset:].startswith(token)
+    # What was computed for it is a cache like any other.
+    ask = {"prompt": text, "max_tokens": 1}
+    again = client.http.post("/v1/completions", json=ask, headers={"x-session-id": "echo"}).json()
+    assert again["usage"]["prompt_tokens_details"]["cached_tokens"] == ids.shape[1] - 1
 
 
 # Sessions.

@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from phi_cluster.model.grammar import (
-    MAX_GRAMMAR_CHARS,
     GrammarError,
     Grammars,
     Matcher,
@@ -26,6 +25,7 @@ from phi_cluster.model.grammar import (
     lark_grammar,
     regex_grammar,
 )
+from tests.model.formats import HARMLESS, WRONG, Wanted
 
 MERGES = [("{", '"'), ('"', ":"), ("n", "a"), ("na", "me"), ("m", "e"), ("y", "es"), ("e", "s"), ("}", "}"), ("1", "0")]
 PERSON = {
@@ -211,79 +211,18 @@ def test_a_new_matcher_goes_on_where_another_was(language: Language) -> None:
 # What is refused, and what is not. Nothing is fetched, nothing takes long.
 
 
-def deep(depth: int) -> dict[str, Any]:
-    schema: dict[str, Any] = {"type": "integer"}
-    for _ in range(depth):
-        schema = {"type": "object", "properties": {"a": schema}, "required": ["a"]}
-    return schema
-
-
-WRONG: dict[str, tuple[Callable[[], str], str]] = {
-    "unknown type": (lambda: json_schema_grammar({"type": "intger"}), "intger"),
-    "type is a number": (lambda: json_schema_grammar({"type": 3}), ""),
-    "unsatisfiable": (lambda: json_schema_grammar({"type": "integer", "minimum": 5, "maximum": 3}), "minimum"),
-    "not": (lambda: json_schema_grammar({"not": {"type": "integer"}}), "not"),
-    "uniqueItems": (lambda: json_schema_grammar({"type": "array", "uniqueItems": True}), "uniqueItems"),
-    "a reference to itself": (lambda: json_schema_grammar({"$ref": "#"}), ""),
-    "two references in a circle": (
-        lambda: json_schema_grammar(
-            {"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}}
-        ),
-        "",
-    ),
-    "a file": (lambda: json_schema_grammar({"$ref": "file:///etc/passwd"}), "retriev"),
-    "a url": (lambda: json_schema_grammar({"$ref": "http://127.0.0.1:9/x"}), "retriev"),
-    "a reference to nowhere": (lambda: json_schema_grammar({"$ref": "#/$defs/none"}), ""),
-    "too deep": (lambda: json_schema_grammar(deep(200)), "recursion"),
-    "far too deep": (lambda: json_schema_grammar(deep(10_000)), ""),
-    "ten thousand choices": (
-        lambda: json_schema_grammar({"enum": [f"value {i}" for i in range(10_000)]}),
-        str(MAX_GRAMMAR_CHARS),
-    ),
-    "ten megabytes": (lambda: json_schema_grammar({"title": "x" * 10_000_000}), str(MAX_GRAMMAR_CHARS)),
-    "an open group": (lambda: regex_grammar("(a"), "unclosed group"),
-    "look-ahead": (lambda: regex_grammar("(?=a)b"), "look-around"),
-    "a back-reference": (lambda: regex_grammar(r"(a)\1"), "backreference"),
-    "a huge regex": (lambda: regex_grammar("a" * 100_000), str(MAX_GRAMMAR_CHARS)),
-    "a pattern with an open group": (lambda: json_schema_grammar({"type": "string", "pattern": "(a"}), ""),
-    "an unknown rule": (lambda: lark_grammar("start: foo"), "foo"),
-    "no rule at all": (lambda: lark_grammar("???"), ""),
-    "no start": (lambda: lark_grammar('other: "a"'), "start"),
-    "open brackets": (lambda: lark_grammar("start: (((("), ""),
-}
-HARMLESS: dict[str, Callable[[], str]] = {
-    "nested repeats": lambda: regex_grammar("(a+)+b"),
-    "a million letters": lambda: regex_grammar("a{1,1000000}"),
-    "repeats of repeats": lambda: regex_grammar("((a|b){1,1000}c){1,1000}d"),
-    "a billion items": lambda: json_schema_grammar({"type": "array", "minItems": 10**9, "items": {"type": "integer"}}),
-    "a million characters": lambda: json_schema_grammar({"type": "string", "maxLength": 10**6}),
-    "a nested pattern": lambda: json_schema_grammar({"type": "string", "pattern": "^(a+)+$"}),
-    "a hundred levels": lambda: json_schema_grammar(deep(30)),
-    "a recursive tree": lambda: json_schema_grammar(
-        {
-            "$ref": "#/$defs/node",
-            "$defs": {
-                "node": {
-                    "type": "object",
-                    "properties": {"next": {"anyOf": [{"$ref": "#/$defs/node"}, {"type": "null"}]}},
-                    "required": ["next"],
-                    "additionalProperties": False,
-                }
-            },
-        }
-    ),
-    "a thousand properties": lambda: json_schema_grammar(
-        {"type": "object", "properties": {f"p{i}": {"type": "string"} for i in range(1000)}}
-    ),
-    "any value": lambda: json_schema_grammar({}),
-}
+def grammar_of(wanted: Wanted) -> str:
+    make: Callable[[Any], str] = {"json": json_schema_grammar, "regex": regex_grammar, "grammar": lark_grammar}[
+        wanted.kind
+    ]
+    return make(wanted.value)
 
 
 @pytest.mark.parametrize("name", WRONG)
 def test_wrong_grammars_are_refused_in_one_line(language: Language, name: str) -> None:
-    make, hint = WRONG[name]
+    wanted, hint = WRONG[name]
     with pytest.raises(GrammarError) as caught:
-        language.matcher(make())
+        language.matcher(grammar_of(wanted))
     message = str(caught.value)
     assert hint in message
     assert message
@@ -293,16 +232,16 @@ def test_wrong_grammars_are_refused_in_one_line(language: Language, name: str) -
 
 @pytest.mark.parametrize("name", HARMLESS)
 def test_large_grammars_are_followed(language: Language, name: str) -> None:
-    grammar = HARMLESS[name]()
+    grammar = grammar_of(HARMLESS[name])
     check_grammar(grammar)
     assert language.matcher(grammar).masks().any()
 
 
 def test_most_of_what_is_wrong_is_seen_without_a_tokenizer() -> None:
     seen = 0
-    for make, _ in WRONG.values():
+    for wanted, _ in WRONG.values():
         try:
-            check_grammar(make())
+            check_grammar(grammar_of(wanted))
         except GrammarError:
             seen += 1
     assert seen >= len(WRONG) - 3

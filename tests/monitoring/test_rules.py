@@ -53,3 +53,10 @@ def test_every_alert_says_what_to_do_and_is_tested_and_documented():
         assert f"`{name}`" in readme, f"{name} is not in the README"
         # Silent where all is well, and firing.
         assert len(re.findall(rf"\b{name}\b", tests)) >= 2, f"{name} is not tested"
+
+
+def test_nothing_is_recorded_that_nobody_asks_for():
+    asked = " ".join(rule["expr"] for rule in rules("alert"))
+    asked += " ".join(path.read_text() for path in (MONITORING / "grafana").rglob("*.json"))
+    for rule in rules("record"):
+        assert rule["record"] in asked, rule["record"]

@@ -15,7 +15,6 @@ from phi_cluster.cluster.messages import BeginTurn, CommitTurn, Moved, SegmentRe
 from phi_cluster.cluster.session.actor_pool import PooledActor
 from phi_cluster.cluster.session.directory import SessionDirectory
 from phi_cluster.cluster.session.hand_over import HandOvers
-from phi_cluster.cluster.session.hibernation_file import Mark
 from phi_cluster.cluster.session.hibernation_store import Hibernated
 from phi_cluster.cluster.session.journal import MemoryJournal
 from phi_cluster.cluster.session.keeper import NodeSessions
@@ -102,8 +101,8 @@ class _HoardingKeeper(NodeSessions):
 class _Mixed(HibernationDisk):
     """Rows of one session are written under another's name."""
 
-    def write(self, digest: str, segment: Segment, num_tokens: int, mark: Mark) -> Hibernated:
-        written = super().write(digest, segment, num_tokens, mark)
+    def write(self, digest: str, segment: Segment, *options: Any) -> Hibernated:
+        written = super().write(digest, segment, *options)
         memory = self._disk.memories[digest][0]
         others = [other for name, (other, _) in self._disk.memories.items() if name != digest]
         if others:

@@ -165,7 +165,14 @@ class HibernationDisk:
     def scan(self) -> dict[str, Hibernated]:
         return {digest: Hibernated(1000, 0.0) for digest in self._disk.memories}
 
-    def write(self, digest: str, segment: Segment, num_tokens: int, mark: Mark) -> Hibernated:
+    def write(
+        self,
+        digest: str,
+        segment: Segment,
+        num_tokens: int,
+        mark: Mark,
+        on_drop: Callable[[str], None] = lambda digest: None,
+    ) -> Hibernated:
         assert isinstance(segment, SimulatedSegment)
         self._disk.memories.pop(digest, None)
         fault = self._fault("hibernate")

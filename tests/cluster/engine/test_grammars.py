@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from phi_cluster.cluster.engine.grammar_queue import GrammarQueue
 from phi_cluster.cluster.engine.settings import Speculation
 from phi_cluster.cluster.messages import AddSequence, SegmentRef
+from phi_cluster.model.grammar import GrammarError
 
 END = 39
 VOCAB_SIZE = 40
@@ -159,6 +160,22 @@ def test_one_whose_grammar_cannot_be_followed_fails_alone(lab: Any) -> None:
     replies, _ = run(lab, broken, other)
     assert (replies[1].finish_reason, replies[2].finish_reason) == ("error", "stop")
     assert "too much to follow" in replies[1].error
+
+
+def test_a_grammar_that_becomes_too_much_is_the_requests_fault(lab: Any) -> None:
+    """llguidance may find so only in the middle of a reply: told as what is seen before it begins."""
+
+    class TooMuch(ForkedRoad):
+        def masks(self, draft_ids: Sequence[int] = ()) -> NDArray[np.uint32]:
+            if len(self.said) >= 4:
+                raise GrammarError("too many items")
+            return super().masks(draft_ids)
+
+    much, other = following(lab, 1, [1, 2]), following(lab, 2, [1, 2])
+    much.matcher = TooMuch()
+    replies, _ = run(lab, much, other)
+    assert (replies[1].finish_reason, replies[1].error) == ("bad_grammar", "too many items")
+    assert replies[2].finish_reason == "stop"
 
 
 def test_a_reply_that_does_not_fit_is_not_taken_over(lab: Any) -> None:

@@ -89,6 +89,25 @@ class FakeTurns:
             self.ended.set()
 
 
+class FakeTokens:
+    """A character is a token; chats are their contents; < and > are what stands around a text."""
+
+    async def of_prompt(self, request: TurnRequest, *, add_special_tokens: bool) -> list[int]:
+        text = request.prompt
+        if request.messages is not None:
+            text = "|".join(message["content"] for message in request.messages) + "+" * request.add_generation_prompt
+        assert isinstance(text, str)
+        if text == "refused":
+            raise InvalidRequest("the template refuses this", param="messages")
+        return list(map(ord, f"<{text}>" if add_special_tokens else text))
+
+    async def names(self, token_ids: Sequence[int]) -> list[str]:
+        return [f"U+{token_id:x}" for token_id in token_ids]
+
+    async def text(self, token_ids: Sequence[int]) -> str:
+        return "".join(map(chr, token_ids))
+
+
 class FakeSessions:
     """Sessions in a dictionary, by tenant and id."""
 
@@ -125,9 +144,9 @@ class FakeSessions:
         field = {"tokens": "num_tokens", "age": "age_seconds", "idle": "idle_seconds"}.get(query.sort, query.sort)
         known.sort(key=lambda one: one[1][field], reverse=query.is_descending)
         cursors = [key[1] if query.tenant else "/".join(key) for key, _ in known]
-        if query.after and query.after not in cursors:
-            raise InvalidRequest("after: not in this list", param="after")
-        begin = cursors.index(query.after) + 1 if query.after else 0
+        if query.after is not None and query.after not in cursors:
+            raise InvalidRequest("after: that session is not in this list any more", param="after")
+        begin = 0 if query.after is None else cursors.index(query.after) + 1
         page = slice(begin, begin + query.limit)
         found = [one | {"tenant": key[0]} for key, one in known[page]]
         totals = {"sessions": len(known), "by_state": dict(Counter(one["state"] for _, one in known))}
@@ -377,6 +396,11 @@ def turns() -> FakeTurns:
 
 
 @pytest.fixture
+def tokens() -> FakeTokens:
+    return FakeTokens()
+
+
+@pytest.fixture
 def sessions() -> FakeSessions:
     return FakeSessions()
 
@@ -457,6 +481,7 @@ async def room(make_room: Callable[..., ResponseRoom]) -> AsyncIterator[Response
 @pytest.fixture
 def make_app(
     turns: FakeTurns,
+    tokens: FakeTokens,
     sessions: FakeSessions,
     engines: FakeEngines,
     health: FakeHealth,
@@ -465,7 +490,18 @@ def make_app(
     room: ResponseRoom,
 ) -> Callable[..., FastAPI]:
     def make_app(settings: EdgeSettings, **keys_and_usage: Any) -> FastAPI:
-        parts = turns, room.responses, room.conversations, sessions, engines, health, observer, watch, FakeClock()
+        parts = (
+            turns,
+            tokens,
+            room.responses,
+            room.conversations,
+            sessions,
+            engines,
+            health,
+            observer,
+            watch,
+            FakeClock(),
+        )
         return build_app(settings, *parts, **keys_and_usage)
 
     return make_app
@@ -533,7 +569,8 @@ async def serve() -> AsyncIterator[Callable[[FastAPI], Awaitable[str]]]:
 def _events(body: str | bytes) -> list[Any]:
     """The JSON of each SSE event; the last one must be [DONE] and is left out. Comments are not events."""
     text = body.decode() if isinstance(body, bytes) else body
-    blocks = [block for block in text.split("\n\n") if block and not block.startswith(":")]
+    text = re.sub(r"^:.*\n", "", text, flags=re.MULTILINE)
+    blocks = [block for block in text.split("\n\n") if block]
     # What carries text has an id line before it.
     blocks = [re.sub(r"\Aid: \S+\n", "", block) for block in blocks]
     assert all(block.startswith("data: ") for block in blocks)

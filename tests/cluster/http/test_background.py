@@ -67,7 +67,7 @@ async def until(check: Callable[[], Awaitable[bool]]) -> None:
 
 
 def typed(text: str) -> list[dict[str, Any]]:
-    blocks = [block for block in text.split("\n\n") if block and not block.startswith(":")]
+    blocks = [block for block in text.split("\n\n") if block]
     return [json.loads(block.partition("\ndata: ")[2]) for block in blocks]
 
 
@@ -79,7 +79,7 @@ def alive() -> set[int]:
 
 @pytest.fixture
 async def start(
-    make_room, turns, sessions, engines, health, observer, watch, settings, alive
+    make_room, turns, tokens, sessions, engines, health, observer, watch, settings, alive
 ) -> AsyncIterator[Callable[..., Replica]]:
     """`start(pid)`: a replica in a process of its own, with turns of its own."""
     async with AsyncExitStack() as stack:
@@ -90,9 +90,8 @@ async def start(
             room = make_room(pid, alive, own, **options)
             room.start()
             stack.push_async_callback(room.close)
-            app = build_app(
-                settings, own, room.responses, room.conversations, sessions, engines, health, observer, watch
-            )
+            parts = own, tokens, room.responses, room.conversations, sessions, engines, health, observer, watch
+            app = build_app(settings, *parts)
             client = httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://edge.test")
             stack.push_async_callback(client.aclose)
             return Replica(room, own, app, client)

@@ -75,11 +75,9 @@ async def test_official_client_streams_calls(official, turns):
     found = [(call.index, call.id, call.type, call.function.name, call.function.arguments) for call in deltas]
     ids = [call_id(turns.requests[0].request_id, number) for number in range(2)]
     assert found == [
-        (0, ids[0], "function", "weather", ""),
-        (0, None, None, None, '{"city"'),
+        (0, ids[0], "function", "weather", '{"city"'),
         (0, None, None, None, ': "Rome"}'),
-        (1, ids[1], "function", "now", ""),
-        (1, None, None, None, "{}"),
+        (1, ids[1], "function", "now", "{}"),
     ]
     assert [choice.finish_reason for choice in choices] == [*[None] * 5, "tool_calls"]
 
@@ -185,6 +183,8 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"tools": [NOW], "tool_choice": allowed("none", "now")}, "tool_choice", "allowed_tools"),
     ({"tools": [NOW], "min_tokens": 3}, "min_tokens", "tools"),
     ({"tools": [NOW], "ignore_eos": True}, "ignore_eos", "tools"),
+    ({"tools": [NOW], "stop": "x"}, "stop", "tools"),
+    ({"tools": [NOW], "stop_token_ids": [1]}, "stop_token_ids", "tools"),
     ({"functions": [{"name": "f"}]}, "functions", "not supported"),
     (messages({"role": "tool", "tool_call_id": "call_1", "content": "x"}), "messages[1].tool_call_id", "call"),
     (messages({"role": "tool", "content": "x"}), "messages[1].tool_call_id", "required"),

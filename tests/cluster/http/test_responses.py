@@ -46,7 +46,7 @@ def typed_events(text: str) -> list[dict[str, Any]]:
     """The events of a stream, each valid by OpenAI's own models, with the `event:` line that belongs to it."""
     found = []
     for block in text.split("\n\n"):
-        if block and not block.startswith(":"):
+        if block:
             kind, data = block.split("\n")
             event = json.loads(data.removeprefix("data: "))
             assert kind == f"event: {event['type']}"
@@ -509,12 +509,12 @@ async def test_only_the_background_can_be_cancelled(client):
         ({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]}, "input[0].content"),
         ({"input": [{"role": "user", "content": [{"type": "input_file"}]}]}, "input[0].content"),
         ({"input": [{"role": "user", "content": [{"type": "input_text", "text": 5}]}]}, "input[0].content"),
-        ({"input": [{"type": "function_call_output", "call_id": "c", "output": "x"}]}, "input[0].type"),
-        ({"input": [{"type": "item_reference"}]}, "input[0]"),
-        ({"input": [{"type": "item_reference", "id": 5}]}, "input[0]"),
-        ({"input": [{"type": "item_reference", "id": "msg_1", "role": "user"}]}, "input[0]"),
+        ({"input": [{"type": "computer_call_output", "call_id": "c", "output": "x"}]}, "input[0].type"),
+        ({"input": [{"type": "item_reference"}]}, "input[0].id"),
+        ({"input": [{"type": "item_reference", "id": 5}]}, "input[0].id"),
+        ({"input": [{"type": "item_reference", "id": "msg_1", "role": "user"}]}, "input[0].role"),
         ({"input": ["x"] * 3}, "input[0]"),
-        ({"tools": [{"type": "function", "name": "f"}]}, "tools"),
+        ({"tools": [{"type": "computer_use_preview"}]}, "tools[0].type"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"tool_choice": {"type": "function", "name": "f"}}, "tool_choice"),
         ({"text": {"format": {"type": "xml"}}}, "text.format.type"),

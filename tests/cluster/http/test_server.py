@@ -128,6 +128,8 @@ async def test_openapi_document(client):
         "/v1/sessions/{session_id}/recycle",
         "/v1/usage",
         "/v1/cluster",
+        "/tokenize",
+        "/detokenize",
         "/v1/events",
         "/health",
         "/ready",
@@ -178,3 +180,16 @@ def test_the_edge_loads_neither_ray_nor_torch():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
+
+
+async def test_refusals_and_failures_are_counted_by_status_and_code(client, health, turns, observer):
+    await client.post(CHAT, json={**HELLO, "max_tokens": -1})
+    await client.get("/nothing")
+    await client.get("/v1/sessions/unknown")
+    turns.script = [PhiError("secret")]
+    await client.post(CHAT, json=HELLO)
+    assert observer.errors == [(400, None), (404, "not_found"), (404, "not_found"), (500, None)]
+    # Whoever looks whether the server is ready has not been refused anything.
+    health.not_ready_because = "The engine is starting"
+    assert (await client.get("/ready")).status_code == 503
+    assert len(observer.errors) == 4

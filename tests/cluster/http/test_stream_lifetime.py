@@ -3,6 +3,8 @@
 import asyncio
 from dataclasses import replace
 
+import httpx
+import openai
 import pytest
 
 from phi_cluster.cluster.errors import Overloaded
@@ -12,7 +14,7 @@ HELLO = [{"role": "user", "content": "Hi"}]
 STREAM = {"messages": HELLO, "stream": True}
 WHOLE = {"messages": HELLO}
 PATH = "/v1/chat/completions"
-COMMENT = b": keep-alive\n\n"
+COMMENT = b": keep-alive\n"
 
 
 @pytest.fixture
@@ -39,6 +41,27 @@ async def test_comments_before_the_first_event_and_between_events(connect, impat
     texts = [event["choices"][0]["delta"].get("content") for event in events(body)]
     assert texts == ["", "Hello", ", wörld", None]
     assert turns.ends == ["completed"]
+
+
+async def test_comments_between_events_with_ids_are_nothing_to_the_official_client(connect, impatient, turns):
+    stepped = asyncio.Event()
+    turns.script.insert(2, stepped)
+    connection = connect(PATH, STREAM, over=impatient)
+    body = await connection.until(b"Hello")
+    assert b"id: " in body
+    body += await connection.until(COMMENT * 2)
+    stepped.set()
+    body += await connection.until(b"[DONE]")
+    await connection.finished()
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        return httpx.Response(200, headers={"content-type": "text/event-stream"}, content=body)
+
+    with openai.OpenAI(
+        base_url="http://fake/v1", api_key="unused", http_client=httpx.Client(transport=httpx.MockTransport(answer))
+    ) as client:
+        chunks = list(client.chat.completions.create(model="any", messages=HELLO, stream=True))
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == "Hello, wörld"
 
 
 async def test_a_silent_request_has_no_status_yet(connect, turns):

@@ -124,7 +124,7 @@ def test_a_claim_that_was_taken_over_is_worth_nothing(store):
     assert store.responses.save([progress("other")]) == ["lost"]
     assert not store.responses.end(over, "other")
     found = store.responses.find("t", response.id)
-    assert (found.status, found.text, found.ended_at) == ("completed", "abcd", 101.0)
+    assert (found.status, "".join(found.pieces), found.ended_at) == ("completed", "abcd", 101.0)
     assert store.responses.unfinished() == []
 
 

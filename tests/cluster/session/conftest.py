@@ -291,8 +291,8 @@ class Node:
         self.actors = LocalActors(settings, self.journals.open, processes)
         budget = options.pop("budget", 2**30)
         store = options.pop("store", FileHibernationStore(state_dir, 2**30, reserve_nbytes=0))
+        kv = KVConfig(reserve_wait=options.pop("reserve_wait", 0.2))
         sessions = SessionsConfig(**{"warm_actors": 0, "turn_wait": 0.2, "spawn_interval": 3600, **options})
-        kv = KVConfig(reserve_wait=0.2)
         self.keeper = NodeSessions(settings, self.journals, cast(Any, self.actors), "node", sessions, kv, budget, store)
 
     async def listed(self, tenant: str) -> list[dict[str, Any]]:

@@ -204,6 +204,9 @@ async def test_the_fork_of_an_actor_that_dies_in_the_middle(node):
     # As whoever noticed its death would tell.
     await node.keeper.actor_died(SOURCE)
     assert (await fork(node))["kv_cache_bytes"] == exact(node, 140)
+    samples = [sample for *_, some in (await node.keeper.report()).snapshot for sample in some]
+    assert ("phi_recoveries_total", {"component": "session_actor", "reason": "death"}, 1.0) in samples
+    assert ("phi_recovery_seconds_count", {"component": "session_actor"}, 1.0) in samples
 
 
 async def test_a_journal_that_could_not_be_filled_is_not_there(node, make_journal, tmp_path):

@@ -215,6 +215,26 @@ async def test_a_full_disk_leaves_the_session_as_it_is(make_node, tmp_path):
     assert (await node.turn(KEY, "first second", [500])).num_computed_tokens == 100
 
 
+async def test_what_made_room_on_the_disk_is_asleep_no_more(make_node, tmp_path):
+    """The gauges, and what is told of a session, follow the files."""
+    node = make_node(store=FileHibernationStore(tmp_path, 130_000, reserve_nbytes=0))
+    keys = [SessionKey("tenant", f"s{i}") for i in range(4)]
+    for key in keys:
+        await node.turn(key, f"{key.session_id} ", TOKENS)
+        await node.keeper.hibernate(key)
+    node.keeper._hibernation.policy.tokens_per_second = 1.0
+    files = kept(tmp_path)
+    assert 0 < len(files) < len(keys)
+    report = await node.keeper.report()
+    assert (report.num_hibernated, report.num_stored) == (len(files), len(keys) - len(files))
+    assert report.hibernated_nbytes == sum(path.stat().st_size for path in files)
+    states = [(await node.keeper.describe(key))["state"] for key in keys]
+    assert states == ["stored"] * (len(keys) - len(files)) + ["hibernated"] * len(files)
+    # To be computed anew is no failure of the disk.
+    assert (await node.turn(keys[0], "s0 more", [500])).num_computed_tokens == 0
+    assert (await node.keeper.report()).counts.get("hibernation_failures", 0) == 0
+
+
 async def test_want_of_memory_puts_the_idlest_to_sleep(make_node, tmp_path, clock):
     node = make_node(budget=200_000)
     node.keeper._hibernation.policy.tokens_per_second = 1.0

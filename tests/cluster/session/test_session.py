@@ -82,7 +82,10 @@ async def test_a_repeated_commit_is_stored_once(session, turns, journal):
     grant = await turns.begin(session, "x")
     turns.write(grant, [1])
     message = turns.message(grant, "x", [1])
-    assert session.commit(message) == session.commit(message)
+    first, second = session.commit(message), session.commit(message)
+    assert first == second
+    # How long recording took is told where something was recorded.
+    assert (first.commit_seconds, second.commit_seconds) == (0.0, None)
     later = await turns.begin(session, "x y")
     # Its answer was lost and it comes again, while the next turn runs.
     session.commit(message)

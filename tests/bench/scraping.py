@@ -1,0 +1,163 @@
+"""What it costs to be watched: a scrape with many sessions, and tokens a second with a scraper and without.
+
+    python tests/bench/scraping.py --sessions 5000 --active 64          # the controller's part alone, no server
+    phi-cluster serve &
+    python tests/bench/scraping.py --url http://127.0.0.1:8000 --metrics http://127.0.0.1:9481/metrics --streams 8
+
+The first makes a controller's view of so many sessions in memory and times what a scrape does. The second runs the same
+turns alternately with and without a scrape each second, made by this process. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import statistics
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+from chat_load import Conversation
+from prometheus_client import CollectorRegistry, Metric, generate_latest
+
+from phi_cluster.cluster.cluster_view import ClusterView
+from phi_cluster.cluster.engine_recycler import EngineReport
+from phi_cluster.cluster.messages import ProcessId, SessionKey
+from phi_cluster.cluster.replica_report import ReplicaReport
+from phi_cluster.cluster.session.reports import KeeperReport, SessionReport
+from phi_cluster.cluster.session.session import SessionStats
+from phi_cluster.monitoring.replica_metrics import ReplicaMetrics
+from phi_cluster.monitoring.session_metrics import SessionMetrics
+
+_NODE = "n" * 56
+
+
+class _Exporter:
+    def __init__(self, view: ClusterView):
+        self._view = view
+
+    def collect(self) -> Iterator[Metric]:
+        return self._view.families()
+
+
+class _Times:
+    """Of what is done within it, several times: medians in milliseconds, of this thread's CPU and of the clock."""
+
+    def __init__(self) -> None:
+        self._wall: list[float] = []
+        self._cpu: list[float] = []
+
+    def __enter__(self) -> None:
+        self._began = time.perf_counter(), time.thread_time()
+
+    def __exit__(self, *error: object) -> None:
+        wall, cpu = self._began
+        self._wall.append(time.perf_counter() - wall)
+        self._cpu.append(time.thread_time() - cpu)
+
+    @property
+    def wall_ms(self) -> float:
+        return round(statistics.median(self._wall) * 1000, 2)
+
+    @property
+    def cpu_ms(self) -> float:
+        return round(statistics.median(self._cpu) * 1000, 2)
+
+
+def _session(number: int, active: int) -> SessionReport:
+    key = SessionKey("tenant", f"session-{number}")
+    nbytes = 2**16 * (number % 400 + 1)
+    stats = SessionStats(key, "active", False, 0, 20 * (number % 400), 19, nbytes, 3, 900.0, 60.0, 1, 0, 3, 90.0)
+    return SessionReport(stats, 1000 + number if number < active else None, 45 * 10**6, 44 * 10**6)
+
+
+def scrape_alone(num_sessions: int, num_active: int, rounds: int = 50) -> dict[str, Any]:
+    """Of a scrape, and of the round in which the sessions are looked at."""
+    view = ClusterView(1, 192 * 10**6, {"version": "0", "model": "bench"})
+    sessions = [_session(number, num_active) for number in range(num_sessions)]
+    snapshot = SessionMetrics(["idle"]).snapshot()
+    report = KeeperReport(
+        _NODE, ProcessId(1, 1), 10**11, 10**10, sessions, 0, 0, 0, 1, 9, {"idle": 1}, 6 * 10**7, {}, 0, snapshot
+    )
+    engine = EngineReport(1, 60.0, 100, 2 * 10**8, 2 * 10**8)
+    counted = ReplicaMetrics(["leak"]).snapshot(3)
+    view.take_replica(ReplicaReport("one", _NODE, counted, 10**8, (10**8,), engine, 0.1, 0.0))
+    registry = CollectorRegistry()
+    registry.register(_Exporter(view))
+    scrapes, looks, text = _Times(), _Times(), b""
+    for _ in range(rounds):
+        with looks:
+            view.take_keeper(report)
+        with scrapes:
+            text = generate_latest(registry)
+    return {
+        "sessions": num_sessions,
+        "active": num_active,
+        "scrape_cpu_ms": scrapes.cpu_ms,
+        "scrape_ms_p50": scrapes.wall_ms,
+        "round_cpu_ms": looks.cpu_ms,
+        "round_ms_p50": looks.wall_ms,
+        "series": sum(not line.startswith(b"#") for line in text.splitlines()),
+        "bytes": len(text),
+    }
+
+
+async def _scrape(client: httpx.AsyncClient, metrics: str, seconds: list[float]) -> None:
+    while True:
+        begin = time.perf_counter()
+        (await client.get(metrics)).raise_for_status()
+        seconds.append(time.perf_counter() - begin)
+        await asyncio.sleep(1.0)
+
+
+async def with_and_without(url: str, metrics: str, num_streams: int, tokens: int, turns: int) -> dict[str, Any]:
+    limits = httpx.Limits(max_connections=num_streams + 4)
+    async with httpx.AsyncClient(base_url=url, timeout=600.0, limits=limits) as client:
+        conversations = [Conversation(client) for _ in range(num_streams)]
+        await asyncio.gather(*(one.say(tokens) for one in conversations))
+        rates: dict[bool, list[float]] = {False: [], True: []}
+        scrapes: list[float] = []
+        for number in range(2 * turns):
+            # Conversations grow, so the order turns round each time.
+            watched = number % 4 in (1, 2)
+            scraping = asyncio.create_task(_scrape(client, metrics, scrapes)) if watched else None
+            begin = time.perf_counter()
+            brought = await asyncio.gather(*(one.say(tokens) for one in conversations))
+            rates[watched].append(sum(turn.tokens for turn in brought) / (time.perf_counter() - begin))
+            if scraping is not None:
+                scraping.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await scraping
+        for one in conversations:
+            await one.delete()
+    return {
+        "streams": num_streams,
+        "tokens_per_second": round(statistics.median(rates[False]), 1),
+        "tokens_per_second_scraped": round(statistics.median(rates[True]), 1),
+        "by_turn": {str(watched): [round(rate, 1) for rate in some] for watched, some in rates.items()},
+        "scrape_ms_p50": round(statistics.median(scrapes) * 1000, 1),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sessions", type=int, default=5000)
+    parser.add_argument("--active", type=int, default=64)
+    parser.add_argument("--url")
+    parser.add_argument("--metrics", default="http://127.0.0.1:9481/metrics")
+    parser.add_argument("--streams", type=int, default=8)
+    parser.add_argument("--tokens", type=int, default=64, help="length of each reply")
+    parser.add_argument("--turns", type=int, default=6, help="turns with, and turns without")
+    parsed = parser.parse_args()
+    if parsed.url is None:
+        result = scrape_alone(parsed.sessions, parsed.active)
+    else:
+        result = asyncio.run(with_and_without(parsed.url, parsed.metrics, parsed.streams, parsed.tokens, parsed.turns))
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
