@@ -46,8 +46,13 @@ export class Chat {
     byId("messages").replaceChildren();
     byId("message").disabled = byId("send").disabled = tenant !== "";
     if (id == null) return;
+    if (tenant !== "") this._note("This is another tenant's session: it can be looked after, not read.");
+    else this._loading = this._load(id);
     await this.refresh();
-    if (tenant !== "") return this._note("This is another tenant's session: it can be looked after, not read.");
+  }
+
+  /** What was said before. */
+  async _load(id) {
     try {
       const said = await ask(`/v1/sessions/${encodeURIComponent(id)}/messages`);
       if (this.id !== id) return;
@@ -78,6 +83,7 @@ export class Chat {
   _forget() {
     this._messages = [];
     this._isReadable = true;
+    this._loading = null;
   }
 
   _path(action = "") {
@@ -86,7 +92,11 @@ export class Chat {
 
   async _send() {
     const text = byId("message").value.trim();
-    if (!text || !this._isReadable) return;
+    if (!text) return;
+    // Who does not know what was said would cut the conversation back to what he says.
+    const asked = this.id;
+    await this._loading;
+    if (!this._isReadable || this.id !== asked || this._running) return;
     byId("message").value = "";
     const isNew = this.id == null;
     if (isNew) this.id = `ui-${crypto.getRandomValues(new Uint32Array(1))[0].toString(36)}`;

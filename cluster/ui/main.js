@@ -118,6 +118,11 @@ async function begin() {
   try {
     const models = await ask("/v1/models");
     model = models.data[0]?.id ?? "";
+    const context = models.data[0]?.max_model_len;
+    if (context) {
+      byId("most").max = String(context);
+      byId("most").value = String(Math.min(byId("most").valueAsNumber || 256, Math.ceil(context / 4)));
+    }
     say(byId("model"), model);
   } catch (error) {
     failed(error);

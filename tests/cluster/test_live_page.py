@@ -98,6 +98,7 @@ async def test_an_engine_that_is_killed_shows_as_an_event(server, client, open_p
     await expect(events.filter(has_text=re.compile("an engine took over after .* s"))).to_have_count(1)
     await expect(processes.get_by_text(str(pid))).to_have_count(0, timeout=PATIENCE)
     await row_of(page, "before").click()
+    await expect(page.locator(".said")).to_have_count(2)
     prompt, cached = await say(page, "Are you still there?")
     assert 0 < cached < prompt
 

@@ -1,5 +1,6 @@
 """The live page: its files and their headers, and the page itself in a real browser over fakes of 5,000 sessions."""
 
+import asyncio
 import re
 from dataclasses import replace
 
@@ -141,6 +142,23 @@ async def test_a_chat_is_shown_and_goes_on(url, open_page, sessions, turns):
     assert [one["content"] for one in request.messages] == [HOSTILE, "Was it?" + HOSTILE, "And now?"]
     assert await page.locator("img, #messages script").count() == 0
     assert await page.evaluate("window.hacked") is None
+
+
+async def test_nothing_is_sent_before_what_was_said_is_known(url, open_page, sessions, turns):
+    """Or the server would take it for an edited history, and cut the conversation back."""
+    sessions.said["s0063"] = [{"role": "user", "content": "One"}, {"role": "assistant", "content": "Two"}]
+    page = await open_page(url)
+
+    async def late(route):
+        await asyncio.sleep(1)
+        await route.continue_()
+
+    await page.route("**/messages", late)
+    await page.get_by_role("button", name="s0063, 46.1 MB").click()
+    await page.get_by_label("Message").fill("Three")
+    await page.get_by_label("Message").press("Enter")
+    await expect(page.locator("#messages .said p")).to_have_text(["One", "Two", "Three", "Hello, wörld"])
+    assert [one["content"] for one in turns.requests[0].messages] == ["One", "Two", "Three"]
 
 
 async def test_actions_ask_first(url, open_page, sessions):
