@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from phi_cluster.model.tool_format import OURS
+
 USER, ASSISTANT, END = 1, 2, 3
 _VARIANT = 0x20000
 _FIRST = 0x4000
@@ -68,6 +70,7 @@ class Tokenizer:
     """One character a token (what turn.py and turn_record.py use of model/tokenizer.py's)."""
 
     eos_token_ids = (END,)
+    tool_format = OURS
 
     def render_chat(self, messages: list[dict[str, Any]], **options: Any) -> str:
         parts = [f"{chr(USER if m['role'] == 'user' else ASSISTANT)}{m['content']}{chr(END)}" for m in messages]
