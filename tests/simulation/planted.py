@@ -36,8 +36,8 @@ class _AnyEpoch(DurableJournal):
 class _EarlyLettingGo(HandOvers):
     """The predecessor lets go before the successor has acknowledged."""
 
-    async def _begin(self, key: SessionKey, predecessor: PooledActor) -> SegmentRef | Moved:
-        ref = await super()._begin(key, predecessor)
+    async def _begin(self, key: SessionKey, predecessor: PooledActor, *wait_seconds: float) -> SegmentRef | Moved:
+        ref = await super()._begin(key, predecessor, *wait_seconds)
         await predecessor.handle.complete_hand_over.remote(key)
         return ref
 
@@ -47,7 +47,9 @@ class _HastyKeeper(NodeSessions):
         super().__init__(*arguments)
         custody = self._custody
         pool = custody.hands._pool
-        custody.hands = _EarlyLettingGo(custody.roster, pool, custody.settings, custody.journal, custody.config)
+        custody.hands = _EarlyLettingGo(
+            custody.roster, pool, custody.settings, custody.journal, custody.config, custody.events, custody.metrics
+        )
 
 
 class _NoWithdrawal(SessionDirectory):
