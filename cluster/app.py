@@ -171,9 +171,9 @@ class Server:
             try:
                 self._end_event_streams()
                 deadline = time.monotonic() + self._drain
-                _load_serve()[0].stop_serve(self._drain)
-                # Serve itself waits for half a minute at most.
-                while self.num_streams() and time.monotonic() < deadline:
+                has_ended = _load_serve()[0].stop_serve(self._drain)
+                # What was reported last may be told for some seconds more: it is asked only where there may be streams.
+                while not has_ended and self.num_streams() and time.monotonic() < deadline:
                     time.sleep(0.2)
                 if self._node_id:
                     kept = ray.get(self.keeper.close.remote(), timeout=10)

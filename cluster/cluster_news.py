@@ -15,14 +15,12 @@ from phi_cluster.cluster.event_ring import EventRing
 from phi_cluster.cluster.events import EventKind, EventLog
 from phi_cluster.cluster.overview import ReplicaView, overview
 from phi_cluster.cluster.processes import private_bytes
-from phi_cluster.cluster.replica_report import ReplicaReport
+from phi_cluster.cluster.replica_report import GONE_AFTER_SECONDS, SILENT_AFTER_SECONDS, ReplicaReport
 from phi_cluster.cluster.session.reports import KeeperReport
 from phi_cluster.cluster.speed_history import SpeedHistory
 from phi_cluster.cluster.watch_api import EventPage
 from phi_cluster.monitoring.snapshots import FamilySnapshot
 
-_SILENCE_SECONDS = 5.0
-_GONE_SECONDS = 600.0
 _LAST_SECONDS = 60.0
 
 
@@ -67,11 +65,11 @@ class ClusterNews:
         """Once a round: who is silent, how fast the cluster is by all that was ever counted, and what was noticed.
         `here`: the controller's node."""
         now = time.monotonic()
-        for name in [name for name, (at, _) in self._replicas.items() if now - at > _GONE_SECONDS]:
+        for name in [name for name, (at, _) in self._replicas.items() if now - at > GONE_AFTER_SECONDS]:
             del self._replicas[name]
             self._lost_replicas.discard(name)
             self._ring.forget(_replica_name(name))
-        silent = {name for name, (at, _) in self._replicas.items() if now - at > _SILENCE_SECONDS}
+        silent = {name for name, (at, _) in self._replicas.items() if now - at > SILENT_AFTER_SECONDS}
         for name in silent - self._lost_replicas:
             self._own.add(EventKind.REPLICA_LOST, reason=name[:12])
         self._lost_replicas = silent
@@ -81,7 +79,7 @@ class ClusterNews:
     def num_replicas(self) -> int:
         """Replicas that have reported lately."""
         now = time.monotonic()
-        return sum(now - at <= _SILENCE_SECONDS for at, _ in self._replicas.values())
+        return sum(now - at <= SILENT_AFTER_SECONDS for at, _ in self._replicas.values())
 
     def events_of(self, node_id: str) -> int:
         """The last event that the node's keeper has told, by its own count; 0 of another keeper than before."""

@@ -18,7 +18,7 @@ from prometheus_client.core import Metric
 
 from phi_cluster.cluster.messages import ProcessId
 from phi_cluster.cluster.processes import private_bytes
-from phi_cluster.cluster.replica_report import ReplicaReport
+from phi_cluster.cluster.replica_report import GONE_AFTER_SECONDS, SILENT_AFTER_SECONDS, ReplicaReport
 from phi_cluster.cluster.session.accounts import UsageTotals
 from phi_cluster.cluster.session.recycler import RecycleReason
 from phi_cluster.cluster.session.reports import KeeperReport
@@ -36,10 +36,6 @@ from phi_cluster.monitoring.session_metrics import (
 )
 from phi_cluster.monitoring.snapshots import FamilySnapshot, SnapshotSums, merge_snapshots, snapshot_of
 
-# Of a replica that has not reported for so long nothing counts that was true only then; one that is silent for so much
-# longer is gone.
-_SILENCE_SECONDS = 5.0
-_GONE_SECONDS = 600.0
 # Sessions' actors are recycled for these; they are there from the beginning, so that the first one is an increase.
 _NO_RECYCLES = {reason.value: 0 for reason in RecycleReason if reason is not RecycleReason.MAX_STEPS}
 _OWN = "controller"
@@ -84,7 +80,7 @@ class ClusterView:
         self._replicas: dict[str, _Replica] = {}
         # By node and tenant.
         self._usage: dict[tuple[str, str], UsageTotals] = {}
-        self._sums = SnapshotSums(_SILENCE_SECONDS)
+        self._sums = SnapshotSums(SILENT_AFTER_SECONDS)
         self._registry = CollectorRegistry()
         self._recoveries = RecoveryMetrics(
             self._registry, {"keeper": ("death", "hang"), "replica": ("death",), _OWN: ("death",)}
@@ -118,7 +114,7 @@ class ClusterView:
             self._num_seen += 1
             if self._num_seen > self._num_replicas:
                 self._recoveries.lost("replica", "death")
-                silent = [one.at for one in self._replicas.values() if now - one.at > _SILENCE_SECONDS]
+                silent = [one.at for one in self._replicas.values() if now - one.at > SILENT_AFTER_SECONDS]
                 if silent:
                     self._recoveries.recovered("replica", now - max(silent))
         self._sums.take(replica_id, report.snapshot, now)
@@ -135,7 +131,7 @@ class ClusterView:
     def forget_silent(self) -> None:
         """Replicas that are gone for sure go into one sum."""
         now = self._clock()
-        for replica_id in [name for name, one in self._replicas.items() if now - one.at > _GONE_SECONDS]:
+        for replica_id in [name for name, one in self._replicas.items() if now - one.at > GONE_AFTER_SECONDS]:
             del self._replicas[replica_id]
             self._sums.retire(replica_id)
 
@@ -166,7 +162,7 @@ class ClusterView:
         now = self._clock()
         # Copied: this runs in the metrics server's thread.
         nodes, usage = list(self._nodes.values()), list(self._usage.items())
-        replicas = [one for one in list(self._replicas.values()) if now - one.at <= _SILENCE_SECONDS]
+        replicas = [one for one in list(self._replicas.values()) if now - one.at <= SILENT_AFTER_SECONDS]
         yield from node_metrics([replace(node.view, report_age_seconds=now - node.at) for node in nodes])
         yield from engine_metrics(_engine_view(one) for one in replicas if one.report.engine is not None)
         yield from process_metrics(
@@ -207,7 +203,7 @@ class ClusterView:
         self._recoveries.recovered(_OWN, max(pause, 0.0))
 
     def _free_slot(self, now: float) -> int:
-        taken = {one.slot for one in self._replicas.values() if now - one.at <= _SILENCE_SECONDS}
+        taken = {one.slot for one in self._replicas.values() if now - one.at <= SILENT_AFTER_SECONDS}
         return min(set(range(len(taken) + 1)) - taken)
 
 
@@ -218,9 +214,8 @@ def _ready(report: KeeperReport, now: float) -> _Node:
     )
     by_tenant: Counter[str] = Counter()
     for s in report.sessions:
-        state = "ephemeral" if s.stats.key.ephemeral else "active" if s.actor_pid is not None else "held"
-        kv_bytes[state] += s.stats.kv_cache_bytes
-        sessions[state] += 1
+        kv_bytes[s.state] += s.stats.kv_cache_bytes
+        sessions[s.state] += 1
         by_tenant[s.stats.key.tenant] += s.stats.kv_cache_bytes
     tenants = {totals.tenant for totals in report.usage}
     view = NodeView(

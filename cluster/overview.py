@@ -12,6 +12,9 @@ from typing import Any
 from phi_cluster.cluster.replica_report import ReplicaReport
 from phi_cluster.cluster.session.reports import KeeperReport
 
+# By SessionReport.state.
+_STATES = {"active": "active", "held": "held", "ephemeral": "unnamed"}
+
 
 @dataclass(frozen=True)
 class ReplicaView:
@@ -23,10 +26,10 @@ class ReplicaView:
 
 def node_view(report: KeeperReport) -> dict[str, Any]:
     """A node's sessions and memory. Unnamed conversations are counted for themselves."""
-    kv_bytes = dict.fromkeys(("active", "held", "unnamed"), 0)
-    sessions = dict.fromkeys(("active", "held", "unnamed"), 0)
+    kv_bytes = dict.fromkeys(_STATES.values(), 0)
+    sessions = dict.fromkeys(_STATES.values(), 0)
     for one in report.sessions:
-        state = "unnamed" if one.stats.key.ephemeral else "held" if one.actor_pid is None else "active"
+        state = _STATES[one.state]
         kv_bytes[state] += one.stats.kv_cache_bytes
         sessions[state] += 1
     return {

@@ -11,6 +11,11 @@ from phi_cluster.cluster.engine_recycler import EngineReport
 from phi_cluster.cluster.events import Event
 from phi_cluster.monitoring.snapshots import FamilySnapshot
 
+# Of a replica that has not reported for so long nothing counts that was true only then; one that is silent for so much
+# longer is gone.
+SILENT_AFTER_SECONDS = 5.0
+GONE_AFTER_SECONDS = 600.0
+
 
 @dataclass(frozen=True)
 class ReplicaReport:

@@ -23,6 +23,8 @@ from phi_cluster.cluster.ray_environment import LONGEST_STREAM_SECONDS
 
 # After the drain, for what turns leave.
 _LAST_COMMITS_SECONDS = 6.0
+# `serve.shutdown` returns after so long, whatever still drains.
+_SERVE_WAITS_SECONDS = 30.0
 # How often a replica tells its load.
 _LOAD_SECONDS = 1.0
 
@@ -66,8 +68,9 @@ def run_app(deployment: Any, config: Config, num_threads: int, *arguments: Any) 
     serve.run(configured(deployment).bind(*arguments), name="phi-cluster", route_prefix="/", blocking=False)
 
 
-def stop_serve(drain: float) -> None:
-    """Drains the replicas (streams may go on for `drain` seconds), then ends Serve's processes."""
+def stop_serve(drain: float) -> bool:
+    """Drains the replicas (streams may go on for `drain` seconds), then ends Serve's processes. Whether they have
+    ended: Serve waits for them for half a minute at most."""
 
     def shut_down() -> None:
         with contextlib.suppress(Exception):
@@ -75,8 +78,10 @@ def stop_serve(drain: float) -> None:
 
     # Not waited for beyond the time: replicas are given longer where one more than needed is drained.
     thread = threading.Thread(target=shut_down, daemon=True)
+    begin = time.monotonic()
     thread.start()
     thread.join(drain + _LAST_COMMITS_SECONDS)
+    return not thread.is_alive() and time.monotonic() - begin < _SERVE_WAITS_SECONDS
 
 
 def _number_of_replicas(config: Config) -> dict[str, Any]:

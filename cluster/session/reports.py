@@ -27,6 +27,13 @@ class SessionReport:
     private_nbytes: int
     private_baseline: int
 
+    @property
+    def state(self) -> str:
+        """Who has it: `ephemeral` of an unnamed conversation, else `active` (an actor) or `held` (the keeper)."""
+        if self.stats.key.ephemeral:
+            return "ephemeral"
+        return "held" if self.actor_pid is None else "active"
+
 
 @dataclass(frozen=True)
 class KeeperReport:

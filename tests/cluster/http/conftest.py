@@ -396,6 +396,22 @@ def turns() -> FakeTurns:
 
 
 @pytest.fixture
+def refused_chat(client: httpx.AsyncClient, turns: FakeTurns) -> Callable[..., Awaitable[None]]:
+    """`await refused_chat(body, param, word)`: a 400 that names the field, briefly, and no turn."""
+
+    async def check(body: dict[str, Any], param: str, word: str) -> None:
+        response = await client.post("/v1/chat/completions", json=body)
+        assert response.status_code == 400, response.text
+        error = response.json()["error"]
+        assert error["param"] == param
+        assert word in error["message"]
+        assert len(error["message"]) < 500
+        assert not turns.requests
+
+    return check
+
+
+@pytest.fixture
 def tokens() -> FakeTokens:
     return FakeTokens()
 
