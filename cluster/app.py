@@ -41,7 +41,9 @@ from phi_cluster.cluster.preflight import (
 from phi_cluster.cluster.runtime_dir import clear_dead_servers, remove_runtime_dir
 from phi_cluster.cluster.served_model import ServedModel, choose_dtypes, describe_model
 from phi_cluster.cluster.session.hibernation_store import check_key
+from phi_cluster.cluster.session.journals import JournalPlace
 from phi_cluster.cluster.session.keeper import Keeper
+from phi_cluster.cluster.session.redis_server import check_server
 from phi_cluster.cluster.weight_store import WeightStore, ensure_packed
 from phi_cluster.model.hub import resolve_model
 from phi_cluster.model.model_cache import ProgressEvent
@@ -100,6 +102,9 @@ def prepare(config: Config, report: Report) -> Prepared:
     report.checked(machine)
     if config.kv.hibernate_key_file is not None:
         check_key(config.kv.hibernate_key_file)
+    if config.journal is not None:
+        for note in check_server(config.journal):
+            report.noted(note)
     # What is wrong with the dtypes is said before a model is fetched for them.
     choose_dtypes(config)
     try:
@@ -223,7 +228,7 @@ class Server:
                 detached_options(keeper_name(self._node_id), self._node_id),
                 served.layout,
                 served.fingerprint,
-                config.state_path,
+                JournalPlace(config.state_path, config.journal),
                 config.sessions.model_copy(update={"max_actors": prepared.num_session_actors}),
                 config.kv,
                 prepared.budget_nbytes,

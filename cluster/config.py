@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from phi_cluster.cluster.config_values import Bytes, HeaderName, Origin, Seconds
+from phi_cluster.cluster.config_values import Bytes, HeaderName, Origin, RedisURL, Seconds
 from phi_cluster.cluster.errors import StartError
 
 
@@ -242,7 +242,16 @@ class Config(_Section):
     autoscaling: AutoscalingConfig = Field(
         default_factory=AutoscalingConfig, description="more replicas while there is more to do"
     )
-    state_dir: Path | None = Field(None, description="journals; unset: $XDG_STATE_HOME/phi-cluster")
+    state_dir: Path | None = Field(
+        None, description="journals, and caches that hibernate; unset: $XDG_STATE_HOME/phi-cluster"
+    )
+    journal: RedisURL | None = Field(
+        None,
+        description="redis://, rediss:// or unix:// of a Redis that keeps the sessions' journals: servers that name it "
+        "have the same sessions, and a lost machine takes none with it (pip install 'phi-cluster[redis]'; a password "
+        "may be in PHI_CLUSTER_JOURNAL_PASSWORD); unset: files in state_dir",
+        repr=False,
+    )
     cache_dir: Path | None = Field(None, description="converted models; unset: $XDG_CACHE_HOME/phi-cluster")
     engine: EngineConfig = Field(default_factory=EngineConfig, description="the engine")
     sessions: SessionsConfig = Field(default_factory=SessionsConfig, description="sessions and their actors")

@@ -60,3 +60,13 @@ _TAKEN_HEADERS = frozenset(
 )
 HeaderName = Annotated[str, BeforeValidator(_header)]
 Origin = Annotated[str, BeforeValidator(_origin)]
+
+
+def _redis_url(value: object) -> object:
+    # The value is not repeated: it may hold a password.
+    if value is not None and not re.match(r"(rediss?://[^/\s]+|unix://(\S*@)?/)", str(value)):
+        raise ValueError("a Redis is expected, such as redis://10.0.0.5:6379/0 or unix:///run/redis.sock")
+    return value
+
+
+RedisURL = Annotated[str, BeforeValidator(_redis_url)]

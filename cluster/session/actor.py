@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import ray
 
@@ -24,9 +23,9 @@ from phi_cluster.cluster.messages import (
 )
 from phi_cluster.cluster.processes import is_alive, process_id
 from phi_cluster.cluster.session.journal import Journal
+from phi_cluster.cluster.session.journals import JournalPlace, open_journals
 from phi_cluster.cluster.session.segment import SegmentLayout
 from phi_cluster.cluster.session.session import Session, SessionSettings, SessionStats
-from phi_cluster.cluster.session.sqlite_journal import SQLiteJournal
 
 
 def session_settings(layout: SegmentLayout, fingerprint: str) -> SessionSettings:
@@ -120,9 +119,7 @@ class SessionHost:
 class SessionActor(SessionHost):
     """The host in a process of its own."""
 
-    def __init__(self, layout: SegmentLayout, fingerprint: str, state_path: Path):
+    def __init__(self, layout: SegmentLayout, fingerprint: str, place: JournalPlace):
         log_as("session_actor")
         settings = session_settings(layout, fingerprint)
-        super().__init__(
-            settings, lambda key: SQLiteJournal(state_path, key, fingerprint, settings.clock), process_id()
-        )
+        super().__init__(settings, open_journals(place, fingerprint, settings.clock).open, process_id())

@@ -9,7 +9,6 @@ import asyncio
 import sys
 import uuid
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -19,6 +18,7 @@ from phi_cluster.cluster.actors import NAMESPACE, SESSION_PREFIX, create, detach
 from phi_cluster.cluster.messages import ProcessId
 from phi_cluster.cluster.processes import kill_for_sure
 from phi_cluster.cluster.session.actor import SessionActor
+from phi_cluster.cluster.session.journals import JournalPlace
 from phi_cluster.cluster.session.segment import SegmentLayout
 
 # Spawning costs a CPU-second: at this niceness it takes what engines leave.
@@ -38,8 +38,8 @@ class PooledActor:
 class RayActors:
     """A node's session actors as Ray knows them."""
 
-    def __init__(self, layout: SegmentLayout, fingerprint: str, state_path: Path, node_id: str):
-        self._arguments = (layout, fingerprint, state_path)
+    def __init__(self, layout: SegmentLayout, fingerprint: str, place: JournalPlace, node_id: str):
+        self._arguments = (layout, fingerprint, place)
         self._node_id = node_id
         self._prefix = f"{SESSION_PREFIX}{node_id}-"
 

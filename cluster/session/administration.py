@@ -39,14 +39,14 @@ class Administration:
         entry = self._roster.find(key)
         if entry is not None:
             return self.public(entry, await self._custody.stats(entry))
-        if not self._roster.is_known(key):
+        if not self._custody.is_known(key):
             raise no_session(key)
         # In place: in a thread it could make a journal anew that is being deleted.
         return self._describe_stored(key)
 
     def said(self, key: SessionKey) -> str:
         """The conversation's text, as of its last turn. Raises the journal's errors too."""
-        if not self._roster.is_known(key):
+        if not self._custody.is_known(key):
             raise no_session(key)
         return Transcript.replay(self._custody.recorded(key).turns).text
 
@@ -66,7 +66,7 @@ class Administration:
         """Raises SessionBusy."""
         custody, wait = self._custody, self._custody.config.turn_wait
         while True:
-            if self._roster.find(key) is None and self._roster.is_known(key):
+            if self._roster.find(key) is None and self._custody.is_known(key):
                 # Without opening it: also one whose journal cannot be read can be deleted.
                 custody.journal(key).delete()
                 self._roster.forget_stored(key)
@@ -105,7 +105,7 @@ class Administration:
 
     def export(self, key: SessionKey) -> bytes:
         """The session's record as a file (session_export.py), as of its last turn. Raises the journal's errors."""
-        if not self._roster.is_known(key):
+        if not self._custody.is_known(key):
             raise no_session(key)
         recorded = self._custody.recorded(key)
         return pack_session(recorded.info.fingerprint, key, recorded.info.created_at, recorded.turns)
@@ -118,7 +118,7 @@ class Administration:
         if export.fingerprint != custody.settings.fingerprint:
             raise BadExport("the session was exported from another model, whose token ids mean nothing to this one")
         # From here to the end nothing can come between.
-        if self._roster.is_known(key):
+        if self._custody.is_known(key):
             raise session_exists(key)
         journal = custody.journal(key)
         try:

@@ -9,9 +9,8 @@ from __future__ import annotations
 import asyncio
 import logging
 from array import array
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 from ray.exceptions import RayError
 
@@ -21,7 +20,7 @@ from phi_cluster.cluster.events import EventKind, EventLog
 from phi_cluster.cluster.messages import CommitTurn, SessionKey
 from phi_cluster.cluster.session.actor_pool import ActorPool, RayActors
 from phi_cluster.cluster.session.hand_over import HandOvers
-from phi_cluster.cluster.session.journal import Glance, Journal, JournalInfo, MemoryJournal
+from phi_cluster.cluster.session.journal import Journal, JournalInfo, Journals, MemoryJournal
 from phi_cluster.cluster.session.kv_leases import KVLeases
 from phi_cluster.cluster.session.ledger import Ledger
 from phi_cluster.cluster.session.roster import Entry, Roster
@@ -31,25 +30,6 @@ from phi_cluster.cluster.session.transcript import Transcript
 from phi_cluster.monitoring.session_metrics import SessionMetrics
 
 logger = logging.getLogger(__name__)
-
-
-class Journals(Protocol):
-    """A node's durable journals."""
-
-    def open(self, key: SessionKey) -> Journal: ...
-
-    def keys(self) -> Iterable[SessionKey]:
-        """Of all that there are. Called in a thread."""
-        ...
-
-    def nbytes(self) -> int:
-        """Disk that all of them take. Called in a thread."""
-        ...
-
-    def glance(self, key: SessionKey) -> Glance | None:
-        """What can be told of a session without reading its turns; None: there is no journal that could be read. Makes
-        none. Called in a thread too."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -123,9 +103,26 @@ class Custody:
 
     def known(self, key: SessionKey) -> Entry:
         """The session's entry, opened if only the disk has it. Raises NotFound and the journal's errors."""
-        if not self.roster.is_known(key):
+        if not self.is_known(key):
             raise no_session(key)
         return self.roster.open(key)
+
+    def is_known(self, key: SessionKey) -> bool:
+        """Whether there is such a session: here, or made elsewhere since the journals were listed. Raises
+        JournalUnavailable."""
+        if not self.roster.is_known(key) and self.journals.shared and self.journals.glance(key) is not None:
+            self.roster.add_stored(key)
+        return self.roster.is_known(key)
+
+    async def list_again(self) -> None:
+        """Of journals that others write to as well: what was made or deleted elsewhere. Raises JournalUnavailable."""
+        before = {key for key in self.roster.stored_keys() if self.roster.find(key) is None}
+        stored = set(await asyncio.to_thread(lambda: list(self.journals.keys())))
+        for key in stored:
+            self.roster.add_stored(key)
+        for key in before - stored:
+            if self.roster.find(key) is None:
+                self.roster.forget_stored(key)
 
     async def stats(self, entry: Entry) -> SessionStats:
         """Fresh statistics; of an actor that does not answer, the last that are known."""

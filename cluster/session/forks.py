@@ -55,7 +55,7 @@ class Forks:
                 self._check_free(new)
                 entry = self._roster.find(key)
                 if entry is None:
-                    if not self._roster.is_known(key):
+                    if not self._custody.is_known(key):
                         raise no_session(key)
                     # Only the disk has it, and nothing can come between: this does not wait.
                     self._make(new, _Origin(self._custody.recorded(key, turn)))
@@ -76,7 +76,7 @@ class Forks:
             self._custody.leases.release(lease)
 
     def _check_free(self, new: SessionKey) -> None:
-        if self._roster.is_known(new):
+        if self._custody.is_known(new):
             raise session_exists(new)
 
     async def _visit(self, entry: Entry, turn: int | None, room: int | None) -> _Origin | None:

@@ -11,7 +11,7 @@ large as the conversation, however often that is rewritten.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -121,6 +121,28 @@ class Journal(Protocol):
 
     def close(self) -> None:
         """Let go of files and memory that an idle session does not need; the next use takes them again."""
+        ...
+
+
+class Journals(Protocol):
+    """All durable journals that a node's sessions have. `shared`: other nodes' sessions have theirs there, too."""
+
+    @property
+    def shared(self) -> bool: ...
+
+    def open(self, key: SessionKey) -> Journal: ...
+
+    def keys(self) -> Iterable[SessionKey]:
+        """Of all that there are. Called in a thread."""
+        ...
+
+    def nbytes(self) -> int:
+        """Disk that all of them take. Called in a thread."""
+        ...
+
+    def glance(self, key: SessionKey) -> Glance | None:
+        """What can be told of a session without reading its turns; None: there is no journal that could be read. Makes
+        none. Called in a thread too."""
         ...
 
 

@@ -15,9 +15,7 @@ import contextlib
 import logging
 import math
 import os
-from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -43,12 +41,13 @@ from phi_cluster.cluster.session.actor_pool import RayActors
 from phi_cluster.cluster.session.administration import Administration
 from phi_cluster.cluster.session.catalog import Catalog
 from phi_cluster.cluster.session.conversation import name_digest
-from phi_cluster.cluster.session.custody import Custody, Journals
+from phi_cluster.cluster.session.custody import Custody
 from phi_cluster.cluster.session.forks import Forks
 from phi_cluster.cluster.session.glances import Glances
 from phi_cluster.cluster.session.hibernation import Hibernation
 from phi_cluster.cluster.session.hibernation_store import FileHibernationStore, HibernationStore, read_key
-from phi_cluster.cluster.session.journal import Glance, Journal
+from phi_cluster.cluster.session.journal import Journals, JournalUnavailable
+from phi_cluster.cluster.session.journals import JournalPlace, open_journals
 from phi_cluster.cluster.session.recycler import RecycleReason
 from phi_cluster.cluster.session.reports import (
     KeeperReport,
@@ -60,7 +59,6 @@ from phi_cluster.cluster.session.retention import Retention
 from phi_cluster.cluster.session.roster import Entry
 from phi_cluster.cluster.session.segment_layout import SegmentLayout
 from phi_cluster.cluster.session.session import SessionSettings, SessionStats
-from phi_cluster.cluster.session.sqlite_journal import SQLiteJournal, glance, journals_nbytes, list_sessions
 from phi_cluster.cluster.session.tenant_memory import TenantMemory
 from phi_cluster.cluster.session.usage_file import UsageFile
 from phi_cluster.cluster.session_api import SessionPage, SessionQuery
@@ -404,7 +402,12 @@ class NodeSessions:
         if now - self._journals_seen_at < _JOURNALS_SECONDS:
             return
         self._journals_seen_at = now
-        self._journal_nbytes = await asyncio.to_thread(self._custody.journals.nbytes)
+        try:
+            self._journal_nbytes = await asyncio.to_thread(self._custody.journals.nbytes)
+            if self._custody.journals.shared:
+                await self._custody.list_again()
+        except JournalUnavailable as error:
+            logger.warning("the journals were not looked at: %s", error.message)
 
     async def _save_usage(self) -> None:
         try:
@@ -418,24 +421,6 @@ class NodeSessions:
         return SessionReport(stats, pid, private_or_zero(pid), entry.private_baseline)
 
 
-class _SQLiteJournals:
-    def __init__(self, state_path: Path, settings: SessionSettings):
-        self._state_path = state_path
-        self._settings = settings
-
-    def open(self, key: SessionKey) -> Journal:
-        return SQLiteJournal(self._state_path, key, self._settings.fingerprint, self._settings.clock)
-
-    def keys(self) -> Iterable[SessionKey]:
-        return list_sessions(self._state_path)
-
-    def nbytes(self) -> int:
-        return journals_nbytes(self._state_path)
-
-    def glance(self, key: SessionKey) -> Glance | None:
-        return glance(self._state_path, key)
-
-
 # Whoever waits here, for a turn or for memory, must not take the place of the commit that it waits for: Ray's default
 # is 1000.
 @ray.remote(num_cpus=0, max_concurrency=15_000)  # type: ignore[call-overload]
@@ -446,7 +431,7 @@ class Keeper(NodeSessions):
         self,
         layout: SegmentLayout,
         fingerprint: str,
-        state_path: Path,
+        place: JournalPlace,
         sessions: SessionsConfig,
         kv: KVConfig,
         budget_nbytes: int,
@@ -454,8 +439,10 @@ class Keeper(NodeSessions):
         log_as("keeper")
         settings = session_settings(layout, fingerprint)
         node_id = ray.get_runtime_context().get_node_id()
-        actors = RayActors(layout, fingerprint, state_path, node_id)
-        journals, usage = _SQLiteJournals(state_path, settings), UsageFile(state_path / "usage.sqlite")
+        actors = RayActors(layout, fingerprint, place, node_id)
+        journals = open_journals(place, fingerprint, settings.clock)
+        state_path = place.state_path
+        usage = UsageFile(state_path / "usage.sqlite")
         store = None
         if kv.hibernate_quota:
             key = read_key(kv.hibernate_key_file) if kv.hibernate_key_file else None

@@ -1,21 +1,18 @@
 """A journal's SQLite file: making it privately, opening it, its versions, and what its errors mean.
 
-Owns: file modes, durability settings, the schema and its migrations, and the checksum that the schema stores (SQLite
-has none for its pages: a bit that flips on the disk would be another token). Knows nothing of what is stored when.
+Owns: file modes, durability settings, the schema (with checksums, of which SQLite has none for its pages: a bit that
+flips on the disk would be another token) and its migrations. Knows nothing of what is stored when.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import os
 import sqlite3
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
-
-import msgpack
 
 from phi_cluster.cluster.session.journal import (
     JournalCorrupt,
@@ -23,6 +20,7 @@ from phi_cluster.cluster.session.journal import (
     JournalTooNew,
     JournalUnavailable,
 )
+from phi_cluster.cluster.session.journal_rows import checksum
 
 # Marks the file as ours ("phiJ").
 APPLICATION_ID = 0x7068694A
@@ -59,11 +57,6 @@ MIGRATIONS: tuple[str, ...] = (
     );
     """,
 )
-
-
-def checksum(*values: int | float | str | bytes | None) -> int:
-    """40 bits of a row, so that millions of them can be summed; also a function in the journals' SQL."""
-    return int.from_bytes(hashlib.blake2b(msgpack.packb(values), digest_size=5).digest(), "little")
 
 
 def create_file(path: Path) -> None:

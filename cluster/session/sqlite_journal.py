@@ -17,7 +17,6 @@ import sqlite3
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import msgpack
 
@@ -32,7 +31,8 @@ from phi_cluster.cluster.session.journal import (
     first_epoch,
     stale_epoch,
 )
-from phi_cluster.cluster.session.sqlite_file import MIGRATIONS, checksum, corrupt, translated
+from phi_cluster.cluster.session.journal_rows import checksum, row_to_turn, turn_to_row
+from phi_cluster.cluster.session.sqlite_file import MIGRATIONS, corrupt, translated
 
 _TURN_COLUMNS = (
     "epoch, request_id, num_kept_tokens, num_kept_chars, token_ids, text, boundaries, num_prompt_tokens,"
@@ -157,7 +157,7 @@ class SQLiteJournal:
             kept = (turn.num_kept_chars, turn.num_kept_tokens)
             dropped = connection.execute(f"SELECT {_TURN_COLUMNS} {superseded}", kept).fetchall()
             connection.execute(f"DELETE {superseded}", kept)
-            values = _turn_to_row(turn)
+            values = turn_to_row(turn)
             connection.execute(_INSERT_TURN, values)
             turns_checksum += checksum(*values) - sum(checksum(*old) for old in dropped)
             self._write(connection, replace(info, turns=info.turns + 1, fingerprint=self._fingerprint), turns_checksum)
@@ -167,7 +167,7 @@ class SQLiteJournal:
         self.close()
         is_new = not self.exists
         info = filled(turns, fingerprint, float(self._clock()))
-        rows = [_turn_to_row(turn) for turn in turns]
+        rows = [turn_to_row(turn) for turn in turns]
         done = False
 
         def write(connection: sqlite3.Connection) -> None:
@@ -194,7 +194,7 @@ class SQLiteJournal:
         if sum(checksum(*row) for row in rows) != turns_checksum:
             raise corrupt(self.path, "the turns' checksum is wrong")
         try:
-            return [_row_to_turn(self.key, row) for row in rows]
+            return [row_to_turn(self.key, row) for row in rows]
         except (ValueError, TypeError, msgpack.UnpackException) as error:
             raise corrupt(self.path, str(error)) from None
 
@@ -272,44 +272,3 @@ class SQLiteJournal:
     def _write_new(self, connection: sqlite3.Connection) -> None:
         now = float(self._clock())
         self._write(connection, JournalInfo(first_epoch(now), 0, 0, 0, self._fingerprint, now), 0)
-
-
-def _turn_to_row(turn: CommitTurn) -> tuple[Any, ...]:
-    return (
-        turn.epoch,
-        turn.request_id,
-        turn.num_kept_tokens,
-        turn.num_kept_chars,
-        turn.token_ids,
-        # Bytes: text may hold anything Python's strings can, lone surrogates included.
-        turn.text.encode("utf-8", "surrogatepass"),
-        msgpack.packb(turn.boundaries),
-        turn.num_prompt_tokens,
-        turn.num_cached_tokens,
-        turn.num_completion_tokens,
-        turn.finish_reason,
-        msgpack.packb(turn.sampling),
-        # As SQLite gives it back: an integer would have another checksum.
-        float(turn.committed_at),
-    )
-
-
-def _row_to_turn(key: SessionKey, row: Sequence[Any]) -> CommitTurn:
-    epoch, request_id, kept_tokens, kept_chars, token_ids, text, boundaries, *rest = row
-    num_prompt, num_cached, num_completion, reason, sampling, committed_at = rest
-    return CommitTurn(
-        key,
-        epoch,
-        request_id,
-        kept_tokens,
-        kept_chars,
-        token_ids,
-        text.decode("utf-8", "surrogatepass"),
-        tuple((chars, tokens) for chars, tokens in msgpack.unpackb(boundaries)),
-        num_prompt,
-        num_cached,
-        num_completion,
-        reason,
-        msgpack.unpackb(sampling, strict_map_key=False),
-        committed_at,
-    )

@@ -134,6 +134,8 @@ class DurableJournal:
 class Journals:
     """Of one process (the keeper's `Journals`)."""
 
+    shared = False
+
     def __init__(self, disk: Disk, process: Process, kind: type[DurableJournal]):
         self._disk = disk
         self._process = process

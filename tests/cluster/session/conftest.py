@@ -30,6 +30,7 @@ from phi_cluster.cluster.session.session import Session, SessionSettings
 from phi_cluster.cluster.session.sqlite_journal import SQLiteJournal, glance, journals_nbytes, list_sessions
 from phi_cluster.cluster.session_api import SessionQuery
 from phi_cluster.model.kv_layout import KVCacheLayout
+from tests.redis_process import RedisProcess
 
 FINGERPRINT = "model-1"
 _numbers = itertools.count(1)
@@ -169,6 +170,13 @@ def make_journal(tmp_path: Path, clock: Clock) -> Iterator[Callable[..., SQLiteJ
         journal.close()
 
 
+@pytest.fixture(scope="session")
+def redis_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisProcess]:
+    process = RedisProcess(tmp_path_factory.mktemp("r"))
+    yield process
+    process.kill()
+
+
 @dataclass
 class Turns:
     """An engine and a replica in one: begins turns, writes into the segment as they would, commits."""
@@ -270,6 +278,8 @@ class Node:
         self.layout = settings.layout
 
         class Journals:
+            shared = False
+
             def __init__(self) -> None:
                 # Whose journals were looked into.
                 self.looked_at: list[SessionKey] = []

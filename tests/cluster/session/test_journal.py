@@ -1,4 +1,4 @@
-"""Both journals: who may commit, what comes back, what is superseded."""
+"""All journals: who may commit, what comes back, what is superseded."""
 
 import dataclasses
 import pickle
@@ -7,11 +7,18 @@ import pytest
 
 from phi_cluster.cluster.errors import StaleEpoch
 from phi_cluster.cluster.session.journal import JournalCorrupt, MemoryJournal
+from phi_cluster.cluster.session.redis_journal import RedisJournals
+from phi_cluster.cluster.session.redis_server import RedisServer
 from phi_cluster.cluster.session.transcript import Transcript
 
 
-@pytest.fixture(params=["memory", "sqlite"])
+@pytest.fixture(params=["memory", "sqlite", "redis"])
 def journal(request, key, clock, kit, make_journal):
+    if request.param == "redis":
+        process = request.getfixturevalue("redis_process")
+        journal = RedisJournals(RedisServer(process.url), kit.fingerprint, clock).open(key)
+        journal.delete()
+        return journal
     if request.param == "memory":
         return MemoryJournal(key, kit.fingerprint, clock)
     return make_journal(key)

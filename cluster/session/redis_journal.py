@@ -1,0 +1,315 @@
+"""The journal of clusters that share no disk: a Redis server has all sessions' turns.
+
+Owns: what is stored there under which names, in one step each, and what Redis's errors mean. Knows nothing of segments,
+actors or transcripts; the connection is redis_server.py's.
+
+Of a session there are three hashes, whose names hold only its digest: `session` (see _FIELDS), `turns` (by epoch: a
+row of journal_rows.py behind its checksum) and `index` (by epoch: what a commit must know of earlier turns, without
+reading these). Scripts run on the server, so that each change is made whole or not at all, and no two writers' mix. As
+durable as the server is: `appendonly yes` and `appendfsync always` for what a commit promises.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import msgpack
+
+from phi_cluster.cluster.messages import CommitTurn, SessionKey
+from phi_cluster.cluster.session.journal import (
+    Glance,
+    JournalCorrupt,
+    JournalInfo,
+    JournalTooNew,
+    filled,
+    first_epoch,
+    stale_epoch,
+)
+from phi_cluster.cluster.session.journal_rows import checksum, row_to_turn, turn_to_row
+from phi_cluster.cluster.session.redis_server import RedisServer
+
+# Of what is stored. A server that finds a later one leaves it alone.
+VERSION = 1
+_PREFIX = "phi-cluster"
+# So many sessions are asked for at once.
+_BATCH = 500
+_CHECKSUM_NBYTES = 5
+# Sums of checksums are taken in it: a script's numbers are exact to 2^53.
+_SUM = 1 << 40
+_FIELDS = [
+    "version",
+    "tenant",
+    "session_id",
+    "ephemeral",
+    "fingerprint",
+    "created_at",
+    "epoch",
+    "turns",
+    "activation",
+    "recycles",
+    "checksum",
+    "num_tokens",
+    "last_used",
+]
+
+_REFUSE_NEWER = f"""
+local version = tonumber(redis.call('HGET', KEYS[1], 'version') or '0')
+if version > {VERSION} then return {{'newer', tostring(version)}} end
+"""
+# ARGV: how many of the rest are a new session's fields and values, these, and then fields and by how much they rise.
+_RAISE = (
+    _REFUSE_NEWER
+    + """
+local first = tonumber(ARGV[1]) + 2
+if version == 0 then redis.call('HSET', KEYS[1], unpack(ARGV, 2, first - 1)) end
+for i = first, #ARGV, 2 do redis.call('HINCRBY', KEYS[1], ARGV[i], ARGV[i + 1]) end
+return {'ok', redis.call('HGETALL', KEYS[1])}
+"""
+)
+# ARGV: the epoch that a new session would have; the turn's epoch, request, kept tokens, kept chars, checksum, row,
+# length with what is kept, time; the model's fingerprint.
+_COMMIT = (
+    _REFUSE_NEWER
+    + f"""
+local epoch = ARGV[2]
+local stored = redis.call('HGET', KEYS[2], epoch)
+if stored and cmsgpack.unpack(stored)[1] == ARGV[3] then return {{'stored'}} end
+local current = redis.call('HGET', KEYS[1], 'epoch') or ARGV[1]
+if stored or current ~= epoch then return {{'stale', current}} end
+local sum = tonumber(redis.call('HGET', KEYS[1], 'checksum'))
+local turns = redis.call('HGETALL', KEYS[2])
+for i = 1, #turns, 2 do
+    local turn = cmsgpack.unpack(turns[i + 1])
+    if turn[2] >= tonumber(ARGV[4]) and turn[3] >= tonumber(ARGV[5]) then
+        sum = (sum - turn[4]) % {_SUM}
+        redis.call('HDEL', KEYS[2], turns[i])
+        redis.call('HDEL', KEYS[3], turns[i])
+    end
+end
+local index = cmsgpack.pack({{ARGV[3], tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6])}})
+redis.call('HSET', KEYS[2], epoch, index)
+redis.call('HSET', KEYS[3], epoch, ARGV[7])
+redis.call('HINCRBY', KEYS[1], 'turns', 1)
+redis.call('HSET', KEYS[1], 'checksum', string.format('%.0f', (sum + tonumber(ARGV[6])) % {_SUM}),
+           'num_tokens', ARGV[8], 'last_used', ARGV[9], 'fingerprint', ARGV[10])
+return {{'ok'}}
+"""
+)
+# ARGV: how many of the rest are the session's fields and values, these, and then for each turn its epoch, index, row.
+_FILL = """
+if redis.call('EXISTS', KEYS[1]) == 1 then return {'there'} end
+local first = tonumber(ARGV[1]) + 2
+redis.call('HSET', KEYS[1], unpack(ARGV, 2, first - 1))
+for i = first, #ARGV, 3 do
+    redis.call('HSET', KEYS[2], ARGV[i], ARGV[i + 1])
+    redis.call('HSET', KEYS[3], ARGV[i], ARGV[i + 2])
+end
+return {'ok'}
+"""
+_CLEAR = (
+    _REFUSE_NEWER
+    + """
+redis.call('DEL', KEYS[2], KEYS[3])
+if version > 0 then redis.call('HSET', KEYS[1], 'turns', 0, 'checksum', 0, 'num_tokens', 0) end
+return {'ok'}
+"""
+)
+
+
+def _names(digest: str) -> tuple[str, str, str]:
+    # Braces: a session's names stay together wherever keys are spread over servers.
+    stem = f"{_PREFIX}:{{{digest}}}"
+    return f"{stem}:session", f"{stem}:index", f"{stem}:turns"
+
+
+class RedisJournal:
+    """See `Journal`."""
+
+    def __init__(self, server: RedisServer, key: SessionKey, fingerprint: str, clock: Callable[[], float]):
+        self.key = key
+        self._server = server
+        self._keys = _names(key.digest)
+        self._fingerprint = fingerprint
+        self._clock = clock
+
+    def info(self) -> JournalInfo:
+        return self._raise()
+
+    def activate(self, *, recycled: bool) -> JournalInfo:
+        return self._raise("activation", 1, "recycles", int(recycled))
+
+    def take_epoch(self) -> JournalInfo:
+        return self._raise("epoch", 1)
+
+    def commit(self, turn: CommitTurn) -> bool:
+        row = turn_to_row(turn)
+        said, *rest = self._run(
+            _COMMIT,
+            first_epoch(self._clock()),
+            turn.epoch,
+            turn.request_id,
+            turn.num_kept_tokens,
+            turn.num_kept_chars,
+            checksum(*row),
+            _packed(row),
+            turn.num_kept_tokens + len(turn.token_ids) // 4,
+            repr(row[-1]),
+            self._fingerprint,
+        )
+        if said == b"stale":
+            raise stale_epoch(turn, int(rest[0]))
+        return said == b"ok"
+
+    def load(self) -> list[CommitTurn]:
+        with self._server.translated(self._name) as client:
+            transaction = client.pipeline(transaction=True)
+            transaction.hmget(self._keys[0], "version", "checksum")
+            transaction.hgetall(self._keys[2])
+            (version, total), stored = transaction.execute()
+        if int(version or 0) > VERSION:
+            raise self._too_new(int(version))
+        rows = [self._unpacked(epoch, data) for epoch, data in stored.items()]
+        if sum(checksum(*row) for row in rows) % _SUM != int(total or 0):
+            raise self._corrupt("the turns' checksum is wrong")
+        try:
+            return [row_to_turn(self.key, row) for row in sorted(rows, key=lambda row: row[0])]
+        except (ValueError, TypeError, msgpack.UnpackException) as error:
+            raise self._corrupt(str(error)) from None
+
+    def fill(self, turns: Sequence[CommitTurn], fingerprint: str) -> None:
+        info = filled(turns, fingerprint, float(self._clock()))
+        rows = [turn_to_row(turn) for turn in turns]
+        fields = self._fields(info) | {"checksum": sum(checksum(*row) for row in rows) % _SUM}
+        if turns:
+            last = turns[-1]
+            fields |= {"num_tokens": last.num_kept_tokens + len(last.token_ids) // 4, "last_used": rows[-1][-1]}
+        values: list[Any] = []
+        for row in rows:
+            # As the script of a commit packs it.
+            values += [row[0], msgpack.packb([row[1], row[2], row[3], checksum(*row)]), _packed(row)]
+        if self._run(_FILL, *_flat(fields), *values)[0] == b"there":
+            raise ValueError("there is a journal of this session")
+
+    def clear(self) -> None:
+        self._run(_CLEAR)
+
+    def delete(self) -> None:
+        with self._server.translated(self._name) as client:
+            client.delete(*self._keys)
+
+    def close(self) -> None:
+        """The connection is the process's, not the session's."""
+
+    @property
+    def _name(self) -> str:
+        return f"of session {self.key.digest[:12]}"
+
+    def _raise(self, *by: Any) -> JournalInfo:
+        now = float(self._clock())
+        new = JournalInfo(first_epoch(now), 0, 0, 0, self._fingerprint, now)
+        flat = self._run(_RAISE, *_flat(self._fields(new)), *by)[1]
+        stored = dict(zip(flat[::2], flat[1::2], strict=True))
+        names = (stored[b"tenant"].decode(), stored[b"session_id"].decode(), stored[b"ephemeral"] == b"1")
+        if names != (self.key.tenant, self.key.session_id, self.key.ephemeral):
+            raise self._corrupt("it belongs to another session")
+        epoch, turns, activation, recycles = (
+            int(stored[name]) for name in (b"epoch", b"turns", b"activation", b"recycles")
+        )
+        fingerprint, created_at = stored[b"fingerprint"].decode(), float(stored[b"created_at"])
+        return JournalInfo(epoch, turns, activation, recycles, fingerprint, created_at)
+
+    def _fields(self, info: JournalInfo) -> dict[str, Any]:
+        names = (self.key.tenant, self.key.session_id, int(self.key.ephemeral))
+        counts = (info.epoch, info.turns, info.activation, info.recycles)
+        values = (VERSION, *names, info.fingerprint, info.created_at, *counts, 0, 0, info.created_at)
+        return dict(zip(_FIELDS, values, strict=True))
+
+    def _run(self, script: str, *arguments: Any) -> Any:
+        with self._server.translated(self._name):
+            answer = self._server.script(script)(keys=list(self._keys), args=list(arguments))
+        if answer[0] == b"newer":
+            raise self._too_new(int(answer[1]))
+        return answer
+
+    def _unpacked(self, epoch: bytes, data: bytes) -> tuple[Any, ...]:
+        try:
+            row = tuple(msgpack.unpackb(data[_CHECKSUM_NBYTES:]))
+        except (ValueError, TypeError, msgpack.UnpackException) as error:
+            raise self._corrupt(str(error)) from None
+        if checksum(*row) != int.from_bytes(data[:_CHECKSUM_NBYTES], "little") or row[0] != int(epoch):
+            raise self._corrupt("a turn's checksum is wrong")
+        return row
+
+    def _corrupt(self, reason: str) -> JournalCorrupt:
+        return JournalCorrupt(
+            f"the journal {self._name} in Redis cannot be read ({reason}): restore it from a backup, or delete the"
+            " session to begin the conversation anew"
+        )
+
+    def _too_new(self, version: int) -> JournalTooNew:
+        return JournalTooNew(
+            f"the journal {self._name} in Redis has version {version} and this program knows {VERSION}: a later version"
+            " wrote it; use that one"
+        )
+
+
+class RedisJournals:
+    """All of a server's; implements custody.Journals."""
+
+    # Other servers write there, too.
+    shared = True
+
+    def __init__(self, server: RedisServer, fingerprint: str, clock: Callable[[], float]):
+        self._server = server
+        self._fingerprint = fingerprint
+        self._clock = clock
+
+    def open(self, key: SessionKey) -> RedisJournal:
+        return RedisJournal(self._server, key, self._fingerprint, self._clock)
+
+    def keys(self) -> list[SessionKey]:
+        """Raises JournalUnavailable."""
+        found = []
+        for names in self._batches("session"):
+            for row in self._asked(names, "HMGET", "tenant", "session_id", "ephemeral"):
+                # Deleted since it was found.
+                if None not in row:
+                    found.append(SessionKey(row[0].decode(), row[1].decode(), row[2] == b"1"))
+        return found
+
+    def nbytes(self) -> int:
+        """Memory that Redis has for them, by its own estimate."""
+        sizes = (self._asked(names, "MEMORY USAGE") for names in self._batches("*"))
+        return sum(size or 0 for some in sizes for size in some)
+
+    def glance(self, key: SessionKey) -> Glance | None:
+        fields = ("num_tokens", "turns", "activation", "recycles", "created_at", "last_used")
+        row = self._asked([_names(key.digest)[0]], "HMGET", *fields)[0]
+        if None in row:
+            return None
+        tokens, turns, activation, recycles, *times = row
+        return Glance(int(tokens), int(turns), int(activation), int(recycles), *map(float, times))
+
+    def _batches(self, kind: str) -> Iterator[list[Any]]:
+        with self._server.translated("of all sessions") as client:
+            names = list(client.scan_iter(match=f"{_PREFIX}:{{*}}:{kind}", count=1000))
+        for first in range(0, len(names), _BATCH):
+            yield names[first : first + _BATCH]
+
+    def _asked(self, names: Sequence[Any], command: str, *arguments: str) -> list[Any]:
+        """The answers to the same command for each name."""
+        with self._server.translated("of all sessions") as client:
+            pipeline = client.pipeline(transaction=False)
+            for name in names:
+                pipeline.execute_command(command, name, *arguments)
+            return pipeline.execute()
+
+
+def _packed(row: tuple[Any, ...]) -> bytes:
+    return checksum(*row).to_bytes(_CHECKSUM_NBYTES, "little") + msgpack.packb(row)
+
+
+def _flat(fields: dict[str, Any]) -> list[Any]:
+    """Their number, with the values, and they."""
+    return [2 * len(fields), *(one for pair in fields.items() for one in pair)]
