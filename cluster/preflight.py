@@ -6,6 +6,7 @@ Knows nothing of Ray, models' contents or HTTP.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import socket
@@ -75,6 +76,8 @@ def check_config(config: Config, machine: Machine, shm: Path = Path("/dev/shm"))
     if config.keys_path is not None:
         # What is wrong with it is said here, in one sentence.
         KeyFile(config.keys_path)
+    if config.tracing.endpoint is not None and not _has_package("opentelemetry.exporter.otlp.proto.http"):
+        raise StartError("tracing.endpoint wants OpenTelemetry's exporter: pip install 'phi-cluster[otel]'")
     if config.server.port == config.server.metrics_port:
         raise StartError(f"server.metrics_port: {config.server.metrics_port} is server.port too; choose another port")
     server = config.server
@@ -87,6 +90,14 @@ def check_config(config: Config, machine: Machine, shm: Path = Path("/dev/shm"))
         check_folder(name, path)
     if not shm.is_dir():
         raise StartError(f"{shm} is missing: Ray's object store needs it; in a container, mount a tmpfs there")
+
+
+def _has_package(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:
+        # One that it lies in.
+        return False
 
 
 def check_port(name: str, host: str, port: int) -> None:

@@ -77,7 +77,7 @@ def responses_router(edge: Edge) -> APIRouter:
                 f"not {fields.max_output_tokens}",
                 param="max_output_tokens",
             )
-        new = new_response(fields, settings, sampling_of(fields, settings), caller.tenant, caller.request_id)
+        new = new_response(fields, settings, sampling_of(fields, settings), caller)
         create = partial(responses.create, new)
         if fields.stream:
             return ResponseStream(create, settings)

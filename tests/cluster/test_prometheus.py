@@ -1,6 +1,6 @@
 """A real Prometheus scrapes a real server under load: every panel, rule and alert finds what it asks for.
 
-And the gauges of KV memory follow what the kernel says while it grows.
+And the gauges of KV memory follow what the kernel says while it grows, and a collector gets the traces of it all.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import pytest
 import yaml
 
 from phi_cluster.cluster.keys import hash_of
+from tests.cluster.collector import Collector
 
 pytestmark = [
     pytest.mark.cluster,
@@ -39,7 +40,14 @@ REPORT_SECONDS = 3.0
 
 
 @pytest.fixture(scope="module")
-def server(launch: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+def collector() -> Iterator[Collector]:
+    collector = Collector()
+    yield collector
+    collector.close()
+
+
+@pytest.fixture(scope="module")
+def server(launch: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory, collector: Collector) -> Iterator[Any]:
     keys = tmp_path_factory.mktemp("keys") / "keys.yaml"
     entry = {"name": "watcher", "hash": hash_of(KEY), "scopes": ["admin"], "limits": {"concurrent_turns": 20}}
     keys.write_text(yaml.safe_dump({"keys": [entry]}))
@@ -50,6 +58,7 @@ def server(launch: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory)
             "sessions": sessions,
             "engine": {"speculation": speculation, "standby_engines": 1},
             "server": {"keys": str(keys)},
+            "tracing": {"endpoint": collector.url},
         }
     )
     yield server
@@ -267,3 +276,39 @@ def test_what_happened_can_be_seen(prometheus, until):
     until(lambda: total('phi_key_requests_total{key="watcher"}') >= num_turns, "all turns by key", 30)
     # Nobody is woken up for it.
     assert total('ALERTS{alertstate="firing",severity="page"}') == 0
+
+
+def test_a_request_is_one_trace_over_all_processes(user, server, collector, until):
+    trace, parent = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+    assert user.http.post("/v1/sessions/sleeper/hibernate").status_code == 200
+    said = user.http.get("/v1/sessions/sleeper/messages").json()["data"]
+    asked = {"messages": [*said, {"role": "user", "content": "Well?"}], "max_tokens": 4, "ignore_eos": True}
+    headers = {"x-session-id": "sleeper", "traceparent": f"00-{trace}-{parent}-01"}
+    reply = user.http.post("/v1/chat/completions", json=asked, headers=headers)
+    assert reply.status_code == 200, reply.text
+    [root] = until(lambda: [span for span in collector.spans if span.parent == parent], "the trace", 30)
+    usage = reply.json()["usage"]
+    assert (root.trace, root.name) == (trace, f"chat {reply.json()['model']}")
+    assert root.attributes["gen_ai.usage.input_tokens"] == usage["prompt_tokens"]
+    assert root.attributes["gen_ai.usage.output_tokens"] == usage["completion_tokens"] == 4
+    assert root.attributes["gen_ai.response.finish_reasons"] == ["length"]
+    parts = collector.parts(root)
+    phases = ("engine.queue", "engine.prefill", "engine.decode")
+    others = ("session.begin_turn", "session.wake", "journal.begin", "kv.reserve", "journal.commit")
+    assert {*phases, *others} <= set(parts)
+    for one in parts.values():
+        # Clocks of one machine agree.
+        assert root.began - 0.001 <= one.began <= one.ended <= root.ended + 0.001
+    assert parts["session.begin_turn"].attributes["phi.session.num_computed_tokens"] > 0
+    assert parts["engine.decode"].attributes["phi.engine.pid"] == user.session("sleeper")["engine_pid"]
+
+
+def test_the_traces_tell_what_died_and_not_what_was_said(user, server, collector, until):
+    """Of all that this server has been asked."""
+    until(lambda: any("engine.lost" in span.events for span in collector.spans), "the engine's death", 30)
+    ids = {span.id for span in collector.spans}
+    lonely = [span for span in collector.spans if span.parent and span.parent not in ids]
+    assert [span.name.split()[0] for span in lonely] == ["chat"]
+    sent = b"".join(collector.raw)
+    for secret in (b"Count from", b"Repeat", b"Well?", b"sleeper", b"watcher", KEY.encode()):
+        assert secret not in sent
