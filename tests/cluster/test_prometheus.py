@@ -10,20 +10,17 @@ import os
 import re
 import shutil
 import signal
-import socket
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 import yaml
 
 from phi_cluster.cluster.keys import hash_of
 from tests.cluster.collector import Collector
+from tests.prometheus import MONITORING, Prometheus
 
 pytestmark = [
     pytest.mark.cluster,
@@ -31,7 +28,6 @@ pytestmark = [
     pytest.mark.skipif(not shutil.which("prometheus"), reason="prometheus is not installed"),
 ]
 
-MONITORING = Path(__file__).parent.parent.parent / "monitoring"
 KEY = "phi-watcher"
 # What Grafana puts in.
 VARIABLES = {"$__rate_interval": "5m", "$instance": ".+"}
@@ -63,43 +59,6 @@ def server(launch: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory,
     )
     yield server
     server.stop()
-
-
-class Prometheus:
-    """Our configuration, but that it looks each second, at this server."""
-
-    def __init__(self, folder: Path, target: str):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        shutil.copytree(MONITORING / "rules", folder / "rules")
-        config = yaml.safe_load((MONITORING / "prometheus.yml").read_text())
-        config["global"] = {"scrape_interval": "1s", "scrape_timeout": "1s", "evaluation_interval": "1s"}
-        (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
-        (folder / "targets").mkdir()
-        (folder / "targets" / "phi-cluster.yml").write_text(yaml.safe_dump([{"targets": [target]}]))
-        command = ["prometheus", f"--config.file={folder}/prometheus.yml", f"--storage.tsdb.path={folder}/data"]
-        self._log = (folder / "log").open("wb")
-        self._process = subprocess.Popen(
-            [*command, f"--web.listen-address=127.0.0.1:{port}"], stdout=self._log, stderr=self._log
-        )
-        self.http = httpx.Client(base_url=f"http://127.0.0.1:{port}/api/v1", timeout=20.0, trust_env=False)
-
-    def get(self, path: str, **parameters: str) -> Any:
-        answer = self.http.get(path, params=parameters).json()
-        assert answer["status"] == "success", (parameters, answer)
-        return answer["data"]
-
-    def query(self, expression: str) -> list[tuple[dict[str, str], float]]:
-        """Series and values. Raises AssertionError for an expression that cannot be evaluated."""
-        found = self.get("/query", query=expression)["result"]
-        return [(one["metric"], float(one["value"][1])) for one in found]
-
-    def close(self) -> None:
-        self.http.close()
-        self._process.send_signal(signal.SIGTERM)
-        self._process.wait(20)
-        self._log.close()
 
 
 @pytest.fixture(scope="module")
