@@ -6,7 +6,8 @@ A load of conversations runs. Then (1) the KV budget is filled, (2) the engine l
 it is killed three times in a row. Told is when each metric moved, when its alert became pending, fired and was
 resolved, and when each event happened that /v1/events tells of, in seconds since the fault. The rules are ours with all
 their periods (`[10m]`, `for: 5m`) divided by `--faster`, since hours cannot be waited for; thresholds are as they are.
-With `--screenshots` the live page is taken after each fault. Exit status 1 if an alert did not fire. The last line is JSON.
+With `--screenshots` the live page is taken after each fault. Exit status 1 if an alert did not fire. The last line is
+JSON.
 """
 
 from __future__ import annotations
@@ -122,6 +123,9 @@ class Watcher:
                 words = {"inactive": "is resolved", "pending": "is pending", "firing": "fires"}
                 timeline.add(at, f"{fault.alert} {words[now_state]}")
                 state = now_state
+            if happening.done():
+                # What went wrong with it is not waited for.
+                happening.result()
             if state == "firing" and happening.done() and ending is None:
                 if fault.ends is None:
                     break
@@ -164,7 +168,7 @@ class Trouble:
         """Conversations that idle, until the KV budget is nearly leased."""
         while (await self._usage()) < 0.96 and len(self._full) < 80:
             conversation = Conversation(self._client)
-            await conversation.say(1, "word " * 120)
+            await conversation.say(4, "word " * 120)
             self._full.append(conversation)
 
     async def empty(self) -> None:
@@ -324,7 +328,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--faster", type=float, default=30.0, help="what the rules' periods are divided by")
     parser.add_argument("--screenshots", type=Path, help="folder for pictures of the live page")
-    parser.add_argument("--port", type=int, default=8000, help="of the server; it takes some 1,000 more")
+    parser.add_argument("--port", type=int, default=8000, help="of the server; its metrics are on the next")
+    parser.add_argument("--internal-ports", type=int, default=30000, help="first of some 900 others that it takes")
     parsed = parser.parse_args()
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="phi-timeline-")))
@@ -332,7 +337,9 @@ def main() -> int:
         path = os.pathsep.join(
             filter(None, (str(Path(__file__).parent / "leaking_engine"), os.environ.get("PYTHONPATH")))
         )
-        url, _ = stack.enter_context(own_server(CONFIG, parsed.port, {"PYTHONPATH": path, "PHI_BENCH_LEAK": str(leak)}))
+        url, _ = stack.enter_context(
+            own_server(CONFIG, parsed.port, parsed.internal_ports, {"PYTHONPATH": path, "PHI_BENCH_LEAK": str(leak)})
+        )
         prometheus = Prometheus(folder, f"127.0.0.1:{parsed.port + 1}", lambda text: faster(text, parsed.faster))
         stack.callback(prometheus.close)
         timelines, failures = asyncio.run(run(url, prometheus, leak, parsed.screenshots))

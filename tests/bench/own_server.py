@@ -20,14 +20,14 @@ import yaml
 
 @contextlib.contextmanager
 def own_server(
-    config: Mapping[str, Any], port: int, environment: Mapping[str, str] | None = None
+    config: Mapping[str, Any], port: int, internal_ports: int, environment: Mapping[str, str] | None = None
 ) -> Iterator[tuple[str, int]]:
-    """`phi-cluster serve` with this configuration on this port (metrics on the next, the rest behind that), and its
-    address and pid once it is ready. `environment` is added to its own."""
+    """`phi-cluster serve` with this configuration on this port (metrics on the next; see server.internal_ports for
+    the others), and its address and pid once it is ready. `environment` is added to its own."""
     with tempfile.TemporaryDirectory(prefix="phi-bench-") as folder:
         own = {
             "state_dir": f"{folder}/state",
-            "server": {"port": port, "metrics_port": port + 1, "internal_ports": port + 2},
+            "server": {"port": port, "metrics_port": port + 1, "internal_ports": internal_ports},
         }
         path, log = Path(folder) / "config.yaml", Path(folder) / "log"
         path.write_text(yaml.safe_dump({**config, **own}))

@@ -1,26 +1,28 @@
-"""What it costs to be watched: a scrape with many sessions, and tokens a second with a scraper and without.
+"""What it costs to be watched: a scrape with many sessions, and tokens a second alone, with a scraper, and with the
+live page open too.
 
     python tests/bench/scraping.py --sessions 5000 --active 64          # the controller's part alone, no server
     phi-cluster serve &
     python tests/bench/scraping.py --url http://127.0.0.1:8000 --metrics http://127.0.0.1:9481/metrics --streams 8
 
 The first makes a controller's view of so many sessions in memory and times what a scrape does. The second runs the same
-turns alternately with and without a scrape each second, made by this process. The last line is JSON.
+turns in turn alone, with a scrape each second made by this process, and with that and the requests of an open page
+(page_requests.py). The last line is JSON.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import json
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
 
 import httpx
 from chat_load import Conversation
+from page_requests import page_requests
 from prometheus_client import CollectorRegistry, Metric, generate_latest
 
 from phi_cluster.cluster.cluster_view import ClusterView
@@ -114,32 +116,56 @@ async def _scrape(client: httpx.AsyncClient, metrics: str, seconds: list[float])
 
 
 async def with_and_without(url: str, metrics: str, num_streams: int, tokens: int, turns: int) -> dict[str, Any]:
-    limits = httpx.Limits(max_connections=num_streams + 4)
+    page = await page_requests(url)
+    limits = httpx.Limits(max_connections=num_streams + 8)
     async with httpx.AsyncClient(base_url=url, timeout=600.0, limits=limits) as client:
-        conversations = [Conversation(client) for _ in range(num_streams)]
-        await asyncio.gather(*(one.say(tokens) for one in conversations))
-        rates: dict[bool, list[float]] = {False: [], True: []}
         scrapes: list[float] = []
-        for number in range(2 * turns):
-            # Conversations grow, so the order turns round each time.
-            watched = number % 4 in (1, 2)
-            scraping = asyncio.create_task(_scrape(client, metrics, scrapes)) if watched else None
-            begin = time.perf_counter()
-            brought = await asyncio.gather(*(one.say(tokens) for one in conversations))
-            rates[watched].append(sum(turn.tokens for turn in brought) / (time.perf_counter() - begin))
-            if scraping is not None:
-                scraping.cancel()
-                with contextlib.suppress(asyncio.CancelledError):
-                    await scraping
-        for one in conversations:
-            await one.delete()
+        watchers: dict[str, list[Callable[[], Coroutine[Any, Any, None]]]] = {
+            "alone": [],
+            "scraped": [lambda: _scrape(client, metrics, scrapes)],
+            "page_open": [lambda: _scrape(client, metrics, scrapes), lambda: page.repeat(client)],
+        }
+        rates: dict[str, list[float]] = {name: [] for name in watchers}
+        for number in range(turns):
+            # Conversations grow, so all begin anew; and the machine changes, so the order turns round each time.
+            for name in list(watchers) if number % 2 == 0 else reversed(list(watchers)):
+                rates[name].append(await _watched(client, num_streams, tokens, watchers[name]))
+    alone = statistics.median(rates["alone"])
     return {
         "streams": num_streams,
-        "tokens_per_second": round(statistics.median(rates[False]), 1),
-        "tokens_per_second_scraped": round(statistics.median(rates[True]), 1),
-        "by_turn": {str(watched): [round(rate, 1) for rate in some] for watched, some in rates.items()},
+        "tokens_per_second": {name: round(statistics.median(some), 1) for name, some in rates.items()},
+        "of_alone": {name: round(statistics.median(some) / alone, 3) for name, some in rates.items()},
+        "of_alone_in_pairs": {
+            name: round(statistics.median(a / b for a, b in zip(some, rates["alone"], strict=True)), 3)
+            for name, some in rates.items()
+        },
+        "by_turn": {name: [round(rate, 1) for rate in some] for name, some in rates.items()},
+        "page_requests_per_second": round(page.per_second, 2),
         "scrape_ms_p50": round(statistics.median(scrapes) * 1000, 1),
     }
+
+
+async def _watched(
+    client: httpx.AsyncClient,
+    num_streams: int,
+    tokens: int,
+    watchers: list[Callable[[], Coroutine[Any, Any, None]]],
+) -> float:
+    """Tokens a second of new conversations' second turns."""
+    conversations = [Conversation(client) for _ in range(num_streams)]
+    await asyncio.gather(*(one.say(8) for one in conversations))
+    watching = [asyncio.create_task(watcher()) for watcher in watchers]
+    begin = time.perf_counter()
+    brought = await asyncio.gather(*(one.say(tokens) for one in conversations))
+    seconds = time.perf_counter() - begin
+    for task in watching:
+        # One that has failed says so, instead of being measured as nothing.
+        if not task.cancel():
+            task.result()
+    await asyncio.gather(*watching, return_exceptions=True)
+    for one in conversations:
+        await one.delete()
+    return sum(turn.tokens for turn in brought) / seconds
 
 
 def main() -> None:
@@ -149,8 +175,8 @@ def main() -> None:
     parser.add_argument("--url")
     parser.add_argument("--metrics", default="http://127.0.0.1:9481/metrics")
     parser.add_argument("--streams", type=int, default=8)
-    parser.add_argument("--tokens", type=int, default=64, help="length of each reply")
-    parser.add_argument("--turns", type=int, default=6, help="turns with, and turns without")
+    parser.add_argument("--tokens", type=int, default=256, help="length of each reply")
+    parser.add_argument("--turns", type=int, default=6, help="rounds of all three")
     parsed = parser.parse_args()
     if parsed.url is None:
         result = scrape_alone(parsed.sessions, parsed.active)

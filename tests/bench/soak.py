@@ -171,7 +171,7 @@ def main(arguments: list[str] | None = None) -> int:
     with contextlib.ExitStack() as stack:
         url, pid = parsed.url, parsed.server_pid
         if url is None or pid is None:
-            url, pid = stack.enter_context(own_server(CONFIG, parsed.port))
+            url, pid = stack.enter_context(own_server(CONFIG, parsed.port, parsed.port + 2))
         soak, samples = asyncio.run(measure(url, pid, parsed))
     memory = {part: [(x, nbytes / 1e6) for x, nbytes, _ in points] for part, points in samples.totals().items()}
     memory["all of them"] = samples.sum_over_time(1e6)
