@@ -64,7 +64,7 @@ def _http_url(value: object) -> object:
 
 _TAKEN_HEADERS = frozenset(
     {"authorization", "connection", "content-encoding", "content-length", "content-type", "cookie", "host", "origin"}
-    | {"transfer-encoding", "x-phi-details", "x-request-id", "x-resume-from"}
+    | {"traceparent", "transfer-encoding", "x-phi-details", "x-request-id", "x-resume-from"}
 )
 HeaderName = Annotated[str, BeforeValidator(_header)]
 Origin = Annotated[str, BeforeValidator(_origin)]
