@@ -22,9 +22,7 @@ import shutil
 import signal
 import sys
 import tempfile
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +32,7 @@ from playwright.async_api import Browser, async_playwright
 # Run as a module it finds the others of this folder as when it is run as a file.
 sys.path.insert(0, str(Path(__file__).parent))
 
+from alert_watcher import Fault, Timeline, Watcher
 from chat_load import Conversation
 from own_server import own_server
 
@@ -41,11 +40,12 @@ from tests.prometheus import Prometheus
 
 LEAK_NBYTES_PER_SECOND = 24 * 10**6
 CONFIG = {
-    "kv": {"budget": "64MiB", "hibernate_quota": 0},
+    "kv": {"budget": "256MiB", "hibernate_quota": 0},
     "engine": {"max_private_growth": "64MB", "standby_engines": 1},
     "sessions": {"spawn_interval": "200ms"},
 }
 _SETTLE_SECONDS = 60.0
+_PATIENCE_SECONDS = 200.0
 _DURATION = re.compile(r"(?<=\[)\d+[hms](?=\])|(?<=offset )\d+[hms]|(?<=for: )\d+[hms]")
 _UNIT = {"s": 1, "m": 60, "h": 3600}
 
@@ -60,102 +60,6 @@ def faster(rules: str, factor: float) -> str:
     return _DURATION.sub(shorter, rules)
 
 
-@dataclass(frozen=True)
-class Fault:
-    """Something that goes wrong. `expression` is what is looked at, and moves once it is above `moves_at`."""
-
-    name: str
-    alert: str
-    expression: str
-    moves_at: float
-    events: tuple[str, ...]
-    happens: Callable[[], Awaitable[None]]
-    # After it, until the alert is resolved; None: it is not waited for.
-    ends: Callable[[], Awaitable[None]] | None = None
-
-
-@dataclass
-class Timeline:
-    """What was seen of one fault; seconds since it began."""
-
-    fault: str
-    alert: str
-    moments: list[tuple[float, str]] = field(default_factory=list)
-
-    def add(self, at: float, what: str) -> None:
-        self.moments.append((round(at, 1), what))
-
-    @property
-    def has_fired(self) -> bool:
-        return any(what == f"{self.alert} fires" for _, what in self.moments)
-
-
-class Watcher:
-    """Looks at alerts, one metric, and events, several times a second."""
-
-    def __init__(self, client: httpx.AsyncClient, prometheus: Prometheus):
-        self._client = client
-        self._prometheus = prometheus
-
-    async def watch(self, fault: Fault, patience: float) -> Timeline:
-        """Until the alert is resolved (where that is waited for), or patience is at its end."""
-        timeline = Timeline(fault.name, fault.alert)
-        state, has_moved, seen = "inactive", False, set[str]()
-        last = (await self._events(None))["last"]
-        began = time.monotonic()
-        happening = asyncio.ensure_future(fault.happens())
-        ending: asyncio.Future[None] | None = None
-        while time.monotonic() - began < patience:
-            value = await self._value(fault.expression)
-            now_state = await self._state(fault.alert)
-            page = await self._events(last)
-            at, last = time.monotonic() - began, page["last"]
-            if not has_moved and value > fault.moves_at:
-                has_moved = True
-                timeline.add(at, f"{fault.expression} = {value:.3g}")
-            for event in page["data"]:
-                # Its own time, not when we looked.
-                if event["kind"] in fault.events:
-                    told = event["text"] + (f" ({event['reason']})" if event["reason"] else "")
-                    seen.add(event["kind"])
-                    timeline.add(at - (time.time() - event["time"]), f"event: {told}")
-            if now_state != state:
-                words = {"inactive": "is resolved", "pending": "is pending", "firing": "fires"}
-                timeline.add(at, f"{fault.alert} {words[now_state]}")
-                state = now_state
-            if happening.done():
-                # What went wrong with it is not waited for.
-                happening.result()
-            if state == "firing" and happening.done() and ending is None:
-                if fault.ends is None:
-                    break
-                ending = asyncio.ensure_future(fault.ends())
-            if timeline.has_fired and state == "inactive":
-                break
-            await asyncio.sleep(0.2)
-        await happening
-        if ending is not None:
-            await ending
-        timeline.moments.sort()
-        return timeline
-
-    async def fires(self, alert: str) -> bool:
-        return await self._state(alert) == "firing"
-
-    async def _value(self, expression: str) -> float:
-        found = await asyncio.to_thread(self._prometheus.query, expression)
-        return max((value for _, value in found), default=0.0)
-
-    async def _state(self, alert: str) -> str:
-        alerts = (await asyncio.to_thread(self._prometheus.get, "/alerts"))["alerts"]
-        states = {one["state"] for one in alerts if one["labels"]["alertname"] == alert}
-        return "firing" if "firing" in states else "pending" if "pending" in states else "inactive"
-
-    async def _events(self, after: int | None) -> Any:
-        asked = {"limit": 100} | ({} if after is None else {"after": after})
-        return (await self._client.get("/v1/events", params=asked)).raise_for_status().json()
-
-
 class Trouble:
     """Makes the faults."""
 
@@ -166,9 +70,9 @@ class Trouble:
 
     async def fill(self) -> None:
         """Conversations that idle, until the KV budget is nearly leased."""
-        while (await self._usage()) < 0.96 and len(self._full) < 80:
+        while (await self._usage()) < 0.97 and len(self._full) < 80:
             conversation = Conversation(self._client)
-            await conversation.say(4, "word " * 120)
+            await conversation.say(4, "word " * 500)
             self._full.append(conversation)
 
     async def empty(self) -> None:
@@ -191,6 +95,9 @@ class Trouble:
             pid = (await self._engine())["pid"]
             os.kill(pid, signal.SIGKILL)
             await self._replaced(pid)
+
+    async def leave_alone(self) -> None:
+        pass
 
     async def _cluster(self) -> Any:
         return (await self._client.get("/v1/cluster")).raise_for_status().json()
@@ -259,69 +166,49 @@ async def photographer(url: str, folder: Path | None) -> AsyncIterator[Callable[
 async def run(url: str, prometheus: Prometheus, leak: Path, folder: Path | None) -> tuple[list[Timeline], list[str]]:
     failures: list[str] = []
     timelines = []
-    async with httpx.AsyncClient(base_url=url, timeout=120.0) as client, photographer(url, folder) as take:
-        trouble, watcher = Trouble(client, leak), Watcher(client, prometheus)
+    async with httpx.AsyncClient(base_url=url, timeout=120.0) as client, photographer(url, folder) as photograph:
+        watcher = Watcher(client, prometheus, photograph)
         loading = asyncio.ensure_future(load(client, failures))
         await asyncio.sleep(5.0)
-        faults = (
-            (
-                Fault(
-                    "the KV budget is filled",
-                    "PhiKVNearBudget",
-                    "max(phi_kv_cache_usage_perc)",
-                    0.6,
-                    ("memory_given_way", "turn_refused"),
-                    trouble.fill,
-                    trouble.empty,
-                ),
-                "kv-full",
-            ),
-            (
-                Fault(
-                    "the engine leaks, and so does the one after it",
-                    "PhiEngineLeaks",
-                    "max(phi_engine_private_bytes - phi_engine_private_baseline_bytes)",
-                    10e6,
-                    ("engine_recycled", "engine_took_over"),
-                    trouble.leak_twice,
-                ),
-                "engine-leaks",
-            ),
-            (
-                Fault(
-                    "the engine is killed three times",
-                    "PhiRecoveryBurst",
-                    'sum(increase(phi_recoveries_total{component="engine"}[20s]))',
-                    0.5,
-                    ("engine_died", "engine_took_over", "engine_started"),
-                    trouble.kill_thrice,
-                    _nothing_more,
-                ),
-                "engine-killed",
-            ),
-        )
-        for fault, name in faults:
-            watching = asyncio.ensure_future(watcher.watch(fault, 200.0))
-            # While it is there to be seen.
-            while not watching.done() and not await watcher.fires(fault.alert):  # noqa: ASYNC110 -- so is Prometheus
-                await asyncio.sleep(0.5)
-            await take(name)
-            timelines.append(await watching)
-            print(told(timelines[-1]), flush=True)
+        for fault in faults(Trouble(client, leak)):
+            timelines.append(await watcher.watch(fault, _PATIENCE_SECONDS))
+            print(timelines[-1], flush=True)
         loading.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await loading
     return timelines, failures
 
 
-async def _nothing_more() -> None:
-    pass
-
-
-def told(timeline: Timeline) -> str:
-    lines = [f"{timeline.fault}:"]
-    lines += [f"  {at:7.1f} s  {what}" for at, what in timeline.moments]
-    return "\n".join(lines)
+def faults(trouble: Trouble) -> Iterator[Fault]:
+    yield Fault(
+        "kv-full",
+        "the KV budget is filled",
+        "PhiKVNearBudget",
+        "max(phi_kv_cache_usage_perc)",
+        0.6,
+        ("memory_given_way", "turn_refused"),
+        trouble.fill,
+        trouble.empty,
+    )
+    yield Fault(
+        "engine-leaks",
+        "the engine leaks, and so does the one after it",
+        "PhiEngineLeaks",
+        "max(phi_engine_private_bytes - phi_engine_private_baseline_bytes)",
+        10e6,
+        ("engine_recycled", "engine_took_over"),
+        trouble.leak_twice,
+    )
+    yield Fault(
+        "engine-killed",
+        "the engine is killed three times",
+        "PhiRecoveryBurst",
+        'sum(increase(phi_recoveries_total{component="engine"}[20s]))',
+        0.5,
+        ("engine_died", "engine_took_over", "engine_started"),
+        trouble.kill_thrice,
+        trouble.leave_alone,
+    )
 
 
 def main() -> int:
