@@ -46,6 +46,12 @@ CONFIG = {
 }
 _SETTLE_SECONDS = 60.0
 _PATIENCE_SECONDS = 200.0
+# Of the live page, by fault.
+_SHOWN = {
+    "kv-full": ("#speeds", ".panel.memory"),
+    "engine-leaks": (".panel.processes", ".panel.events"),
+    "engine-killed": (".panel.processes", ".panel.events"),
+}
 _DURATION = re.compile(r"(?<=\[)\d+[hms](?=\])|(?<=offset )\d+[hms]|(?<=for: )\d+[hms]")
 _UNIT = {"s": 1, "m": 60, "h": 3600}
 
@@ -152,12 +158,18 @@ async def photographer(url: str, folder: Path | None) -> AsyncIterator[Callable[
         browser: Browser = await playwright.chromium.launch(
             executable_path=shutil.which("chromium"), args=["--no-sandbox"]
         )
-        page = await browser.new_page(viewport={"width": 1280, "height": 860}, color_scheme="light")
+        page = await browser.new_page(viewport={"width": 1100, "height": 860}, color_scheme="light")
         await page.goto(f"{url}/ui")
 
         async def take(name: str) -> None:
-            await page.wait_for_timeout(1_500)
-            await page.screenshot(path=folder / f"{name}.png")
+            # It asks every four seconds for what is in these.
+            await page.wait_for_timeout(4_500)
+            boxes = [await page.locator(panel).bounding_box() for panel in _SHOWN[name]]
+            left, top = (min(box[side] for box in boxes if box) for side in ("x", "y"))
+            right = max(box["x"] + box["width"] for box in boxes if box)
+            bottom = max(box["y"] + box["height"] for box in boxes if box)
+            clip: Any = {"x": left, "y": top, "width": right - left, "height": bottom - top}
+            await page.screenshot(path=folder / f"{name}.png", full_page=True, clip=clip)
 
         yield take
         await browser.close()

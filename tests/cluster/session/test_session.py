@@ -175,6 +175,17 @@ async def test_a_second_turn_waits_for_the_first(session, turns):
     assert (await third).epoch == 3
 
 
+async def test_what_a_beginning_took_is_told(session, turns, clock):
+    grant = await turns.begin(session, "one")
+    came = clock.now
+    second = asyncio.create_task(turns.begin(session, "one two"))
+    await settle()
+    clock.now += 3
+    session.abandon(grant.epoch)
+    told = (await second).stretches
+    assert told == (Stretch("session.wait", came, 3.0), Stretch("journal.begin", came + 3, 0.0))
+
+
 async def test_a_turn_that_does_not_end_makes_others_busy(session, turns):
     await turns.begin(session, "one")
     for wait_seconds in (0.0, 0.003):
