@@ -7,7 +7,8 @@ live page open too.
 
 The first makes a controller's view of so many sessions in memory and times what a scrape does. The second runs the same
 turns in turn alone, with a scrape each second made by this process, and with that and the requests of an open page
-(page_requests.py). The last line is JSON.
+(page_requests.py). Before that nothing is asked of the server, and the CPU time that its processes use is told for each
+of the three: on a machine with neighbours that says more than tokens a second do. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import httpx
 from chat_load import Conversation
 from page_requests import page_requests
 from prometheus_client import CollectorRegistry, Metric, generate_latest
+from server_processes import CLIENT, CpuClock
 
 from phi_cluster.cluster.cluster_view import ClusterView
 from phi_cluster.cluster.engine_recycler import EngineReport
@@ -35,6 +37,7 @@ from phi_cluster.monitoring.replica_metrics import ReplicaMetrics
 from phi_cluster.monitoring.session_metrics import SessionMetrics
 
 _NODE = "n" * 56
+_IDLE_SECONDS = 24.0
 
 
 class _Exporter:
@@ -115,7 +118,9 @@ async def _scrape(client: httpx.AsyncClient, metrics: str, seconds: list[float])
         await asyncio.sleep(1.0)
 
 
-async def with_and_without(url: str, metrics: str, num_streams: int, tokens: int, turns: int) -> dict[str, Any]:
+async def with_and_without(
+    url: str, metrics: str, num_streams: int, tokens: int, turns: int, server_pid: int | None
+) -> dict[str, Any]:
     page = await page_requests(url)
     limits = httpx.Limits(max_connections=num_streams + 8)
     async with httpx.AsyncClient(base_url=url, timeout=600.0, limits=limits) as client:
@@ -125,11 +130,15 @@ async def with_and_without(url: str, metrics: str, num_streams: int, tokens: int
             "scraped": [lambda: _scrape(client, metrics, scrapes)],
             "page_open": [lambda: _scrape(client, metrics, scrapes), lambda: page.repeat(client)],
         }
+        # Its session actors and caches of the page's visit come to rest.
+        await asyncio.sleep(3.0)
+        cores = {} if server_pid is None else {name: await _cores(server_pid, each) for name, each in watchers.items()}
         rates: dict[str, list[float]] = {name: [] for name in watchers}
         for number in range(turns):
             # Conversations grow, so all begin anew; and the machine changes, so the order turns round each time.
             for name in list(watchers) if number % 2 == 0 else reversed(list(watchers)):
                 rates[name].append(await _watched(client, num_streams, tokens, watchers[name]))
+                print(f"{name}: {rates[name][-1]:.1f} tokens/s", flush=True)
     alone = statistics.median(rates["alone"])
     return {
         "streams": num_streams,
@@ -140,9 +149,30 @@ async def with_and_without(url: str, metrics: str, num_streams: int, tokens: int
             for name, some in rates.items()
         },
         "by_turn": {name: [round(rate, 1) for rate in some] for name, some in rates.items()},
+        "idle_cores": cores,
         "page_requests_per_second": round(page.per_second, 2),
         "scrape_ms_p50": round(statistics.median(scrapes) * 1000, 1),
     }
+
+
+async def _cores(server_pid: int, watchers: list[Callable[[], Coroutine[Any, Any, None]]]) -> dict[str, float]:
+    """CPU seconds a second that each kind of process of a server takes to which nobody talks, and all of them."""
+    watching = [asyncio.create_task(watcher()) for watcher in watchers]
+    clock, begin = CpuClock(server_pid), time.perf_counter()
+    await asyncio.sleep(_IDLE_SECONDS)
+    used, seconds = clock.seconds(), time.perf_counter() - begin
+    await _end(watching)
+    used.pop(CLIENT, None)
+    each = {kind: round(value / seconds, 4) for kind, value in used.items() if value / seconds >= 0.0005}
+    return {**each, "all": round(sum(used.values()) / seconds, 4)}
+
+
+async def _end(watching: list[asyncio.Task[None]]) -> None:
+    for task in watching:
+        # One that has failed says so, instead of being measured as nothing.
+        if not task.cancel():
+            task.result()
+    await asyncio.gather(*watching, return_exceptions=True)
 
 
 async def _watched(
@@ -158,11 +188,7 @@ async def _watched(
     begin = time.perf_counter()
     brought = await asyncio.gather(*(one.say(tokens) for one in conversations))
     seconds = time.perf_counter() - begin
-    for task in watching:
-        # One that has failed says so, instead of being measured as nothing.
-        if not task.cancel():
-            task.result()
-    await asyncio.gather(*watching, return_exceptions=True)
+    await _end(watching)
     for one in conversations:
         await one.delete()
     return sum(turn.tokens for turn in brought) / seconds
@@ -177,11 +203,14 @@ def main() -> None:
     parser.add_argument("--streams", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=256, help="length of each reply")
     parser.add_argument("--turns", type=int, default=6, help="rounds of all three")
+    parser.add_argument("--server-pid", type=int, help="the server's process, to tell its CPU time too")
     parsed = parser.parse_args()
     if parsed.url is None:
         result = scrape_alone(parsed.sessions, parsed.active)
     else:
-        result = asyncio.run(with_and_without(parsed.url, parsed.metrics, parsed.streams, parsed.tokens, parsed.turns))
+        result = asyncio.run(
+            with_and_without(parsed.url, parsed.metrics, parsed.streams, parsed.tokens, parsed.turns, parsed.server_pid)
+        )
     print(json.dumps(result))
 
 
