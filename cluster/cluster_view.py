@@ -264,6 +264,8 @@ def _engine_view(replica: _Replica) -> EngineView:
         queue_seconds=report.queue_seconds,
         private_nbytes=report.engine.private_nbytes,
         baseline_nbytes=report.engine.private_baseline,
+        mapped_nbytes=report.engine.weights_mapped,
+        copied_nbytes=report.engine.weights_copied,
     )
 
 

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from phi_cluster.cluster.config_values import Bytes, HeaderName, Origin, RedisURL, Seconds
+from phi_cluster.cluster.config_values import Bytes, HeaderName, HttpUrl, Origin, RedisURL, Seconds
 from phi_cluster.cluster.errors import StartError
 
 
@@ -180,6 +180,27 @@ class LoggingConfig(_Section):
     )
 
 
+class TracingConfig(_Section):
+    """OpenTelemetry traces of requests (pip install 'phi-cluster[otel]'): times and counts, never what was said."""
+
+    endpoint: HttpUrl | None = Field(
+        None,
+        description="where spans are sent, OTLP over HTTP, such as http://127.0.0.1:4318/v1/traces; unset: no traces. "
+        "Headers for it come from OTEL_EXPORTER_OTLP_HEADERS",
+    )
+    sample_ratio: float = Field(1.0, ge=0.0, le=1.0, description="share of the traces that begin here that is sent")
+    follow_clients: bool = Field(
+        True,
+        description="a request whose traceparent says whether it is recorded is followed in that; false: only "
+        "sample_ratio decides",
+    )
+    service_name: str = Field("phi-cluster", min_length=1, max_length=255, description="the resource's service.name")
+    queue_size: int = Field(
+        2048, ge=1, le=2**20, description="spans that wait for the collector in a replica; more are dropped"
+    )
+    timeout: Seconds = Field(5.0, ge=0.1, description="how long the collector may take for a batch")
+
+
 class AutoscalingConfig(_Section):
     """More replicas while there is more to do."""
 
@@ -262,6 +283,7 @@ class Config(_Section):
     server: ServerConfig = Field(default_factory=ServerConfig, description="HTTP")
     recycler: RecyclerConfig = Field(default_factory=RecyclerConfig, description="the controller")
     logging: LoggingConfig = Field(default_factory=LoggingConfig, description="logs")
+    tracing: TracingConfig = Field(default_factory=TracingConfig, description="traces")
 
     @model_validator(mode="after")
     def _room_to_scale(self) -> Config:

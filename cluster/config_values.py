@@ -54,12 +54,22 @@ def _origin(value: object) -> object:
     return value
 
 
+def _http_url(value: object) -> object:
+    if value is not None and not re.fullmatch(r"https?://[^/\s?#@]+/[^\s?#]*", str(value)):
+        raise ValueError(
+            f"{value!r} is not the address of a collector; write for example http://127.0.0.1:4318/v1/traces"
+        )
+    return value
+
+
 _TAKEN_HEADERS = frozenset(
     {"authorization", "connection", "content-encoding", "content-length", "content-type", "cookie", "host", "origin"}
-    | {"transfer-encoding", "x-phi-details", "x-request-id", "x-resume-from"}
+    | {"traceparent", "transfer-encoding", "x-phi-details", "x-request-id", "x-resume-from"}
 )
 HeaderName = Annotated[str, BeforeValidator(_header)]
 Origin = Annotated[str, BeforeValidator(_origin)]
+# With a path, and without secrets in it.
+HttpUrl = Annotated[str, BeforeValidator(_http_url)]
 
 
 def _redis_url(value: object) -> object:

@@ -56,6 +56,26 @@ class EngineObserver(Protocol):
         ...
 
 
+class SequenceWatcher(Protocol):
+    """Is told how one sequence fares."""
+
+    def on_scheduled(self, queue_seconds: float) -> None:
+        """It had waited for so long in this engine for its first step there."""
+        ...
+
+    def on_tokens(self) -> None:
+        """It has tokens."""
+        ...
+
+    def on_preempted(self) -> None:
+        """Its memory was taken from it for others."""
+        ...
+
+    def on_moved(self, *, died: bool) -> None:
+        """Its engine is gone; `died`: not as it was told to."""
+        ...
+
+
 class Unobserved:
     """Nobody measures."""
 
@@ -95,9 +115,16 @@ class SequenceStream:
         self.engine_deaths = 0
         self._deaths_in_place = 0
         self._outputs: asyncio.Queue[SequenceOutput] = asyncio.Queue()
+        # Is told from here on.
+        self.watcher: SequenceWatcher | None = None
 
     def push(self, output: SequenceOutput) -> None:
         self.received += output.token_ids
+        if self.watcher is not None:
+            if output.queue_seconds is not None:
+                self.watcher.on_scheduled(output.queue_seconds)
+            if output.token_ids:
+                self.watcher.on_tokens()
         if output.token_ids:
             self._deaths_in_place = 0
         self.finish_reason = self.finish_reason or output.finish_reason
@@ -109,6 +136,13 @@ class SequenceStream:
         self.was_moved = True
         self.engine_deaths += died
         self._deaths_in_place += died
+        if self.watcher is not None:
+            self.watcher.on_moved(died=died)
+
+    def preempted(self) -> None:
+        """It lost its memory in the engine, and is computed again there."""
+        if self.watcher is not None:
+            self.watcher.on_preempted()
 
     @property
     def is_poisonous(self) -> bool:
@@ -340,6 +374,9 @@ class EngineClient:
         self.totals = EngineTotals(*map(lambda all_, now, old: all_ + now - old, self.totals, frame.totals, before))
         if frame.work is not None:
             self._observer.on_step(*frame.work)
+        for sequence_id in frame.preempted:
+            if (stream := self._streams.get(sequence_id)) is not None:
+                stream.preempted()
         for output in frame.outputs:
             if output.queue_seconds is not None:
                 self._observer.on_scheduled(output.queue_seconds)

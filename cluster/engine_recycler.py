@@ -28,13 +28,16 @@ class EnginePolicy:
 
 @dataclass(frozen=True)
 class EngineReport:
-    """What a replica tells of the engine that serves it, since it serves."""
+    """What a replica tells of the engine that serves it, since it serves. Of the shared weights, bytes that it has
+    mapped, and that it has copied."""
 
     pid: int
     age_seconds: float
     steps: int
     private_nbytes: int
     private_baseline: int
+    weights_mapped: int = 0
+    weights_copied: int = 0
 
 
 def decide(

@@ -46,6 +46,21 @@ class SegmentRef:
     nonce: bytes
 
 
+class Stretch(NamedTuple):
+    """What took time where a call was answered, for whoever called: when it began (wall clock) and how long it took, in
+    seconds."""
+
+    name: str
+    began: float
+    seconds: float
+
+
+# Names of stretches: a session waits for its turn, is read back from the disk, or opened from its journal; a turn is
+# begun and recorded there.
+WAITED, WOKEN, OPENED = "session.wait", "session.wake", "session.open"
+JOURNAL_BEGIN, JOURNAL_COMMIT = "journal.begin", "journal.commit"
+
+
 @dataclass(frozen=True)
 class BeginTurn:
     """A replica asks for a session's cache. `text` is the whole rendered prompt (see model/tokenizer.py)."""
@@ -131,6 +146,8 @@ class TurnGrant:
     resumed_ids: bytes | None = field(default=None, repr=False)
     # The first `num_kept_tokens` ids (int32), if they were asked for.
     kept_ids: bytes | None = field(default=None, repr=False)
+    # What the way here took.
+    stretches: tuple[Stretch, ...] = field(default=(), compare=False)
 
 
 @dataclass(frozen=True)
@@ -264,7 +281,7 @@ class StepWork(NamedTuple):
 class StepFrame:
     """Frame engine -> replica: all that one step brought, and the engine's counters (`totals`: since its start).
     `work` None: nothing of a sequence was computed. `queue_seconds`: how long the oldest of those has waited that have
-    not been computed yet."""
+    not been computed yet. `preempted`: the sequences whose memory was taken from them for others in this step."""
 
     step: int
     outputs: list[SequenceOutput]
@@ -273,6 +290,7 @@ class StepFrame:
     totals: EngineTotals = NO_TOTALS
     work: StepWork | None = None
     queue_seconds: float = 0.0
+    preempted: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -323,7 +341,7 @@ def encode_frame(message: Frame) -> bytes:
             for o in message.outputs
         ]
         counts = (message.num_running, message.num_waiting, message.totals, message.work, message.queue_seconds)
-        body = ["step", message.step, outputs, *counts]
+        body = ["step", message.step, outputs, *counts, message.preempted]
     packed = msgpack.packb(body)
     return len(packed).to_bytes(4, "big") + packed
 
@@ -345,10 +363,11 @@ def decode_frame(packed: bytes) -> Frame:
     if kind == "heartbeat":
         return Heartbeat(*fields)
     if kind == "step":
-        step, outputs, num_running, num_waiting, totals, work, queue_seconds = fields
+        step, outputs, num_running, num_waiting, totals, work, queue_seconds, preempted = fields
         read = [_read_output(*fields) for fields in outputs]
         work = None if work is None else StepWork(*work)
-        return StepFrame(step, read, num_running, num_waiting, EngineTotals(*totals), work, queue_seconds)
+        counts = (EngineTotals(*totals), work, queue_seconds, tuple(preempted))
+        return StepFrame(step, read, num_running, num_waiting, *counts)
     raise ValueError(f"unknown frame kind {kind!r}")
 
 

@@ -6,10 +6,12 @@ Knows nothing of Ray, models' contents or HTTP.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import socket
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,7 +62,21 @@ def check_platform() -> None:
         raise StartError(f"phi-cluster runs on Linux only (memfd, /proc); this is {sys.platform}")
 
 
-def check_config(config: Config, machine: Machine, shm: Path = Path("/dev/shm")) -> None:
+def has_package(name: str) -> bool:
+    """Whether the package could be imported."""
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:
+        # One that it lies in.
+        return False
+
+
+def check_config(
+    config: Config,
+    machine: Machine,
+    shm: Path = Path("/dev/shm"),
+    has_package: Callable[[str], bool] = has_package,
+) -> None:
     """Raises StartError for what can be known from the configuration and the machine alone."""
     if os.environ.get("RAY_ADDRESS"):
         raise StartError(
@@ -75,6 +91,8 @@ def check_config(config: Config, machine: Machine, shm: Path = Path("/dev/shm"))
     if config.keys_path is not None:
         # What is wrong with it is said here, in one sentence.
         KeyFile(config.keys_path)
+    if config.tracing.endpoint is not None and not has_package("opentelemetry.exporter.otlp.proto.http"):
+        raise StartError("tracing.endpoint wants OpenTelemetry's exporter: pip install 'phi-cluster[otel]'")
     if config.server.port == config.server.metrics_port:
         raise StartError(f"server.metrics_port: {config.server.metrics_port} is server.port too; choose another port")
     server = config.server

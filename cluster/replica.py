@@ -13,8 +13,9 @@ import os
 import time
 import uuid
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray import serve
@@ -34,6 +35,7 @@ from phi_cluster.cluster.http.server import build_app
 from phi_cluster.cluster.keys import KeyFile
 from phi_cluster.cluster.logs import log_as
 from phi_cluster.cluster.managed_sessions import ManagedSessions
+from phi_cluster.cluster.mapped_weights import Mapped, MappedWeights
 from phi_cluster.cluster.poison import PoisonList
 from phi_cluster.cluster.preflight import LOOPBACK
 from phi_cluster.cluster.processes import boot_id, is_alive, process_id
@@ -51,12 +53,16 @@ from phi_cluster.cluster.session.reports import private_or_zero
 from phi_cluster.cluster.spoken import SpokenReader
 from phi_cluster.cluster.standby import StandbyEngines
 from phi_cluster.cluster.tokenization import Tokenization
+from phi_cluster.cluster.traced_turns import TracedTurns
 from phi_cluster.cluster.turn import Turns
 from phi_cluster.cluster.turn_api import TurnRunner
 from phi_cluster.cluster.turn_attempt import TurnLimits
 from phi_cluster.cluster.watch import ClusterWatch
 from phi_cluster.model.tokenizer import Tokenizer
 from phi_cluster.monitoring.replica_metrics import ReplicaMetrics
+
+if TYPE_CHECKING:
+    from phi_cluster.cluster.open_telemetry import OpenTelemetryTracer
 
 logger = logging.getLogger(__name__)
 
@@ -90,8 +96,9 @@ class Replica:
         self._metrics = ReplicaMetrics(reason.value for reason in _ENGINE_RECYCLES)
         self._last_step = (0, time.monotonic())
         self._engine_baseline = (0, 0)
+        self._weights = MappedWeights()
         self._recycling: asyncio.Task[None] | None = None
-        self._sessions = SessionDirectory(self._keeper, self._metrics.commits.on_commit)
+        self._sessions = SessionDirectory(self._keeper, self._metrics.journals)
         self._keys = None if config.keys_path is None else KeyFile(config.keys_path)
         spawner = EngineSpawner(served, config, runtime_dir, num_threads, self._node_id)
         hang_timeout = config.engine.hang_timeout
@@ -129,6 +136,9 @@ class Replica:
         if self._keys is not None:
             self._runner = AdmittedTurns(self._turns, self._sessions, self._keys.limits_of, process_id())
         self._runner = RefusalsTold(self._runner, self._events)
+        self._tracer = self._open_tracer()
+        if self._tracer is not None:
+            self._runner = TracedTurns(self._runner, self._tracer, served.names[0])
         self._managed = ManagedSessions(self._sessions, self._engines, SpokenReader(self._tokenizer))
         self._room = ResponseRoom(
             config.state_path,
@@ -150,6 +160,14 @@ class Replica:
             with contextlib.suppress(Unavailable):
                 await self._engines.wait_ready(_START_SECONDS)
         self._reporting = asyncio.get_running_loop().create_task(self._report())
+
+    def _open_tracer(self) -> OpenTelemetryTracer | None:
+        if self._config.tracing.endpoint is None:
+            return None
+        # Where nothing is traced, nothing of it is loaded.
+        from phi_cluster.cluster.open_telemetry import tracer_of
+
+        return tracer_of(self._config.tracing, self._replica_id, version("phi-cluster"))
 
     def __serve_build_asgi_app__(self) -> Any:
         served, server = self._served, self._config.server
@@ -191,6 +209,10 @@ class Replica:
         while self._turns.num_running and time.monotonic() < deadline:  # noqa: ASYNC110 -- for a moment, once
             await asyncio.sleep(0.02)
         await self._engines.close()
+        if self._tracer is not None:
+            # The last spans are sent, if that can be had quickly.
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(asyncio.to_thread(self._tracer.close), self._config.tracing.timeout)
 
     async def check_health(self) -> None:
         """Serve replaces a replica whose check raises."""
@@ -240,7 +262,7 @@ class Replica:
                 self._started.set()
             try:
                 controller = ray.get_actor(CONTROLLER, namespace=NAMESPACE)
-                report = self._own_report()
+                report = self._own_report(await self._look_at_weights())
                 reason = await controller.report_replica.remote(report)
                 self._events_told = max([self._events_told, *(event.number for event in report.events)])
                 if reason is not None and self._recycling is None:
@@ -250,7 +272,11 @@ class Replica:
                 self._events_told = 0
             await asyncio.sleep(1.0)
 
-    def _own_report(self) -> ReplicaReport:
+    async def _look_at_weights(self) -> Mapped:
+        engine = self._engines.engine
+        return Mapped() if engine is None else await self._weights.of(engine.process.pid)
+
+    def _own_report(self, weights: Mapped) -> ReplicaReport:
         engines, standby_pids = self._engines, self._standbys.pids
         recoveries = {"engine": engines.recoveries, "standby_engine": self._standbys.losses}
         self._metrics.engines.on_engines(recoveries, len(standby_pids), engines.recycles)
@@ -263,13 +289,13 @@ class Replica:
             snapshot=self._metrics.snapshot(engines.last_step.num_running),
             private_nbytes=private_or_zero(os.getpid()),
             standby_engines=tuple((pid, private_or_zero(pid)) for pid in standby_pids),
-            engine=self._engine_report(),
+            engine=self._engine_report(weights),
             last_step_seconds=self._observe_step()[1],
             queue_seconds=engines.last_step.queue_seconds,
             events=self._events.after(self._events_told),
         )
 
-    def _engine_report(self) -> EngineReport | None:
+    def _engine_report(self, weights: Mapped) -> EngineReport | None:
         engine = self._engines.engine
         if engine is None:
             return None
@@ -286,6 +312,8 @@ class Replica:
             steps=self._engines.last_step.step,
             private_nbytes=private,
             private_baseline=self._engine_baseline[1],
+            weights_mapped=weights.mapped,
+            weights_copied=weights.copied,
         )
 
     async def _recycle_engine(self, reason: RecycleReason) -> None:

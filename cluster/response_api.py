@@ -49,6 +49,8 @@ class NewResponse:
     store: bool = True
     previous_response_id: str | None = None
     conversation_id: str | None = None
+    # As in `TurnRequest`; for whoever makes it first, and not kept.
+    traceparent: str | None = None
 
     @property
     def id(self) -> str:

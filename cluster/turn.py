@@ -28,6 +28,7 @@ from phi_cluster.cluster.errors import ContextOverflow, Overloaded, PhiError, Un
 from phi_cluster.cluster.messages import ProcessId, SessionKey
 from phi_cluster.cluster.prompt import PromptReader
 from phi_cluster.cluster.reply import Reply
+from phi_cluster.cluster.span import spanning
 from phi_cluster.cluster.turn_api import (
     BEGINNING,
     FinishReason,
@@ -149,7 +150,8 @@ class Turns:
         if self._around.poison.holds(request):
             raise poisonous()
         engines = self._around.engines
-        await engines.wait_ready()
+        with spanning(request.span, "engine.wait_ready"):
+            await engines.wait_ready()
         if request.resume_from is not None and (live := self._live.get(_name_of(request))):
             # Its client came back before its first connection was seen to be gone.
             engines.abort(live)
@@ -183,9 +185,11 @@ class Turns:
                 return
             except MemoryLost:
                 num_lost += 1
+                request.span.event("session.memory_lost")
                 logger.warning("a session's memory was lost in the middle of a turn, which goes on in another one")
             except MemoryYielded:
                 num_yielded += 1
+                request.span.event("session.memory_yielded")
         if num_yielded == _MAX_YIELDS:
             raise Overloaded("there is too little KV memory for all that is asked at once; try again", retry_after=10)
         raise Unavailable("the session's memory was lost several times; try again", retry_after=2)

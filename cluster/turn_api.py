@@ -1,8 +1,8 @@
 """What the HTTP edge asks of the rooms below it, as shapes and protocols.
 
 Owns: the request for one turn, the events of its run, and the protocols of whoever runs turns, knows the server's
-health and counts requests (sessions: session_api.py). A leaf: the edge calls these, `turn` and `replica` implement
-them, tests fake them. Knows nothing of HTTP, Ray, torch, the tokenizer or the engine.
+health and counts requests (sessions: session_api.py). A leaf (but for span.py): the edge calls these, `turn` and
+`replica` implement them, tests fake them. Knows nothing of HTTP, Ray, torch, the tokenizer or the engine.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
+
+from phi_cluster.cluster.span import UNTRACED, Span
 
 FinishReason: TypeAlias = Literal["stop", "length", "tool_calls"]
 # How a request ended, for counting: as its turn did, or the client left, or it failed.
@@ -133,6 +135,9 @@ class TurnRequest:
     # Of an unnamed session: of two conversations that the request continues equally, the one that had this hint before
     # is meant.
     cache_hint: str | None = field(default=None, repr=False)
+    # What the client sent as W3C `traceparent`; and where the turn's parts are measured.
+    traceparent: str | None = None
+    span: Span = field(default=UNTRACED, repr=False, compare=False)
 
 
 class TokenChoice(NamedTuple):

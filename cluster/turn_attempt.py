@@ -29,6 +29,9 @@ from phi_cluster.cluster.messages import (
 )
 from phi_cluster.cluster.prompt import PromptReader
 from phi_cluster.cluster.reply import Reply
+from phi_cluster.cluster.sequence_trace import SequenceTrace
+from phi_cluster.cluster.span import Attributes, spanning
+from phi_cluster.cluster.stretches import tell_stretches
 from phi_cluster.cluster.turn_api import Position, TextDelta, TokenChoice, TokenLogprob, TurnRequest, TurnStarted
 from phi_cluster.cluster.turn_lease import Lessor, TurnLease
 from phi_cluster.cluster.turn_record import Recorder, TurnRecord
@@ -138,6 +141,7 @@ class TurnAttempt:
         self._prompt_ids: list[int] = []
         self._prompt_logprobs: list[TokenLogprobs] | None = None
         self.stream: SequenceStream | None = None
+        self._trace: SequenceTrace | None = None
 
     async def enter(self) -> None:
         """Waits for the session's turn. Raises what `Sessions.begin_turn` raises."""
@@ -154,7 +158,18 @@ class TurnAttempt:
             cache_hint=request.cache_hint,
             wants_ids=carried.shares is not None,
         )
-        self.grant = await around.sessions.begin_turn(begin)
+        with spanning(request.span, "session.begin_turn") as span:
+            self.grant = await around.sessions.begin_turn(begin)
+            tell_stretches(span, self.grant.stretches)
+            span.note(
+                {
+                    "phi.session.pid": self.grant.holder_pid,
+                    "phi.session.turns": self.grant.turns,
+                    "phi.session.num_tokens": self.grant.num_tokens,
+                    # Fewer than there are: the engine computes the others again.
+                    "phi.session.num_computed_tokens": self.grant.num_computed_tokens,
+                }
+            )
         self.reply = Reply(
             self._text,
             around.tokenizer.detokenizer(),
@@ -170,7 +185,8 @@ class TurnAttempt:
         MemoryYielded and PhiError."""
         around, request, grant, reply = self._around, self._request, self.grant, self.reply
         # Off the event loop: a long text takes a while.
-        num_kept, kept_chars, new_ids = await asyncio.to_thread(around.prompts.encode, request, grant, self._text)
+        with spanning(request.span, "prompt.encode"):
+            num_kept, kept_chars, new_ids = await asyncio.to_thread(around.prompts.encode, request, grant, self._text)
         num_prompt = num_kept + len(new_ids)
         sampling = around.prompts.sampling(request, around.prompts.max_tokens(request, num_prompt))
         so_far = self._carried.token_ids
@@ -197,7 +213,8 @@ class TurnAttempt:
                 request_id=request.request_id,
             )
             try:
-                await around.sessions.reserve(grant.key, add.max_num_tokens)
+                with spanning(request.span, "kv.reserve", {"phi.kv.num_tokens": add.max_num_tokens}):
+                    await around.sessions.reserve(grant.key, add.max_num_tokens)
             except Overloaded as refusal:
                 # Who was told to give way comes again, and so does a reply that has begun: it is not cut off.
                 if isinstance(refusal, GaveWay) or self._carried.started is not None:
@@ -206,6 +223,7 @@ class TurnAttempt:
             if self._carried.shared is not None and (source := self._carried.shared.segment) is not None:
                 await around.sessions.lay_prompt(grant, source, num_prompt)
             self.stream = await around.engines.add(add)
+            self.stream.watcher = self._trace = self._trace_of(add)
         reply.num_prompt_tokens = num_prompt
         self._prompt_ids = array("i", grant.kept_ids or b"").tolist()[:num_kept] + new_ids
         if self._carried.shared is None:
@@ -217,62 +235,73 @@ class TurnAttempt:
     async def events(self) -> AsyncGenerator[TurnStarted | TextDelta, None]:
         """Text until the reply is over and the sequence released. Raises MemoryLost and MemoryYielded, with all of the
         reply carried, and PhiError."""
-        if self.stream is None:
+        stream, trace = self.stream, self._trace
+        if stream is None or trace is None:
             for event in self._begin(self.grant.num_computed_tokens):
                 yield event
             return
-        around, request, reply, stream = self._around, self._request, self.reply, self.stream
+        around, request, reply = self._around, self._request, self.reply
         limits = around.limits
         limit = min(reply.num_prompt_tokens + stream.add.sampling["max_tokens"], limits.max_model_len)
         lease = TurnLease(around.sessions, around.engines, self.grant.key, stream, limit, limits.lease_tokens)
         num_there = reply.num_prompt_tokens + len(reply.token_ids)
         has_begun = False
-        async for output in stream:
-            if output.finish_reason == "gone":
-                await self.record.drop()
-                self._carried.key, self._carried.token_ids = self.grant.key, reply.token_ids
-                raise MemoryLost
-            if output.finish_reason == "error":
-                self._give_up(stream, output.error)
-            if output.finish_reason == "bad_grammar":
-                param = format_param(request)
-                raise InvalidRequest(f"{param} cannot be followed: {output.error}", param=param)
-            if output.finish_reason == "abort" and not reply.is_cut:
-                if isinstance(lease.refusal, GaveWay):
-                    await self._yield_memory(reply.token_ids)
-                raise lease.refusal or ReadElsewhere("this reply is being read on by a later connection")
-            lease.follow(num_there + len(stream.received))
-            if not has_begun:
-                has_begun = True
-                self._share()
-                self._prompt_logprobs = output.prompt_logprobs
-                num_cached = output.num_cached_tokens or 0
-                if stream.was_moved or request.resume_from is not None:
-                    # What an engine computed before it died was no cache when the turn began.
-                    num_cached = min(num_cached, self.grant.num_computed_tokens)
-                for event in self._begin(num_cached):
-                    yield event
-            if request.sampling["max_tokens"] == 0:
-                # Only the prompt was asked for: what was drawn is nobody's.
-                if output.finish_reason is not None:
-                    reply.end("length")
-                continue
-            if reply.is_cut:
-                # What the step in flight brought after a stop string is nobody's.
-                continue
-            before = len(reply.token_ids)
-            text = reply.push(output.token_ids)
-            taken = len(reply.token_ids) - before
-            if text or taken:
-                pieces = reply.take_pieces()
-                yield TextDelta(text, taken, reply.position, pieces, self._logprobs(output, taken))
-            if reply.is_cut:
-                around.engines.abort(stream)
-            elif output.finish_reason is not None:
-                text = reply.end(output.finish_reason)
-                pieces = reply.take_pieces()
-                if pieces:
-                    yield TextDelta(text, 0, reply.position, pieces)
+        with trace:
+            async for output in stream:
+                if output.finish_reason == "gone":
+                    await self.record.drop()
+                    self._carried.key, self._carried.token_ids = self.grant.key, reply.token_ids
+                    raise MemoryLost
+                if output.finish_reason == "error":
+                    self._give_up(stream, output.error)
+                if output.finish_reason == "bad_grammar":
+                    param = format_param(request)
+                    raise InvalidRequest(f"{param} cannot be followed: {output.error}", param=param)
+                if output.finish_reason == "abort" and not reply.is_cut:
+                    if isinstance(lease.refusal, GaveWay):
+                        await self._yield_memory(reply.token_ids)
+                    raise lease.refusal or ReadElsewhere("this reply is being read on by a later connection")
+                lease.follow(num_there + len(stream.received))
+                if not has_begun:
+                    has_begun = True
+                    self._share()
+                    self._prompt_logprobs = output.prompt_logprobs
+                    num_cached = output.num_cached_tokens or 0
+                    if stream.was_moved or request.resume_from is not None:
+                        # What an engine computed before it died was no cache when the turn began.
+                        num_cached = min(num_cached, self.grant.num_computed_tokens)
+                    for event in self._begin(num_cached):
+                        yield event
+                if request.sampling["max_tokens"] == 0:
+                    # Only the prompt was asked for: what was drawn is nobody's.
+                    if output.finish_reason is not None:
+                        reply.end("length")
+                    continue
+                if reply.is_cut:
+                    # What the step in flight brought after a stop string is nobody's.
+                    continue
+                before = len(reply.token_ids)
+                text = reply.push(output.token_ids)
+                taken = len(reply.token_ids) - before
+                if text or taken:
+                    pieces = reply.take_pieces()
+                    yield TextDelta(text, taken, reply.position, pieces, self._logprobs(output, taken))
+                if reply.is_cut:
+                    around.engines.abort(stream)
+                elif output.finish_reason is not None:
+                    text = reply.end(output.finish_reason)
+                    pieces = reply.take_pieces()
+                    if pieces:
+                        yield TextDelta(text, 0, reply.position, pieces)
+
+    def _trace_of(self, add: AddSequence) -> SequenceTrace:
+        """Of the sequence that was just added."""
+        engine = self._around.engines.engine
+        told: Attributes = {
+            "phi.engine.pid": 0 if engine is None else engine.process.pid,
+            "phi.sequence.num_tokens": add.num_kept_tokens + len(add.token_ids),
+        }
+        return SequenceTrace(self._request.span, told)
 
     def _logprobs(self, output: SequenceOutput, num_tokens: int) -> tuple[TokenLogprob, ...]:
         """Of the first `num_tokens` tokens of an output, as far as they have text."""

@@ -13,8 +13,10 @@ from contextlib import suppress
 from typing import Any, Protocol
 
 from phi_cluster.cluster.call_text import written_reply
-from phi_cluster.cluster.messages import CommitTurn, SessionKey, TurnGrant
+from phi_cluster.cluster.messages import CommitTurn, SessionKey, Stretch, TurnGrant
 from phi_cluster.cluster.reply import Reply
+from phi_cluster.cluster.span import spanning
+from phi_cluster.cluster.stretches import tell_stretches
 from phi_cluster.cluster.turn_api import TurnRequest
 from phi_cluster.model.tokenizer import Tokenizer
 
@@ -22,7 +24,9 @@ from phi_cluster.model.tokenizer import Tokenizer
 class Recorder(Protocol):
     """Whoever has the session's journal."""
 
-    async def commit(self, commit: CommitTurn) -> None: ...
+    async def commit(self, commit: CommitTurn) -> Stretch | None:
+        """When it was recorded; None: it was already, or nobody says."""
+        ...
 
     async def abandon(self, key: SessionKey, epoch: int) -> None:
         """Ends a turn that leaves nothing."""
@@ -63,7 +67,9 @@ class TurnRecord:
             await self._sessions.abandon(grant.key, grant.epoch)
             return
         try:
-            await self._sessions.commit(self._message())
+            with spanning(self._request.span, "session.commit") as span:
+                recorded = await self._sessions.commit(self._message())
+                tell_stretches(span, () if recorded is None else (recorded,))
         except BaseException:
             # The turn is over all the same: its session must not stay busy. What is told is why it was not recorded.
             with suppress(Exception):

@@ -90,7 +90,8 @@ class EngineMetrics:
 @dataclass(frozen=True)
 class EngineView:
     """The engine of a replica at one moment; `replica` is a small number that a later replica may have again. Private
-    memory in bytes, `baseline_nbytes` what the process took in its first minute."""
+    memory in bytes, `baseline_nbytes` what the process took in its first minute; `mapped_nbytes` of the node's weights
+    are in its page tables, `copied_nbytes` of them not shared."""
 
     node: str
     replica: str
@@ -99,6 +100,8 @@ class EngineView:
     queue_seconds: float
     private_nbytes: int
     baseline_nbytes: int
+    mapped_nbytes: int = 0
+    copied_nbytes: int = 0
 
 
 def engine_metrics(engines: Iterable[EngineView]) -> Iterator[Metric]:
@@ -119,6 +122,14 @@ def engine_metrics(engines: Iterable[EngineView]) -> Iterator[Metric]:
         "private_nbytes": GaugeMetricFamily("phi_engine_private_bytes", "Its private memory.", labels=labels),
         "baseline_nbytes": GaugeMetricFamily(
             "phi_engine_private_baseline_bytes", "The most of it in its first minute.", labels=labels
+        ),
+        "mapped_nbytes": GaugeMetricFamily(
+            "phi_engine_weights_mapped_bytes",
+            "Pages of the node's shared weights that are in its page tables (smaps, looked at each half minute).",
+            labels=labels,
+        ),
+        "copied_nbytes": GaugeMetricFamily(
+            "phi_engine_weights_copied_bytes", "Those of them that it does not share: copies.", labels=labels
         ),
     }
     for engine in engines:

@@ -11,7 +11,7 @@ from prometheus_client import CollectorRegistry
 
 from phi_cluster.monitoring.engine_metrics import EngineMetrics
 from phi_cluster.monitoring.request_metrics import RequestMetrics
-from phi_cluster.monitoring.session_metrics import CommitMetrics
+from phi_cluster.monitoring.session_metrics import JournalMetrics
 from phi_cluster.monitoring.snapshots import FamilySnapshot, snapshot_of
 
 
@@ -22,7 +22,7 @@ class ReplicaMetrics:
         self.registry = CollectorRegistry()
         self.requests = RequestMetrics(self.registry)
         self.engines = EngineMetrics(self.registry, engine_recycle_reasons)
-        self.commits = CommitMetrics(self.registry)
+        self.journals = JournalMetrics(self.registry)
 
     def snapshot(self, num_running: int) -> list[FamilySnapshot]:
         """All families with their samples, picklable; the engine runs so many sequences now."""

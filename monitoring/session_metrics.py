@@ -62,10 +62,16 @@ class SessionMetrics:
         return snapshot_of(self.registry.collect())
 
 
-class CommitMetrics:
-    """What a replica sees of the journals."""
+class JournalMetrics:
+    """What a replica sees of the journals (implements session.directory's JournalObserver)."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
+        self._begin = Histogram(
+            "phi_journal_begin_seconds",
+            "Time in which a turn's epoch was taken durably and the stored ids were laid into its memory.",
+            buckets=_COMMIT_BUCKETS,
+            registry=registry,
+        )
         self._seconds = Histogram(
             "phi_journal_commit_seconds",
             "Time in which a turn was recorded durably.",
@@ -78,6 +84,9 @@ class CommitMetrics:
             buckets=_COMMIT_BYTES_BUCKETS,
             registry=registry,
         )
+
+    def on_begin(self, seconds: float) -> None:
+        self._begin.observe(seconds)
 
     def on_commit(self, seconds: float, nbytes: int) -> None:
         self._seconds.observe(seconds)

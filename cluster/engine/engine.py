@@ -40,7 +40,7 @@ class Engine:
     Attributes: `step_count`, forward passes so far; `last_step_at`, the clock after the latest (None before the
     first): whoever watches over the engine believes these and nothing else; `num_preemptions`; `num_draft_tokens`,
     guesses computed so far, and `num_accepted_tokens`, those of them that were right; `last_work`, what the latest
-    `step` computed (None: nothing).
+    `step` computed (None: nothing); `last_preempted`, the sequences whose memory it gave to others.
     """
 
     def __init__(
@@ -68,6 +68,7 @@ class Engine:
         self.num_accepted_tokens = 0
         self.last_step_at: float | None = None
         self.last_work: StepWork | None = None
+        self.last_preempted: tuple[int, ...] = ()
 
     @property
     def has_work(self) -> bool:
@@ -136,6 +137,7 @@ class Engine:
         No error of a single sequence gets out of here: it ends that sequence with finish reason "error".
         """
         decision = self._scheduler.schedule()
+        self.last_preempted = tuple(sequence.sequence_id for sequence in decision.preempted)
         for sequence in decision.preempted:
             self.num_preemptions += 1
             self._change_kv(sequence, _clear)

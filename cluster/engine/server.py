@@ -217,8 +217,8 @@ class EngineServer:
         self._unanswered = False
         engine = self._engine
         totals = EngineTotals(engine.num_preemptions, engine.num_draft_tokens, engine.num_accepted_tokens)
-        work = engine.last_work if has_stepped else None
-        counts = (engine.num_running, engine.num_waiting, totals, work, engine.queue_seconds)
+        work, preempted = (engine.last_work, engine.last_preempted) if has_stepped else (None, ())
+        counts = (engine.num_running, engine.num_waiting, totals, work, engine.queue_seconds, preempted)
         sender.send(StepFrame(self._num_steps, outputs, *counts))
 
     def _receive(self, connection: socket.socket) -> bool:

@@ -19,6 +19,7 @@ SESSION_HEADER = "x-session-id"
 REQUEST_ID_HEADER = "x-request-id"
 DETAILS_HEADER = "x-phi-details"
 RESUME_HEADER = "x-resume-from"
+TRACE_HEADER = "traceparent"
 
 SESSION_ID_RULE = "1 to 128 of the characters A-Z a-z 0-9 . _ : -, and neither . nor .. alone"
 # As JSON schemas have them.
@@ -33,13 +34,15 @@ _SESSION_ID = re.compile(r"(?!\.{1,2}\Z)[A-Za-z0-9._:-]{1,128}", re.ASCII)
 @dataclass(frozen=True)
 class Caller:
     """`request_id` is made by us; a client's own x-request-id is looked at only with x-resume-from (`resume_from`):
-    then it is the one that we gave the request whose reply was interrupted."""
+    then it is the one that we gave the request whose reply was interrupted. `traceparent` (W3C) is taken as it
+    comes: what is none begins a trace of its own."""
 
     tenant: str
     session_id: str | None
     request_id: str
     wants_details: bool
     resume_from: Position | None = None
+    traceparent: str | None = None
 
 
 def caller_of(request: Request) -> Caller:
@@ -52,6 +55,7 @@ def caller_of(request: Request) -> Caller:
         request_id=request.state.request_id,
         wants_details=request.headers.get(DETAILS_HEADER) == "1",
         resume_from=resume_from,
+        traceparent=request.headers.get(TRACE_HEADER),
     )
 
 

@@ -60,6 +60,7 @@ def chat_router(edge: Edge) -> APIRouter:
             continue_final_message=chat.continue_final_message,
             cache_hint=chat.prompt_cache_key,
             num_choices=chat.num_choices,
+            traceparent=caller.traceparent,
         )
         reply = ChatReply.begin(caller, edge)
         return TurnResponse(edge, caller, [turn], reply, stream=chat.stream, include_usage=chat.include_usage)

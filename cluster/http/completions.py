@@ -85,6 +85,7 @@ def _turns(completion: CompletionRequest, caller: Caller, settings: EdgeSettings
             wanted_format=completion.wanted_format,
             num_choices=completion.num_choices,
             echo=completion.echo,
+            traceparent=caller.traceparent,
         )
         for place, prompt in enumerate(completion.prompt)
     ]

@@ -21,6 +21,7 @@ from phi_cluster.cluster.http.caller import (
     SESSION_HEADER,
     SESSION_ID_PATTERN,
     SESSION_ID_RULE,
+    TRACE_HEADER,
 )
 from phi_cluster.cluster.http.schemas import ErrorBody
 
@@ -44,6 +45,19 @@ def error_docs(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {status: {"model": ErrorBody} for status in statuses}
 
 
+def _header(name: str, description: str, pattern: str | None = None) -> dict[str, Any]:
+    return {
+        "name": name,
+        "in": "header",
+        "required": False,
+        "description": description,
+        "schema": {"type": "string"} | ({} if pattern is None else {"pattern": pattern}),
+    }
+
+
+TRACE_PARAMETER = _header(TRACE_HEADER, "a trace (W3C Trace Context) that this request is a part of")
+
+
 def generation_docs(request: type[BaseModel], whole: type[BaseModel], chunk: type[BaseModel]) -> dict[str, Any]:
     """Keyword arguments of a route that takes `request` and answers with `whole` or a stream of `chunk`s."""
     stream = {"schema": {"$ref": _REF.format(model=chunk.__name__)}}
@@ -56,6 +70,7 @@ def generation_docs(request: type[BaseModel], whole: type[BaseModel], chunk: typ
             f"{REQUEST_ID_HEADER} as the interrupted response had it, and the same body",
             POSITION_PATTERN,
         ),
+        TRACE_PARAMETER,
         _header(REQUEST_ID_HEADER, f"with {RESUME_HEADER} only: the interrupted response's", REQUEST_ID_PATTERN),
     ]
     return {
@@ -153,13 +168,3 @@ def _complete(operation: dict[str, Any], is_open: bool) -> None:
     if not is_open:
         # A server without keys asks for none.
         operation["security"] = [{"key": []}, {}]
-
-
-def _header(name: str, description: str, pattern: str | None = None) -> dict[str, Any]:
-    return {
-        "name": name,
-        "in": "header",
-        "required": False,
-        "description": description,
-        "schema": {"type": "string"} | ({} if pattern is None else {"pattern": pattern}),
-    }

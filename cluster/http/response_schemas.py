@@ -10,6 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 
+from phi_cluster.cluster.http.caller import Caller
 from phi_cluster.cluster.http.edge import EdgeSettings
 from phi_cluster.cluster.http.item_schemas import MAX_ITEMS, AnyItem, FunctionCallItem, MessageItem, Metadata
 from phi_cluster.cluster.http.schemas import NOT_SUPPORTED, GenerationFields
@@ -201,12 +202,12 @@ class ResponseRequest(GenerationFields):
 
 
 def new_response(
-    fields: ResponseRequest, settings: EdgeSettings, sampling: dict[str, Any], tenant: str, request_id: str
+    fields: ResponseRequest, settings: EdgeSettings, sampling: dict[str, Any], caller: Caller
 ) -> NewResponse:
     """What is asked for, as those who make it know it."""
     return NewResponse(
-        tenant=tenant,
-        request_id=request_id,
+        tenant=caller.tenant,
+        request_id=caller.request_id,
         input=[item.as_item() for item in fields.input],
         settings=fields.described(settings),
         sampling=sampling,
@@ -218,6 +219,7 @@ def new_response(
         store=fields.store,
         previous_response_id=fields.previous_response_id,
         conversation_id=fields.conversation,
+        traceparent=caller.traceparent,
     )
 
 

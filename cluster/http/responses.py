@@ -21,7 +21,7 @@ from phi_cluster.cluster.http.edge import Edge
 from phi_cluster.cluster.http.errors import to_json
 from phi_cluster.cluster.http.item_schemas import ItemList
 from phi_cluster.cluster.http.models import check_model
-from phi_cluster.cluster.http.openapi import answer_docs, body_docs, stream_docs
+from phi_cluster.cluster.http.openapi import TRACE_PARAMETER, answer_docs, body_docs, stream_docs
 from phi_cluster.cluster.http.paging import PAGE_PARAMETERS, flag_of, item_list, page_of, query_of
 from phi_cluster.cluster.http.response_format import response_json
 from phi_cluster.cluster.http.response_schemas import (
@@ -65,7 +65,7 @@ def responses_router(edge: Edge) -> APIRouter:
         query_of(request, known)
         return tenant_of(request)
 
-    @router.post("", **stream_docs(ResponseRequest, ResponseObject, ResponseEvent))
+    @router.post("", **stream_docs(ResponseRequest, ResponseObject, ResponseEvent, [TRACE_PARAMETER]))
     async def create_response(request: Request) -> Response:
         """The model's next message."""
         caller = _checked_caller(request)
@@ -77,7 +77,7 @@ def responses_router(edge: Edge) -> APIRouter:
                 f"not {fields.max_output_tokens}",
                 param="max_output_tokens",
             )
-        new = new_response(fields, settings, sampling_of(fields, settings), caller.tenant, caller.request_id)
+        new = new_response(fields, settings, sampling_of(fields, settings), caller)
         create = partial(responses.create, new)
         if fields.stream:
             return ResponseStream(create, settings)

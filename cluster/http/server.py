@@ -15,7 +15,13 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
 from phi_cluster.cluster.errors import Unavailable
-from phi_cluster.cluster.http.caller import DETAILS_HEADER, REQUEST_ID_HEADER, RESUME_HEADER, SESSION_HEADER
+from phi_cluster.cluster.http.caller import (
+    DETAILS_HEADER,
+    REQUEST_ID_HEADER,
+    RESUME_HEADER,
+    SESSION_HEADER,
+    TRACE_HEADER,
+)
 from phi_cluster.cluster.http.chat import chat_router
 from phi_cluster.cluster.http.chat_schemas import ChatCompletionChunk, ChatRequest
 from phi_cluster.cluster.http.cluster import cluster_router
@@ -55,7 +61,7 @@ from phi_cluster.cluster.turn_api import (
 from phi_cluster.cluster.watch_api import Watch
 
 API_VERSION = "1"
-_OWN_HEADERS = (DETAILS_HEADER, RESUME_HEADER, REQUEST_ID_HEADER)
+_OWN_HEADERS = (DETAILS_HEADER, RESUME_HEADER, REQUEST_ID_HEADER, TRACE_HEADER)
 
 
 def build_app(

@@ -194,6 +194,7 @@ class Run:
             resume_from=BEGINNING if self._is_second else None,
             truncate=asked.truncate,
             cache_hint=asked.settings.get("prompt_cache_key"),
+            traceparent=asked.traceparent,
         )
 
     def _finished(self, finished: TurnFinished) -> Response:

@@ -12,18 +12,20 @@ import contextlib
 import uuid
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from phi_cluster.cluster.errors import PhiError, SessionExists, StaleEpoch, Unavailable
 from phi_cluster.cluster.messages import (
+    JOURNAL_BEGIN,
     AdmitTurn,
     BeginTurn,
     CommitTurn,
     Moved,
     SegmentRef,
     SessionKey,
+    Stretch,
     TurnGrant,
     TurnUsage,
 )
@@ -43,13 +45,24 @@ _RETRY_SECONDS = 0.1
 _QUICK_HOPS = 3
 
 
-class SessionDirectory:
-    """For one event loop. `keeper()` finds the keeper's handle (it may be a new one after a restart). `on_commit` is
-    told how long each turn's record took (seconds) and how much it was (bytes)."""
+class JournalObserver(Protocol):
+    """Measures what is told of journals. Times in seconds."""
 
-    def __init__(self, keeper: Callable[[], Any], on_commit: Callable[[float, int], None] | None = None):
+    def on_begin(self, seconds: float) -> None:
+        """A turn was begun in its journal."""
+        ...
+
+    def on_commit(self, seconds: float, nbytes: int) -> None:
+        """So much was recorded of it."""
+        ...
+
+
+class SessionDirectory:
+    """For one event loop. `keeper()` finds the keeper's handle (it may be a new one after a restart)."""
+
+    def __init__(self, keeper: Callable[[], Any], journals: JournalObserver | None = None):
         self._keeper = keeper
-        self._on_commit = on_commit
+        self._journals = journals
         self._holders: OrderedDict[str, Any] = OrderedDict()
         self._background: set[asyncio.Future[Any]] = set()
         # By session: the memory of its last turn is being settled with the keeper.
@@ -63,27 +76,35 @@ class SessionDirectory:
         """Raises SessionBusy, and Unavailable if no holder answers."""
         begin = asyncio.ensure_future(self._call(request.key, "begin_turn", request))
         try:
-            return await asyncio.shield(begin)
+            grant: TurnGrant = await asyncio.shield(begin)
         except asyncio.CancelledError:
             # The client left while it waited: a turn that begins all the same must not stay open.
             self._in_background(self._withdraw(request, begin))
             raise
+        if self._journals is not None:
+            for one in grant.stretches:
+                if one.name == JOURNAL_BEGIN:
+                    self._journals.on_begin(one.seconds)
+        return grant
 
     async def reserve(self, key: SessionKey, num_tokens: int) -> None:
         """Raises Overloaded."""
         await self._ask_keeper("reserve", key, num_tokens)
 
-    async def commit(self, commit: CommitTurn) -> None:
-        """Raises StaleEpoch and the journal's errors. The turn is over in any case."""
+    async def commit(self, commit: CommitTurn) -> Stretch | None:
+        """When it was recorded; None: it was already. Raises StaleEpoch and the journal's errors. The turn is over in
+        any case."""
         try:
             stats = await self._call(commit.key, "commit", commit)
         except StaleEpoch:
             if commit.key.ephemeral:
-                return
+                return None
             raise
-        if self._on_commit is not None and isinstance(stats, SessionStats) and stats.commit_seconds is not None:
-            self._on_commit(stats.commit_seconds, len(commit.token_ids) + len(commit.text))
+        recorded = stats.recorded if isinstance(stats, SessionStats) else None
+        if self._journals is not None and recorded is not None:
+            self._journals.on_commit(recorded.seconds, len(commit.token_ids) + len(commit.text))
         await self._settle(commit.key, stats)
+        return recorded
 
     async def lay_prompt(self, grant: TurnGrant, source: SegmentRef, num_tokens: int) -> None:
         """The turn's session, which is new, gets the first tokens of another one's memory, as far as they are to be

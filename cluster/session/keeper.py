@@ -15,7 +15,7 @@ import contextlib
 import logging
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
@@ -25,12 +25,15 @@ from phi_cluster.cluster.errors import Overloaded, PhiError
 from phi_cluster.cluster.events import EventKind
 from phi_cluster.cluster.logs import log_as
 from phi_cluster.cluster.messages import (
+    OPENED,
+    WOKEN,
     AdmitTurn,
     BeginTurn,
     CommitTurn,
     Moved,
     SegmentRef,
     SessionKey,
+    Stretch,
     TurnGrant,
     TurnUsage,
 )
@@ -100,6 +103,7 @@ class NodeSessions:
         """`store` None: no session hibernates; `usage` None: the tenants' totals end with this object. Raises OSError
         if they cannot be read."""
         self._layout = settings.layout
+        self._clock = settings.clock
         self._node_id = node_id
         self._process = process_id()
         self._metrics = SessionMetrics(_DEACTIVATION_REASONS)
@@ -141,22 +145,33 @@ class NodeSessions:
             for begun in self._roster:
                 if begun.key.ephemeral and begun.session is not None:
                     begun.session.withdraw(request.attempt)
+        came: tuple[Stretch, ...] = ()
         while True:
             if request.key.ephemeral and not request.key.session_id:
                 left = self._roster.left_by(request.key.tenant, request.request_id) if request.resume else None
                 entry = left or self._continue_or_open(request)
             else:
-                await self._hibernation.wake(request.key)
-                entry = self._roster.open(request.key)
+                entry, took = await self._open(request.key)
+                came += took
             if entry.session is None:
                 return HeldBy(entry.actor.handle)
             self._custody.hands.want_actor(entry)
             grant = await entry.session.begin_turn(request)
             if isinstance(grant, TurnGrant):
                 entry.turn_began = asyncio.get_running_loop().time()
-                return grant
+                return replace(grant, stretches=(*came, *grant.stretches))
             # It changed hands while this one waited.
             await asyncio.sleep(0)
+
+    async def _open(self, key: SessionKey) -> tuple[Entry, tuple[Stretch, ...]]:
+        """The session in memory, and what that took if it was not there."""
+        if (entry := self._roster.find(key)) is not None:
+            return entry, ()
+        began = self._clock()
+        await self._hibernation.wake(key)
+        name = WOKEN if self._roster.find(key) is not None else OPENED
+        entry = self._roster.open(key)
+        return entry, (Stretch(name, began, max(self._clock() - began, 0.0)),)
 
     async def commit(self, commit: CommitTurn) -> SessionStats | HeldBy | Moved:
         await self.start()

@@ -22,12 +22,16 @@ from dataclasses import dataclass, field, replace
 
 from phi_cluster.cluster.errors import SessionBusy
 from phi_cluster.cluster.messages import (
+    JOURNAL_BEGIN,
+    JOURNAL_COMMIT,
+    WAITED,
     BeginTurn,
     CommitTurn,
     Moved,
     ProcessId,
     SegmentRef,
     SessionKey,
+    Stretch,
     TurnGrant,
 )
 from phi_cluster.cluster.session.conversation import Conversation, name_digest
@@ -62,7 +66,7 @@ class SessionStats:
 
     `state`: "active", "handing_over", or "moved" (not here any more). `turns`, `activation` and `recycles`
     count over the session's life (see JournalInfo), `activation_turns` and `activation_age_seconds` over this
-    incarnation. `commit_seconds`: in the answer to a commit that was recorded, how long that took.
+    incarnation. `recorded`: in the answer to a commit that was recorded, when and how long that took.
     """
 
     key: SessionKey
@@ -79,7 +83,7 @@ class SessionStats:
     recycles: int
     activation_turns: int
     activation_age_seconds: float
-    commit_seconds: float | None = field(default=None, compare=False)
+    recorded: Stretch | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -199,8 +203,10 @@ class Session:
         """
         # Also of one whose answer was lost with who gave it.
         self.withdraw(request.attempt)
+        clock, came = self._settings.clock, self._settings.clock()
         if not await self._enter(request.attempt, request.wait_seconds):
             return Moved(self.key)
+        entered = clock()
         resumed = request.request_id if request.resume else None
         try:
             grant = self._conversation.begin(request.text, resumed, wants_ids=request.wants_ids)
@@ -216,10 +222,12 @@ class Session:
         segment = self._conversation.segment
         segment.request, segment.claim = name_digest(request.request_id), self._turn.claim
         segment.committer = request.writers[0] if request.writers else None
-        self._last_used = self._settings.clock()
+        self._last_used = clock()
         told = {"request_id": request.request_id, "session": self.key.digest[:12]}
         logger.info("a turn has begun", extra=told)
-        return grant
+        waited = Stretch(WAITED, came, max(entered - came, 0.0))
+        begun = Stretch(JOURNAL_BEGIN, entered, max(self._last_used - entered, 0.0))
+        return replace(grant, stretches=(waited, begun))
 
     def commit(self, turn: CommitTurn) -> SessionStats | Moved:
         """Record the turn durably and end it. A repeated commit changes nothing and gets the same answer.
@@ -229,14 +237,14 @@ class Session:
         """
         if self._state == "moved":
             return Moved(self.key)
-        began, commit_seconds = self._settings.clock(), None
+        began, recorded = self._settings.clock(), None
         if self._conversation.record(turn):
             self._activation_turns += 1
-            commit_seconds = max(self._settings.clock() - began, 0.0)
+            recorded = Stretch(JOURNAL_COMMIT, began, max(self._settings.clock() - began, 0.0))
             told = {"request_id": turn.request_id, "session": self.key.digest[:12], "outcome": turn.finish_reason}
-            logger.info("a turn is recorded", extra=told | {"seconds": round(commit_seconds, 6)})
+            logger.info("a turn is recorded", extra=told | {"seconds": round(recorded.seconds, 6)})
         self.abandon(turn.epoch)
-        return replace(self.describe(), commit_seconds=commit_seconds)
+        return replace(self.describe(), recorded=recorded)
 
     def abandon(self, epoch: int) -> bool:
         """End a turn without recording it. What it wrote into the segment is dropped at the next turn. False

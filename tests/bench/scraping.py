@@ -1,27 +1,31 @@
-"""What it costs to be watched: a scrape with many sessions, and tokens a second with a scraper and without.
+"""What it costs to be watched: a scrape with many sessions, and tokens a second alone, with a scraper, and with the
+live page open too.
 
     python tests/bench/scraping.py --sessions 5000 --active 64          # the controller's part alone, no server
     phi-cluster serve &
     python tests/bench/scraping.py --url http://127.0.0.1:8000 --metrics http://127.0.0.1:9481/metrics --streams 8
 
 The first makes a controller's view of so many sessions in memory and times what a scrape does. The second runs the same
-turns alternately with and without a scrape each second, made by this process. The last line is JSON.
+turns in turn alone, with a scrape each second made by this process, and with that and the requests of an open page
+(page_requests.py). Before that nothing is asked of the server, and the CPU time that its processes use is told for each
+of the three: on a machine with neighbours that says more than tokens a second do. The last line is JSON.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import json
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
 
 import httpx
 from chat_load import Conversation
+from page_requests import page_requests
 from prometheus_client import CollectorRegistry, Metric, generate_latest
+from server_processes import CLIENT, CpuClock
 
 from phi_cluster.cluster.cluster_view import ClusterView
 from phi_cluster.cluster.engine_recycler import EngineReport
@@ -33,6 +37,7 @@ from phi_cluster.monitoring.replica_metrics import ReplicaMetrics
 from phi_cluster.monitoring.session_metrics import SessionMetrics
 
 _NODE = "n" * 56
+_IDLE_SECONDS = 24.0
 
 
 class _Exporter:
@@ -113,33 +118,80 @@ async def _scrape(client: httpx.AsyncClient, metrics: str, seconds: list[float])
         await asyncio.sleep(1.0)
 
 
-async def with_and_without(url: str, metrics: str, num_streams: int, tokens: int, turns: int) -> dict[str, Any]:
-    limits = httpx.Limits(max_connections=num_streams + 4)
+async def with_and_without(
+    url: str, metrics: str, num_streams: int, tokens: int, turns: int, server_pid: int | None
+) -> dict[str, Any]:
+    page = await page_requests(url)
+    limits = httpx.Limits(max_connections=num_streams + 8)
     async with httpx.AsyncClient(base_url=url, timeout=600.0, limits=limits) as client:
-        conversations = [Conversation(client) for _ in range(num_streams)]
-        await asyncio.gather(*(one.say(tokens) for one in conversations))
-        rates: dict[bool, list[float]] = {False: [], True: []}
         scrapes: list[float] = []
-        for number in range(2 * turns):
-            # Conversations grow, so the order turns round each time.
-            watched = number % 4 in (1, 2)
-            scraping = asyncio.create_task(_scrape(client, metrics, scrapes)) if watched else None
-            begin = time.perf_counter()
-            brought = await asyncio.gather(*(one.say(tokens) for one in conversations))
-            rates[watched].append(sum(turn.tokens for turn in brought) / (time.perf_counter() - begin))
-            if scraping is not None:
-                scraping.cancel()
-                with contextlib.suppress(asyncio.CancelledError):
-                    await scraping
-        for one in conversations:
-            await one.delete()
+        watchers: dict[str, list[Callable[[], Coroutine[Any, Any, None]]]] = {
+            "alone": [],
+            "scraped": [lambda: _scrape(client, metrics, scrapes)],
+            "page_open": [lambda: _scrape(client, metrics, scrapes), lambda: page.repeat(client)],
+        }
+        # Its session actors and caches of the page's visit come to rest.
+        await asyncio.sleep(3.0)
+        cores = {} if server_pid is None else {name: await _cores(server_pid, each) for name, each in watchers.items()}
+        rates: dict[str, list[float]] = {name: [] for name in watchers}
+        for number in range(turns):
+            # Conversations grow, so all begin anew; and the machine changes, so the order turns round each time.
+            for name in list(watchers) if number % 2 == 0 else reversed(list(watchers)):
+                rates[name].append(await _watched(client, num_streams, tokens, watchers[name]))
+                print(f"{name}: {rates[name][-1]:.1f} tokens/s", flush=True)
+    alone = statistics.median(rates["alone"])
     return {
         "streams": num_streams,
-        "tokens_per_second": round(statistics.median(rates[False]), 1),
-        "tokens_per_second_scraped": round(statistics.median(rates[True]), 1),
-        "by_turn": {str(watched): [round(rate, 1) for rate in some] for watched, some in rates.items()},
+        "tokens_per_second": {name: round(statistics.median(some), 1) for name, some in rates.items()},
+        "of_alone": {name: round(statistics.median(some) / alone, 3) for name, some in rates.items()},
+        "of_alone_in_pairs": {
+            name: round(statistics.median(a / b for a, b in zip(some, rates["alone"], strict=True)), 3)
+            for name, some in rates.items()
+        },
+        "by_turn": {name: [round(rate, 1) for rate in some] for name, some in rates.items()},
+        "idle_cores": cores,
+        "page_requests_per_second": round(page.per_second, 2),
         "scrape_ms_p50": round(statistics.median(scrapes) * 1000, 1),
     }
+
+
+async def _cores(server_pid: int, watchers: list[Callable[[], Coroutine[Any, Any, None]]]) -> dict[str, float]:
+    """CPU seconds a second that each kind of process of a server takes to which nobody talks, and all of them."""
+    watching = [asyncio.create_task(watcher()) for watcher in watchers]
+    clock, begin = CpuClock(server_pid), time.perf_counter()
+    await asyncio.sleep(_IDLE_SECONDS)
+    used, seconds = clock.seconds(), time.perf_counter() - begin
+    await _end(watching)
+    used.pop(CLIENT, None)
+    each = {kind: round(value / seconds, 4) for kind, value in used.items() if value / seconds >= 0.0005}
+    return {**each, "all": round(sum(used.values()) / seconds, 4)}
+
+
+async def _end(watching: list[asyncio.Task[None]]) -> None:
+    for task in watching:
+        # One that has failed says so, instead of being measured as nothing.
+        if not task.cancel():
+            task.result()
+    await asyncio.gather(*watching, return_exceptions=True)
+
+
+async def _watched(
+    client: httpx.AsyncClient,
+    num_streams: int,
+    tokens: int,
+    watchers: list[Callable[[], Coroutine[Any, Any, None]]],
+) -> float:
+    """Tokens a second of new conversations' second turns."""
+    conversations = [Conversation(client) for _ in range(num_streams)]
+    await asyncio.gather(*(one.say(8) for one in conversations))
+    watching = [asyncio.create_task(watcher()) for watcher in watchers]
+    begin = time.perf_counter()
+    brought = await asyncio.gather(*(one.say(tokens) for one in conversations))
+    seconds = time.perf_counter() - begin
+    await _end(watching)
+    for one in conversations:
+        await one.delete()
+    return sum(turn.tokens for turn in brought) / seconds
 
 
 def main() -> None:
@@ -149,13 +201,16 @@ def main() -> None:
     parser.add_argument("--url")
     parser.add_argument("--metrics", default="http://127.0.0.1:9481/metrics")
     parser.add_argument("--streams", type=int, default=8)
-    parser.add_argument("--tokens", type=int, default=64, help="length of each reply")
-    parser.add_argument("--turns", type=int, default=6, help="turns with, and turns without")
+    parser.add_argument("--tokens", type=int, default=256, help="length of each reply")
+    parser.add_argument("--turns", type=int, default=6, help="rounds of all three")
+    parser.add_argument("--server-pid", type=int, help="the server's process, to tell its CPU time too")
     parsed = parser.parse_args()
     if parsed.url is None:
         result = scrape_alone(parsed.sessions, parsed.active)
     else:
-        result = asyncio.run(with_and_without(parsed.url, parsed.metrics, parsed.streams, parsed.tokens, parsed.turns))
+        result = asyncio.run(
+            with_and_without(parsed.url, parsed.metrics, parsed.streams, parsed.tokens, parsed.turns, parsed.server_pid)
+        )
     print(json.dumps(result))
 
 

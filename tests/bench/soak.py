@@ -20,23 +20,20 @@ import contextlib
 import json
 import random
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
-import yaml
 
 # Run as a module it finds the others of this folder as when it is run as a file.
 sys.path.insert(0, str(Path(__file__).parent))
 
 from chat_load import Conversation, Refused, Turn
 from memory_samples import MemorySamples
+from own_server import own_server
 from text_plot import draw
 
 CONFIG = {
@@ -133,30 +130,6 @@ async def _sleep(seconds: float, deadline: float) -> None:
     await asyncio.sleep(max(min(seconds, deadline - time.monotonic()), 0.0))
 
 
-@contextlib.contextmanager
-def own_server(port: int) -> Iterator[tuple[str, int]]:
-    """A server with CONFIG; its address and pid."""
-    with tempfile.TemporaryDirectory(prefix="soak-") as folder:
-        own = {
-            "state_dir": f"{folder}/state",
-            "server": {"port": port, "metrics_port": port + 1, "internal_ports": port + 2},
-        }
-        config, log = Path(folder) / "config.yaml", Path(folder) / "log"
-        config.write_text(yaml.safe_dump(CONFIG | own))
-        command = [sys.executable, "-m", "phi_cluster.cluster.cli", "serve", str(config)]
-        with log.open("wb") as output:
-            server = subprocess.Popen(command, cwd=folder, stdout=output, stderr=subprocess.STDOUT)
-        try:
-            while "Ready in" not in log.read_text(errors="replace"):
-                if server.poll() is not None:
-                    sys.exit(f"the server did not start: {log.read_text(errors='replace')}")
-                time.sleep(0.2)
-            yield f"http://127.0.0.1:{port}", server.pid
-        finally:
-            server.terminate()
-            server.wait()
-
-
 async def measure(url: str, server_pid: int, parsed: argparse.Namespace) -> tuple[Soak, MemorySamples]:
     samples = MemorySamples(server_pid)
     limits = httpx.Limits(max_connections=parsed.users + 10)
@@ -198,7 +171,7 @@ def main(arguments: list[str] | None = None) -> int:
     with contextlib.ExitStack() as stack:
         url, pid = parsed.url, parsed.server_pid
         if url is None or pid is None:
-            url, pid = stack.enter_context(own_server(parsed.port))
+            url, pid = stack.enter_context(own_server(CONFIG, parsed.port, parsed.port + 2))
         soak, samples = asyncio.run(measure(url, pid, parsed))
     memory = {part: [(x, nbytes / 1e6) for x, nbytes, _ in points] for part, points in samples.totals().items()}
     memory["all of them"] = samples.sum_over_time(1e6)

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
+import re
+import subprocess
 import sys
+import time
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
+
+from phi_cluster.cluster.processes import private_bytes
 
 BENCH = Path(__file__).parent
 
@@ -243,3 +249,37 @@ def test_a_scrape_is_of_the_same_size_whatever_the_number_of_sessions(bench) -> 
     scrape_alone = bench("scraping").scrape_alone
     few, many = scrape_alone(5, 2, rounds=1), scrape_alone(500, 2, rounds=1)
     assert few["series"] == many["series"] > 200
+
+
+def test_rules_in_less_time(bench) -> None:
+    """All periods are found, thresholds stay."""
+    faster = bench("alert_timeline").faster
+    text = (BENCH.parent.parent / "monitoring" / "rules" / "alerts.yml").read_text()
+    quick = faster(text, 30)
+    assert "increase(phi_recoveries_total[20s])) > 2.5" in quick
+    assert "offset 720s" in quick
+    assert "for: 10s" in quick
+    assert not re.search(r"\[\d+[mh]\]|offset \d+[mh]|for: \d+[mh]", quick)
+    assert faster(text, 1) == faster(faster(text, 1), 1)
+    assert [line for line in text.splitlines() if "summary" in line] == [
+        line for line in quick.splitlines() if "summary" in line
+    ]
+
+
+def test_an_engine_that_leaks_on_purpose(tmp_path: Path) -> None:
+    leak = tmp_path / "leak"
+    code = "import time\nwhile True: time.sleep(1)"
+    environment = {**os.environ, "PYTHONPATH": str(BENCH / "leaking_engine"), "PHI_BENCH_LEAK": str(leak)}
+    with subprocess.Popen([sys.executable, "-c", code], env=environment) as process:
+        try:
+            leak.write_text(f"{process.pid + 1} 40000000")
+            time.sleep(0.6)
+            before = private_bytes(process.pid)
+            assert before < 40_000_000
+            leak.write_text(f"{process.pid} 40000000")
+            deadline = time.monotonic() + 20
+            while private_bytes(process.pid) < before + 10_000_000:
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+        finally:
+            process.kill()

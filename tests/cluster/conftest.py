@@ -17,12 +17,13 @@ from typing import Any
 
 import httpx
 import pytest
-from playwright.async_api import ConsoleMessage, Page, async_playwright
+from playwright.async_api import BrowserContext, ConsoleMessage, Page, async_playwright
 from prometheus_client.parser import text_string_to_metric_families
 
 from phi_cluster.cluster.config import Config
 from phi_cluster.model.hub import resolve_model
 from phi_cluster.model.tokenizer import Tokenizer
+from tests.cluster.browser import Chromium
 
 PAGE = 4096
 # epoch, flags, seed, num_computed_tokens, num_tokens behind the segment header's identity.
@@ -330,20 +331,30 @@ def tokenizer(model_folder: Path) -> Tokenizer:
     return Tokenizer.from_folder(model_folder)
 
 
-@pytest.fixture
-async def open_page() -> AsyncIterator[Callable[..., Awaitable[Page]]]:
-    """`await open_page(url, **context)`: the live page in a headless Chromium of the system's. Whatever the browser has
-    to complain of (scripts that fail, what the page's policy forbids) fails the test."""
-    chromium = shutil.which("chromium")
-    if chromium is None:
+@pytest.fixture(scope="module")
+def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chromium]:
+    """One browser for a module's tests: it takes longer to start than most of them."""
+    executable = shutil.which("chromium")
+    if executable is None:
         told = "Debian's chromium is not installed, so the live page is not tested"
         pytest.fail(told) if os.environ.get("CI") else pytest.skip(told)
+    chromium = Chromium(executable, tmp_path_factory.mktemp("chromium"))
+    yield chromium
+    chromium.close()
+
+
+@pytest.fixture
+async def open_page(chromium: Chromium) -> AsyncIterator[Callable[..., Awaitable[Page]]]:
+    """`await open_page(url, **context)`: the live page in a headless Chromium, in a context that nothing else has been
+    in. Whatever the browser has to complain of (scripts that fail, what the page's policy forbids) fails the test."""
     complaints: list[str] = []
     async with async_playwright() as playwright:
-        browser = await playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        browser = await playwright.chromium.connect_over_cdp(chromium.address)
+        contexts: list[BrowserContext] = []
 
         async def open_page(url: str, **context: Any) -> Page:
             made = await browser.new_context(**{"viewport": {"width": 1440, "height": 900}, **context})
+            contexts.append(made)
             page = await made.new_page()
             page.set_default_timeout(30_000)
             page.on("pageerror", lambda error: complaints.append(str(error)))
@@ -352,6 +363,8 @@ async def open_page() -> AsyncIterator[Callable[..., Awaitable[Page]]]:
             return page
 
         yield open_page
+        for one in contexts:
+            await one.close()
         await browser.close()
     assert complaints == []
 

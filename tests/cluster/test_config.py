@@ -89,6 +89,12 @@ def test_unknown_fields_name_the_nearest(tmp_path: Path) -> None:
         ("dtype: int3", "dtype: Input should be 'auto', 'float32', 'bfloat16', 'int8' or 'int4'"),
         ("kv_cache_dtype: float32", "kv_cache_dtype: Input should be 'auto', 'bfloat16' or 'int8'"),
         ("{replicas: 3, autoscaling: {max_replicas: 2}}", "FILE: autoscaling.max_replicas: 2 is less than replicas: 3"),
+        (
+            "tracing: {endpoint: 'localhost:4318'}",
+            "tracing.endpoint: 'localhost:4318' is not the address of a collector",
+        ),
+        ("tracing: {endpoint: 'http://u:p@host/v1/traces'}", "tracing.endpoint: "),
+        ("tracing: {sample_ratio: 1.5}", "tracing.sample_ratio: "),
         ("- model", "must hold fields"),
         ("just words", "must hold fields"),
         ("{", "is not valid YAML"),

@@ -102,10 +102,12 @@ class FakeEngine:
         running: int = 1,
         totals: EngineTotals = NO_TOTALS,
         work: StepWork | None = None,
+        preempted: tuple[int, ...] = (),
     ) -> None:
         """One step."""
         self._step += 1
-        await self.send_bytes(encode_frame(StepFrame(self._step, list(outputs), running, 0, totals, work)))
+        frame = StepFrame(self._step, list(outputs), running, 0, totals, work, preempted=preempted)
+        await self.send_bytes(encode_frame(frame))
 
     async def send_bytes(self, data: bytes) -> None:
         await asyncio.wait_for(self._connected.wait(), PATIENCE)
@@ -259,6 +261,44 @@ async def test_sequences_get_their_own_outputs_and_ids(engines: Engines, make_cl
     await engine.send(SequenceOutput(999, [1]), *outputs)
     for number, stream in zip(numbers, streams, strict=True):
         assert ids(await collect(stream)) == [number * 100]
+
+
+class Watching:
+    """Implements engine_client.SequenceWatcher."""
+
+    def __init__(self) -> None:
+        self.told: list[object] = []
+
+    def on_scheduled(self, queue_seconds: float) -> None:
+        self.told.append(queue_seconds)
+
+    def on_tokens(self) -> None:
+        self.told.append("tokens")
+
+    def on_preempted(self) -> None:
+        self.told.append("preempted")
+
+    def on_moved(self, *, died: bool) -> None:
+        self.told.append("lost" if died else "renewed")
+
+
+async def test_who_watches_a_sequence_is_told_how_it_fares(engines: Engines, make_client: MakeClient) -> None:
+    client = make_client()
+    stream, other = [await client.add(add(client)) for _ in range(2)]
+    stream.watcher = watching = Watching()
+    first = await engines.next()
+    number = (await first.next(AddSequence)).sequence_id
+    await first.next(AddSequence)
+    await first.send(SequenceOutput(number, [], queue_seconds=0.25), preempted=(other.add.sequence_id, 999))
+    await first.send(SequenceOutput(number, [10]), preempted=(number,))
+    await until(lambda: len(watching.told) == 3)
+    first.die()
+    second = await engines.next()
+    await second.next(AddSequence)
+    await second.next(AddSequence)
+    await second.send(SequenceOutput(number, [11], "stop", released=True, queue_seconds=0.5))
+    await collect(stream)
+    assert watching.told == [0.25, "preempted", "tokens", "lost", 0.5, "tokens"]
 
 
 async def test_an_abort_is_sent_once_and_release_still_comes(engines: Engines, make_client: MakeClient) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from phi_cluster.cluster.config import Config, EngineConfig, KVConfig, ServerConfig, SessionsConfig
+from phi_cluster.cluster.config import Config, EngineConfig, KVConfig, ServerConfig, SessionsConfig, TracingConfig
 from phi_cluster.cluster.errors import StartError
 from phi_cluster.cluster.preflight import (
     ENGINE_NBYTES,
@@ -22,6 +23,7 @@ from phi_cluster.cluster.preflight import (
     check_platform,
     check_port,
     fixed_nbytes,
+    has_package,
     inspect_machine,
     kv_budget,
     session_actors,
@@ -221,6 +223,16 @@ def test_a_good_configuration_passes_and_its_folders_are_private(config: Config)
 def test_without_keys_only_loopback_is_served(host: str, config: Config) -> None:
     told = refusal(with_server(config, host=host))
     assert told.startswith(f"server.host: {host} would serve without API keys")
+
+
+def test_traces_want_their_package(config: Config) -> None:
+    traced = config.model_copy(update={"tracing": TracingConfig(endpoint="http://127.0.0.1:4318/v1/traces")})
+    check_config(traced, MACHINE)
+    with pytest.raises(StartError, match=re.escape("pip install 'phi-cluster[otel]'")):
+        check_config(traced, MACHINE, has_package=lambda name: False)
+    check_config(config, MACHINE, has_package=lambda name: False)
+    assert has_package("opentelemetry.sdk")
+    assert not has_package("no_such_package.inside")
 
 
 def test_with_keys_others_are_served(config: Config, tmp_path: Path) -> None:

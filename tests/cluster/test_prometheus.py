@@ -1,6 +1,6 @@
 """A real Prometheus scrapes a real server under load: every panel, rule and alert finds what it asks for.
 
-And the gauges of KV memory follow what the kernel says while it grows.
+And the gauges of KV memory follow what the kernel says while it grows, and a collector gets the traces of it all.
 """
 
 from __future__ import annotations
@@ -10,19 +10,17 @@ import os
 import re
 import shutil
 import signal
-import socket
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 import yaml
 
 from phi_cluster.cluster.keys import hash_of
+from tests.cluster.collector import Collector
+from tests.prometheus import MONITORING, Prometheus
 
 pytestmark = [
     pytest.mark.cluster,
@@ -30,7 +28,6 @@ pytestmark = [
     pytest.mark.skipif(not shutil.which("prometheus"), reason="prometheus is not installed"),
 ]
 
-MONITORING = Path(__file__).parent.parent.parent / "monitoring"
 KEY = "phi-watcher"
 # What Grafana puts in.
 VARIABLES = {"$__rate_interval": "5m", "$instance": ".+"}
@@ -39,7 +36,14 @@ REPORT_SECONDS = 3.0
 
 
 @pytest.fixture(scope="module")
-def server(launch: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+def collector() -> Iterator[Collector]:
+    collector = Collector()
+    yield collector
+    collector.close()
+
+
+@pytest.fixture(scope="module")
+def server(launch: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory, collector: Collector) -> Iterator[Any]:
     keys = tmp_path_factory.mktemp("keys") / "keys.yaml"
     entry = {"name": "watcher", "hash": hash_of(KEY), "scopes": ["admin"], "limits": {"concurrent_turns": 20}}
     keys.write_text(yaml.safe_dump({"keys": [entry]}))
@@ -50,47 +54,11 @@ def server(launch: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory)
             "sessions": sessions,
             "engine": {"speculation": speculation, "standby_engines": 1},
             "server": {"keys": str(keys)},
+            "tracing": {"endpoint": collector.url},
         }
     )
     yield server
     server.stop()
-
-
-class Prometheus:
-    """Our configuration, but that it looks each second, at this server."""
-
-    def __init__(self, folder: Path, target: str):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        shutil.copytree(MONITORING / "rules", folder / "rules")
-        config = yaml.safe_load((MONITORING / "prometheus.yml").read_text())
-        config["global"] = {"scrape_interval": "1s", "scrape_timeout": "1s", "evaluation_interval": "1s"}
-        (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
-        (folder / "targets").mkdir()
-        (folder / "targets" / "phi-cluster.yml").write_text(yaml.safe_dump([{"targets": [target]}]))
-        command = ["prometheus", f"--config.file={folder}/prometheus.yml", f"--storage.tsdb.path={folder}/data"]
-        self._log = (folder / "log").open("wb")
-        self._process = subprocess.Popen(
-            [*command, f"--web.listen-address=127.0.0.1:{port}"], stdout=self._log, stderr=self._log
-        )
-        self.http = httpx.Client(base_url=f"http://127.0.0.1:{port}/api/v1", timeout=20.0, trust_env=False)
-
-    def get(self, path: str, **parameters: str) -> Any:
-        answer = self.http.get(path, params=parameters).json()
-        assert answer["status"] == "success", (parameters, answer)
-        return answer["data"]
-
-    def query(self, expression: str) -> list[tuple[dict[str, str], float]]:
-        """Series and values. Raises AssertionError for an expression that cannot be evaluated."""
-        found = self.get("/query", query=expression)["result"]
-        return [(one["metric"], float(one["value"][1])) for one in found]
-
-    def close(self) -> None:
-        self.http.close()
-        self._process.send_signal(signal.SIGTERM)
-        self._process.wait(20)
-        self._log.close()
 
 
 @pytest.fixture(scope="module")
@@ -267,3 +235,39 @@ def test_what_happened_can_be_seen(prometheus, until):
     until(lambda: total('phi_key_requests_total{key="watcher"}') >= num_turns, "all turns by key", 30)
     # Nobody is woken up for it.
     assert total('ALERTS{alertstate="firing",severity="page"}') == 0
+
+
+def test_a_request_is_one_trace_over_all_processes(user, server, collector, until):
+    trace, parent = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+    assert user.http.post("/v1/sessions/sleeper/hibernate").status_code == 200
+    said = user.http.get("/v1/sessions/sleeper/messages").json()["data"]
+    asked = {"messages": [*said, {"role": "user", "content": "Well?"}], "max_tokens": 4, "ignore_eos": True}
+    headers = {"x-session-id": "sleeper", "traceparent": f"00-{trace}-{parent}-01"}
+    reply = user.http.post("/v1/chat/completions", json=asked, headers=headers)
+    assert reply.status_code == 200, reply.text
+    [root] = until(lambda: [span for span in collector.spans if span.parent == parent], "the trace", 30)
+    usage = reply.json()["usage"]
+    assert (root.trace, root.name) == (trace, f"chat {reply.json()['model']}")
+    assert root.attributes["gen_ai.usage.input_tokens"] == usage["prompt_tokens"]
+    assert root.attributes["gen_ai.usage.output_tokens"] == usage["completion_tokens"] == 4
+    assert root.attributes["gen_ai.response.finish_reasons"] == ["length"]
+    parts = collector.parts(root)
+    phases = ("engine.queue", "engine.prefill", "engine.decode")
+    others = ("session.begin_turn", "session.wake", "journal.begin", "kv.reserve", "journal.commit")
+    assert {*phases, *others} <= set(parts)
+    for one in parts.values():
+        # Clocks of one machine agree.
+        assert root.began - 0.001 <= one.began <= one.ended <= root.ended + 0.001
+    assert parts["session.begin_turn"].attributes["phi.session.num_computed_tokens"] > 0
+    assert parts["engine.decode"].attributes["phi.engine.pid"] == user.session("sleeper")["engine_pid"]
+
+
+def test_the_traces_tell_what_died_and_not_what_was_said(user, server, collector, until):
+    """Of all that this server has been asked."""
+    until(lambda: any("engine.lost" in span.events for span in collector.spans), "the engine's death", 30)
+    ids = {span.id for span in collector.spans}
+    lonely = [span for span in collector.spans if span.parent and span.parent not in ids]
+    assert [span.name.split()[0] for span in lonely] == ["chat"]
+    sent = b"".join(collector.raw)
+    for secret in (b"Count from", b"Repeat", b"Well?", b"sleeper", b"watcher", KEY.encode()):
+        assert secret not in sent

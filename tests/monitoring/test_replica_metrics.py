@@ -116,22 +116,26 @@ def test_what_engines_count(merged):
     assert out.value("phi_spec_decode_num_accepted_tokens_total") == 5
 
 
-def test_commits(merged):
+def test_journals(merged):
     metrics = served()
-    metrics.commits.on_commit(0.0007, 300)
-    metrics.commits.on_commit(0.3, 5000)
+    metrics.journals.on_begin(0.0004)
+    metrics.journals.on_commit(0.0007, 300)
+    metrics.journals.on_commit(0.3, 5000)
     out = merged(metrics.snapshot(0))
     assert out.value("phi_journal_commit_seconds_bucket", le="0.001") == 1
     assert out.value("phi_journal_commit_seconds_count") == 2
     assert out.value("phi_journal_commit_bytes_sum") == 5300
+    assert out.value("phi_journal_begin_seconds_bucket", le="0.0005") == 1
 
 
 def test_engines_that_serve_by_node_and_replica(exported):
-    views = [EngineView("n", "0", 60.0, 0.5, 0.0, 300, 200), EngineView("n", "1", 5.0, 2.0, 1.5, 250, 250)]
+    views = [EngineView("n", "0", 60.0, 0.5, 0.0, 300, 200, 190, 4), EngineView("n", "1", 5.0, 2.0, 1.5, 250, 250)]
     out = exported(engine_metrics(views))
     assert out.values("phi_engine_age_seconds") == {("n", "0"): 60, ("n", "1"): 5}
     assert out.value("phi_engine_last_step_age_seconds", node="n", replica="1") == 2
     assert out.value("phi_engine_queue_age_seconds", node="n", replica="1") == 1.5
     assert out.value("phi_engine_private_bytes", node="n", replica="0") == 300
     assert out.value("phi_engine_private_baseline_bytes", node="n", replica="0") == 200
+    assert out.values("phi_engine_weights_mapped_bytes") == {("n", "0"): 190, ("n", "1"): 0}
+    assert out.value("phi_engine_weights_copied_bytes", node="n", replica="0") == 4
     assert exported(engine_metrics([])).values("phi_engine_age_seconds") == {}

@@ -303,8 +303,17 @@ def test_preemption_changes_no_token(lab: Any) -> None:
     prompts = {i: [(i + n) % 40 for n in range(10)] for i in range(3)}
     for i, prompt in prompts.items():
         engine.add(lab.sequence(i, prompt, max_tokens=60, seed=i))
+    told: list[int] = []
+
+    def step() -> Any:
+        outputs = type(engine).step(engine)
+        told.extend(engine.last_preempted)
+        return outputs
+
+    engine.step = step
     replies = lab.drain(engine)
-    assert engine.num_preemptions >= 1
+    assert engine.num_preemptions == len(told) >= 1
+    assert set(told) <= prompts.keys()
     for i, prompt in prompts.items():
         assert len(replies[i].token_ids) == 60
         expected = lab.alone(lab.Model(), lab.sequence(i, prompt, max_tokens=60, seed=i))

@@ -45,6 +45,7 @@ class FakeEngine:
         self.num_waiting = 0
         self.queue_seconds = 0.25
         self.last_work = StepWork(1, 1, 0.5)
+        self.last_preempted = (5,)
         self.num_preemptions = self.num_draft_tokens = self.num_accepted_tokens = 0
         self.progress = 100
         self.may_step = threading.Event()

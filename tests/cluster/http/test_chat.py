@@ -27,6 +27,16 @@ async def test_official_client_gets_a_whole_reply(official, turns):
     assert turns.ends == ["completed"]
 
 
+async def test_a_clients_trace_is_gone_on_with(client, turns):
+    trace = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+    asked = {"model": "phi", "input": "Hi", "messages": HELLO, "prompt": "Hi"}
+    for path, name in (("chat/completions", "messages"), ("completions", "prompt"), ("responses", "input")):
+        body = {"model": "phi", name: asked[name]}
+        assert (await client.post(f"/v1/{path}", json=body, headers={"traceparent": trace})).status_code == 200
+        assert (await client.post(f"/v1/{path}", json=body)).status_code == 200
+    assert [request.traceparent for request in turns.requests] == [trace, None] * 3
+
+
 async def test_official_client_streams(official, turns):
     stream = await official.chat.completions.create(model="phi", messages=HELLO, stream=True)
     chunks = [chunk async for chunk in stream]

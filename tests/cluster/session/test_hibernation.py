@@ -59,6 +59,8 @@ async def test_a_session_sleeps_and_wakes_with_the_same_memory(node, place, tmp_
         start = node.layout.kv_offset - node.layout.ids_offset + region * node.layout.kv.region_nbytes
         assert after[start : start + 12_800] == before[start : start + 12_800] == bytes([7]) * 12_800
     assert kept(tmp_path) == []
+    # What it took is told with the turn; one that finds the session in memory has nothing of it.
+    assert [one.name for one in grant.stretches] == ["session.wake", "session.wait", "journal.begin"]
     assert node.leases() == {KEY.digest: node.layout.nbytes_used(101)}
     assert (counts(node)["hibernations"], counts(node)["restores"]) == (1, 1)
 

@@ -7,7 +7,7 @@ import os
 import pytest
 
 from phi_cluster.cluster.errors import SessionBusy, StaleEpoch
-from phi_cluster.cluster.messages import BeginTurn, Moved, ProcessId, SessionKey
+from phi_cluster.cluster.messages import BeginTurn, Moved, ProcessId, SessionKey, Stretch
 from phi_cluster.cluster.session.journal import JournalCorrupt, JournalUnavailable, MemoryJournal
 from phi_cluster.cluster.session.segment import Segment
 from phi_cluster.cluster.session.session import Session
@@ -78,14 +78,14 @@ async def test_a_commit_is_told_with_the_exact_memory(session, turns, settings, 
     assert (stats.num_tokens, stats.num_computed_tokens, stats.turns, stats.in_turn) == (100, 100, 1, False)
 
 
-async def test_a_repeated_commit_is_stored_once(session, turns, journal):
+async def test_a_repeated_commit_is_stored_once(session, turns, journal, clock):
     grant = await turns.begin(session, "x")
     turns.write(grant, [1])
     message = turns.message(grant, "x", [1])
     first, second = session.commit(message), session.commit(message)
     assert first == second
     # How long recording took is told where something was recorded.
-    assert (first.commit_seconds, second.commit_seconds) == (0.0, None)
+    assert (first.recorded, second.recorded) == (Stretch("journal.commit", clock.now, 0.0), None)
     later = await turns.begin(session, "x y")
     # Its answer was lost and it comes again, while the next turn runs.
     session.commit(message)
@@ -173,6 +173,17 @@ async def test_a_second_turn_waits_for_the_first(session, turns):
     assert not third.done()
     session.abandon(granted.epoch)
     assert (await third).epoch == 3
+
+
+async def test_what_a_beginning_took_is_told(session, turns, clock):
+    grant = await turns.begin(session, "one")
+    came = clock.now
+    second = asyncio.create_task(turns.begin(session, "one two"))
+    await settle()
+    clock.now += 3
+    session.abandon(grant.epoch)
+    told = (await second).stretches
+    assert told == (Stretch("session.wait", came, 3.0), Stretch("journal.begin", came + 3, 0.0))
 
 
 async def test_a_turn_that_does_not_end_makes_others_busy(session, turns):
