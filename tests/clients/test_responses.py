@@ -208,10 +208,15 @@ def test_the_node_client(server):
 
 
 def test_the_background_survives_its_replica(official, server, model, story, until):
+    """Also its log probabilities, of which the dead one had not stored all: they are computed anew."""
+    scored = LONG | {"include": ["message.output_text.logprobs"], "top_logprobs": 2}
+    undisturbed = official.responses.create(model=model, **scored).output[0].content[0]
+    assert undisturbed.text == story
+    assert len(undisturbed.logprobs) == LONG["max_output_tokens"]
     seen = []
     with (
         contextlib.suppress(httpx.TransportError, openai.APIConnectionError),
-        official.responses.create(model=model, background=True, stream=True, **LONG) as stream,
+        official.responses.create(model=model, background=True, stream=True, **scored) as stream,
     ):
         for event in stream:
             seen.append(event)
@@ -226,6 +231,10 @@ def test_the_background_survives_its_replica(official, server, model, story, unt
     assert [event.sequence_number for event in seen] == list(range(len(seen)))
     assert "".join(event.delta for event in seen if event.type == "response.output_text.delta") == story
     assert seen[-1].response.status == "incomplete"
+    [part] = seen[-1].response.output[0].content
+    assert part == undisturbed
+    told = [one.logprob for event in seen if event.type == "response.output_text.delta" for one in event.logprobs]
+    assert told == [one.logprob for one in undisturbed.logprobs]
 
 
 def test_all_of_it_survives_the_server(official, server, launch, model, story):
