@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from phi_cluster.cluster.call_reader import ReplyReader, TextReader
 from phi_cluster.cluster.errors import ReplyGone
-from phi_cluster.cluster.turn_api import BEGINNING, Position, ReplyPiece
+from phi_cluster.cluster.turn_api import BEGINNING, CallPiece, Position, ReplyPiece, TextPiece, TokenLogprob, piece_text
 from phi_cluster.model.tokenizer import Detokenizer, StopStrings
 
 
@@ -33,8 +33,11 @@ class Reply:
         given: Position = BEGINNING,
         is_known: bool = False,
         reader: ReplyReader | None = None,
+        logprobs: Sequence[TokenLogprob | None] | None = None,
     ):
-        """`is_known`: the tokens up to `given` are for sure the ones that the client got. `reader`: None for text."""
+        """`is_known`: the tokens up to `given` are for sure the ones that the client got. `reader`: None for text.
+        `logprobs`, if pieces are to tell them: each token's, None for one without text; the caller adds to it before a
+        token is pushed."""
         self.prompt_text = prompt_text
         self.num_prompt_tokens = 0
         self.num_cached_tokens = 0
@@ -48,6 +51,9 @@ class Reply:
         self._given = given
         self._is_known = is_known
         self._fresh: list[ReplyPiece] = []
+        self._logprobs = logprobs
+        # So many tokens belong to pieces that have come out.
+        self._num_told = 0
 
     @property
     def text(self) -> str:
@@ -109,10 +115,24 @@ class Reply:
         is_other = self._count == self._given.count and self._checksum != self._given.checksum
         if is_other and not self._is_known:
             raise _other()
+        if pieces and self._logprobs is not None:
+            pieces = self._with_logprobs(pieces, self._logprobs)
         if self._count <= self._given.count:
             return ""
         self._fresh += pieces
-        return "".join(piece for piece in pieces if isinstance(piece, str))
+        return "".join(map(piece_text, pieces))
+
+    def _with_logprobs(self, pieces: list[ReplyPiece], logprobs: Sequence[TokenLogprob | None]) -> list[ReplyPiece]:
+        """All tokens since the last pieces belong to the first text among these; a call's are not told."""
+        end = len(self.token_ids)
+        untold = tuple(one for one in logprobs[self._num_told : end] if one is not None)
+        self._num_told = end
+        told: list[ReplyPiece] = []
+        for piece in pieces:
+            if not isinstance(piece, CallPiece):
+                piece, untold = TextPiece(piece_text(piece), untold), ()
+            told.append(piece)
+        return told
 
 
 def _add(checksum: int, token_ids: Sequence[int]) -> int:

@@ -97,12 +97,13 @@ class Response:
     def is_over(self) -> bool:
         return self.status not in OPEN
 
-    def output(self) -> list[Item]:
-        """The assistant's message and calls: of a response that failed, or was cancelled, if it said a word."""
+    def output(self, *, with_logprobs: bool = True) -> list[Item]:
+        """The assistant's message and calls: of a response that failed, or was cancelled, if it said a word.
+        `with_logprobs`: as far as the response was asked for them."""
         if not self.is_over or (not self.pieces and self.status in ("failed", "cancelled")):
             return []
         status = "completed" if self.status == "completed" else "incomplete"
-        return output_items(self.asked.request_id, self.pieces, status)
+        return output_items(self.asked.request_id, self.pieces, status, with_logprobs=with_logprobs)
 
 
 # What comes while a response is read: more of its pieces, and at last how it stands when it is over.

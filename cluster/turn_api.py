@@ -79,9 +79,6 @@ class CallPiece(NamedTuple):
     arguments: str
 
 
-ReplyPiece: TypeAlias = "str | CallPiece"
-
-
 def call_id(request_id: str, number: int) -> str:
     """What a call is answered under: at most 40 characters, as OpenAI's. The same whenever the reply is made."""
     return f"call_{request_id}{number:02x}"
@@ -155,6 +152,24 @@ class TokenLogprob(NamedTuple):
     top: tuple[TokenChoice, ...]
 
 
+class TextPiece(NamedTuple):
+    """A part of a reply's text, with its tokens where their log probabilities were asked for: those that have no text
+    are not told, and one that has only a part of a character is told with the piece that completes it."""
+
+    text: str
+    logprobs: tuple[TokenLogprob, ...]
+
+
+ReplyPiece: TypeAlias = "str | TextPiece | CallPiece"
+
+
+def piece_text(piece: ReplyPiece) -> str:
+    """What of the piece is text; empty for a call's."""
+    if isinstance(piece, CallPiece):
+        return ""
+    return piece if isinstance(piece, str) else piece.text
+
+
 @dataclass(frozen=True)
 class TurnStarted:
     """The first event, once: the turn is admitted and its prompt is known to fit. `echo`: the prompt, if it was asked
@@ -176,7 +191,7 @@ class TextDelta:
 
     `position` is where in the reply the text ends. `logprobs`, if they were asked for, are the new tokens', without
     those that have no text. `pieces` are the parts of `text` and then of calls, none of them empty: the same reply has
-    the same pieces, however its tokens come together in events.
+    the same pieces, however its tokens come together in events (`TextPiece`s, if log probabilities were asked for).
     """
 
     text: str = field(repr=False)

@@ -110,6 +110,8 @@ class Carried:
     """What of a turn outlives the memory in which it began. `token_ids` are the reply's, None before there are any to
     speak of; the client has all text up to `given`, and `started` if it was told so.
 
+    `logprobs`: of each token of the reply that was generated so far, if they are asked for (see Reply).
+
     `shares`: others will answer the same prompt. `shared`: this is one of those others; it leaves nothing, and its
     prompt is computed already."""
 
@@ -117,6 +119,7 @@ class Carried:
     given: Position
     token_ids: list[int] | None = None
     started: TurnStarted | None = None
+    logprobs: list[TokenLogprob | None] = field(default_factory=list, repr=False)
     shares: SharedPrompt | None = None
     shared: SharedPrompt | None = None
 
@@ -177,6 +180,7 @@ class TurnAttempt:
             given=carried.given,
             is_known=carried.token_ids is not None,
             reader=None if request.tool_use is None else CallReader(around.tokenizer.tool_format),
+            logprobs=carried.logprobs if self._wants_logprobs else None,
         )
         self.record = TurnRecord(around.sessions, around.tokenizer, self.grant, request, self.reply)
 
@@ -191,7 +195,10 @@ class TurnAttempt:
         sampling = around.prompts.sampling(request, around.prompts.max_tokens(request, num_prompt))
         so_far = self._carried.token_ids
         if so_far is None:
-            so_far = _left_of_reply(grant, num_kept, new_ids)
+            # Nobody has kept its log probabilities: with them it is generated again, and comes out the same.
+            so_far = [] if self._wants_logprobs else _left_of_reply(grant, num_kept, new_ids)
+        # As many as there are tokens: those behind a stop string are nobody's.
+        del self._carried.logprobs[len(so_far) :]
         reply.answer(grant.kept_checksum if num_kept else 0, new_ids)
         self._fresh = reply.push(so_far)
         over = None
@@ -281,11 +288,14 @@ class TurnAttempt:
                     # What the step in flight brought after a stop string is nobody's.
                     continue
                 before = len(reply.token_ids)
+                logprobs = self._logprobs(output)
+                self._carried.logprobs += logprobs
                 text = reply.push(output.token_ids)
                 taken = len(reply.token_ids) - before
                 if text or taken:
                     pieces = reply.take_pieces()
-                    yield TextDelta(text, taken, reply.position, pieces, self._logprobs(output, taken))
+                    told = tuple(one for one in logprobs[:taken] if one is not None)
+                    yield TextDelta(text, taken, reply.position, pieces, told)
                 if reply.is_cut:
                     around.engines.abort(stream)
                 elif output.finish_reason is not None:
@@ -303,18 +313,21 @@ class TurnAttempt:
         }
         return SequenceTrace(self._request.span, told)
 
-    def _logprobs(self, output: SequenceOutput, num_tokens: int) -> tuple[TokenLogprob, ...]:
-        """Of the first `num_tokens` tokens of an output, as far as they have text."""
-        return tuple(
-            self._token_logprob(token_id, found)
-            for token_id, found in zip(output.token_ids[:num_tokens], output.logprobs or (), strict=False)
-            if not self._around.tokenizer.is_special(token_id)
-        )
+    @property
+    def _wants_logprobs(self) -> bool:
+        return self._request.sampling.get("logprobs") is not None
+
+    def _logprobs(self, output: SequenceOutput) -> list[TokenLogprob | None]:
+        """Of each token of an output, None for one that has no text; empty if nobody asked for them."""
+        return [
+            None if self._around.tokenizer.is_special(token_id) else self._token_logprob(token_id, found)
+            for token_id, found in zip(output.token_ids, output.logprobs or (), strict=False)
+        ]
 
     def _echo_logprobs(self) -> tuple[TokenLogprob, ...]:
         """Of all of the prompt's tokens, so that clients can count them; what the tokenizer put before or behind a text
         has no text in it."""
-        if self._request.sampling.get("logprobs") is None:
+        if not self._wants_logprobs:
             return ()
         first, *others = self._prompt_ids
         tokenizer = self._around.tokenizer

@@ -248,7 +248,7 @@ def test_only_these_files_know_ray() -> None:
 
 def test_the_edge_knows_only_its_protocols() -> None:
     protocols = ["cluster.turn_api", "cluster.session_api", "cluster.watch_api", "cluster.response_api"]
-    protocols += ["cluster.response_items", "cluster.observation", "cluster.merging"]
+    protocols += ["cluster.response_items", "cluster.told_logprobs", "cluster.observation", "cluster.merging"]
     allowed = ["cluster.http.", *protocols, "cluster.errors", "cluster.http", "model.sampling_params"]
     for module in MODULES:
         if is_in(module, ["cluster.http."]):

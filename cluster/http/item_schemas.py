@@ -31,13 +31,13 @@ _TEXT_PARTS = ("input_text", "output_text", "text")
 # What a client adds to the text of a reply that it sends back: the values that say nothing.
 _EMPTY: dict[str, tuple[Any, ...]] = {
     "annotations": ([], None),
-    "logprobs": ([], None),
     "prompt_cache_breakpoint": (None,),
 }
 
 
 def _texts(given: Any) -> list[str]:
-    return texts_of(given, _TEXT_PARTS, _EMPTY)
+    # Log probabilities come back with the reply that they are of.
+    return texts_of(given, _TEXT_PARTS, _EMPTY, ignored=("logprobs",))
 
 
 _CONTENT_SCHEMA = {

@@ -8,19 +8,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from phi_cluster.cluster.told_logprobs import token_text, told_logprob
 from phi_cluster.cluster.turn_api import TokenLogprob
 
 
 def chat_logprobs(tokens: Sequence[TokenLogprob]) -> dict[str, Any]:
     """The `logprobs` of a chat choice."""
-    content = [
-        {
-            **_choice(one.token, one.logprob),
-            "top_logprobs": [_choice(other.token, other.logprob) for other in one.top],
-        }
-        for one in tokens
-    ]
-    return {"content": content, "refusal": None}
+    return {"content": [told_logprob(one) for one in tokens], "refusal": None}
 
 
 def completion_logprobs(tokens: Sequence[TokenLogprob], first_offset: int) -> dict[str, Any]:
@@ -28,22 +22,14 @@ def completion_logprobs(tokens: Sequence[TokenLogprob], first_offset: int) -> di
     offsets, offset = [], first_offset
     for one in tokens:
         offsets.append(offset)
-        offset += len(_text(one.token))
+        offset += len(token_text(one.token))
     return {
-        "tokens": [_text(one.token) for one in tokens],
+        "tokens": [token_text(one.token) for one in tokens],
         "token_logprobs": [one.logprob for one in tokens],
         # Parts of characters may look the same: the likelier one is told.
         "top_logprobs": [
-            None if one.logprob is None else {_text(other.token): other.logprob for other in reversed(one.top)}
+            None if one.logprob is None else {token_text(other.token): other.logprob for other in reversed(one.top)}
             for one in tokens
         ],
         "text_offset": offsets,
     }
-
-
-def _choice(token: bytes, logprob: float | None) -> dict[str, Any]:
-    return {"token": _text(token), "logprob": logprob, "bytes": list(token)}
-
-
-def _text(token: bytes) -> str:
-    return token.decode("utf-8", "replace")

@@ -6,7 +6,7 @@ Owns: `limit`, `order` and `after` as OpenAI's lists have them, and the strictne
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from starlette.requests import Request
@@ -37,8 +37,12 @@ PAGE_PARAMETERS: list[dict[str, Any]] = [
 
 def parameters_of(request: Request, known: Sequence[str]) -> dict[str, str]:
     """The parameters. Raises `InvalidRequest` naming one that is unknown or repeated."""
+    return _once(request.query_params.multi_items(), known)
+
+
+def _once(items: Iterable[tuple[str, str]], known: Sequence[str]) -> dict[str, str]:
     given: dict[str, str] = {}
-    for name, value in request.query_params.multi_items():
+    for name, value in items:
         if name not in known:
             raise InvalidRequest(f"{name[:64]} is not a parameter here: {_told(known)}", param=name[:64])
         if name in given:
@@ -53,12 +57,13 @@ def _told(known: Sequence[str]) -> str:
     return f"there are {', '.join(known[:-1])} and {known[-1]}"
 
 
-def query_of(request: Request, known: Sequence[str]) -> dict[str, str]:
-    """`parameters_of`, where OpenAI has `include` too."""
-    for name, value in request.query_params.multi_items():
-        if name.removesuffix("[]") == "include":
+def query_of(request: Request, known: Sequence[str], includes: Sequence[str] = ()) -> dict[str, str]:
+    """`parameters_of`, where OpenAI has `include` too: for what is told anyway (`includes`), without effect."""
+    given = request.query_params.multi_items()
+    for name, value in given:
+        if name.removesuffix("[]") == "include" and value not in includes:
             raise InvalidRequest(f"include: {value[:64]} is not supported: leave it out", param="include")
-    return parameters_of(request, known)
+    return _once([one for one in given if one[0].removesuffix("[]") != "include"], known)
 
 
 def limit_of(given: dict[str, str], default: int, most: int) -> int:

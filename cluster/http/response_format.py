@@ -13,8 +13,8 @@ from dataclasses import replace
 from typing import Any
 
 from phi_cluster.cluster.response_api import Item, Response, ResponseStatus, ResponseUsage
-from phi_cluster.cluster.response_items import call_item, message_item, output_items
-from phi_cluster.cluster.turn_api import CallPiece, ReplyPiece
+from phi_cluster.cluster.response_items import call_item, message_item, output_items, piece_logprobs
+from phi_cluster.cluster.turn_api import CallPiece, ReplyPiece, piece_text
 
 _LAST_EVENTS: dict[str, str] = {"completed": "response.completed", "failed": "response.failed"}
 
@@ -73,8 +73,9 @@ class ResponseEvents:
             if not self._pieces:
                 yield from self._begin(piece)
             self._pieces.append(piece)
-            if isinstance(piece, str):
-                yield self._event("response.output_text.delta", **self._part_place(), logprobs=[], delta=piece)
+            if not isinstance(piece, CallPiece):
+                place, logprobs = self._part_place(), piece_logprobs(piece)
+                yield self._event("response.output_text.delta", **place, logprobs=logprobs, delta=piece_text(piece))
             elif piece.arguments:
                 place = self._item_place()
                 yield self._event("response.function_call_arguments.delta", **place, delta=piece.arguments)
@@ -111,7 +112,8 @@ class ResponseEvents:
     def _end(self, item: Item) -> Iterator[dict[str, Any]]:
         if item["type"] == "message":
             part = item["content"][0]
-            yield self._event("response.output_text.done", **self._part_place(), logprobs=[], text=part["text"])
+            done = {"logprobs": part["logprobs"], "text": part["text"]}
+            yield self._event("response.output_text.done", **self._part_place(), **done)
             yield self._event("response.content_part.done", **self._part_place(), part=part)
         else:
             done = {"name": item["name"], "arguments": item["arguments"]}

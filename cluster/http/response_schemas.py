@@ -19,6 +19,7 @@ from phi_cluster.cluster.http.structured_output import Schema, SchemaName
 from phi_cluster.cluster.http.tool_schemas import MAX_TOOLS, ResponseTool, ResponseToolChoice, tool_use_of
 from phi_cluster.cluster.response_api import NewResponse
 from phi_cluster.cluster.turn_api import ToolUse, WantedFormat
+from phi_cluster.model.sampling_params import MAX_LOGPROBS
 
 
 def _input_items(given: Any) -> Any:
@@ -33,12 +34,15 @@ def _conversation_id(given: Any) -> Any:
     return given
 
 
-def _no_includes(given: Any) -> Any:
-    if isinstance(given, list) and given:
-        raise refusal(f"{str(given[0])[:64]} is not supported: leave it out, there is nothing more to include")
+def _includes(given: Any) -> Any:
+    for one in given if isinstance(given, list) else ():
+        if one not in INCLUDES:
+            raise refusal(f"{str(one)[:64]} is not supported: leave it out, there is only {INCLUDES[0]}")
     return given
 
 
+# What a response may have beside what it has anyway.
+INCLUDES = ("message.output_text.logprobs",)
 _INPUT_SCHEMA = {
     "anyOf": [
         {"type": "string"},
@@ -114,7 +118,6 @@ class ResponseRequest(GenerationFields):
         "prompt": (),
         "prompt_cache_options": ({}, {"mode": "implicit"}),
         "reasoning": ({}, {"effort": None}, {"effort": "none"}, {"effort": None, "summary": None}),
-        "top_logprobs": (0,),
     }
 
     input: Annotated[
@@ -133,7 +136,12 @@ class ResponseRequest(GenerationFields):
     max_output_tokens: int | None = Field(None, ge=1, le=2**31 - 1, description="most tokens in the reply")
     metadata: Metadata = Field(default_factory=dict, description="up to 16 texts, given back with the response")
     text: TextConfig | None = Field(None, description="what the reply looks like: text, JSON, or JSON by a schema")
-    include: Annotated[list[str], BeforeValidator(_no_includes)] = Field(default_factory=list)
+    include: Annotated[list[Literal["message.output_text.logprobs"]], BeforeValidator(_includes)] = Field(
+        default_factory=list, max_length=16, description="tell each token's log probability"
+    )
+    top_logprobs: int | None = Field(
+        None, ge=0, le=MAX_LOGPROBS, description="and the likeliest; only with include of them"
+    )
     tools: list[ResponseTool] = Field(
         default_factory=list, max_length=MAX_TOOLS, description="functions that the reply may ask its client to call"
     )
@@ -157,6 +165,8 @@ class ResponseRequest(GenerationFields):
             raise refusal("{param} needs store: true, or nobody could ask for the response", "background")
         if not self.store and self.conversation is not None:
             raise refusal("{param}: false excludes conversation, which keeps what is said", "store")
+        if self.top_logprobs and not self.include:
+            raise refusal(f'{{param}} is only allowed with include: ["{INCLUDES[0]}"]', "top_logprobs")
         has_context = self.conversation is not None or self.previous_response_id is not None
         if not self.input and not has_context:
             raise refusal("{param} is required: a string or an array of messages", "input")
@@ -165,6 +175,10 @@ class ResponseRequest(GenerationFields):
     @property
     def reply_limit(self) -> int | None:
         return self.max_output_tokens
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return (self.top_logprobs or 0) if self.include else None
 
     @property
     def tool_use(self) -> ToolUse | None:
@@ -195,6 +209,7 @@ class ResponseRequest(GenerationFields):
             "text": {"format": wanted.described() if wanted is not None else {"type": "text"}},
             "tool_choice": "auto" if self.tool_choice is None else self.tool_choice[2],
             "tools": [tool.described() for tool in self.tools],
+            "top_logprobs": self.top_logprobs or 0,
             "top_p": self.top_p,
             "truncation": self.truncation,
             "user": self.user,

@@ -25,6 +25,7 @@ from phi_cluster.cluster.http.openapi import TRACE_PARAMETER, answer_docs, body_
 from phi_cluster.cluster.http.paging import PAGE_PARAMETERS, flag_of, item_list, page_of, query_of
 from phi_cluster.cluster.http.response_format import response_json
 from phi_cluster.cluster.http.response_schemas import (
+    INCLUDES,
     ResponseDeleted,
     ResponseEvent,
     ResponseObject,
@@ -45,6 +46,13 @@ _READ_PARAMETERS = [
         "required": False,
         "description": "with stream: the sequence_number of the last event that came",
         "schema": {"type": "integer", "minimum": 0},
+    },
+    {
+        "name": "include",
+        "in": "query",
+        "required": False,
+        "description": "accepted, without effect: a response that was asked for them has its log probabilities",
+        "schema": {"type": "array", "items": {"type": "string", "enum": list(INCLUDES)}},
     },
     {
         "name": "include_obfuscation",
@@ -88,7 +96,7 @@ def responses_router(edge: Edge) -> APIRouter:
     )
     async def get_response(request: Request, response_id: ResponseId) -> Response:
         """As it stands; with `stream`, its events from the beginning, or behind `starting_after`."""
-        given = query_of(request, ("stream", "starting_after", "include_obfuscation"))
+        given = query_of(request, ("stream", "starting_after", "include_obfuscation"), INCLUDES)
         flag_of(given, "include_obfuscation")
         owner = tenant_of(request)
         if flag_of(given, "stream"):

@@ -26,6 +26,7 @@ from phi_cluster.cluster.responses.messages_of import messages_of
 from phi_cluster.cluster.responses.store import Begun
 from phi_cluster.cluster.turn_api import (
     BEGINNING,
+    CallPiece,
     Clock,
     Rates,
     ReplyPiece,
@@ -35,6 +36,7 @@ from phi_cluster.cluster.turn_api import (
     TurnRequest,
     TurnRunner,
     TurnStarted,
+    piece_text,
 )
 
 logger = logging.getLogger(__name__)
@@ -177,7 +179,7 @@ class Run:
     def _say(self, index: int, piece: ReplyPiece) -> None:
         if index == len(self.pieces):
             self.pieces.append(piece)
-        elif self.pieces[index] != piece:
+        elif _plain(self.pieces[index]) != _plain(piece):
             raise _another()
 
     def _request(self) -> TurnRequest:
@@ -221,6 +223,11 @@ class Run:
         return replace(
             self.response, status=status, pieces=tuple(self.pieces), ended_at=float(self._tools.clock.time())
         )
+
+
+def _plain(piece: ReplyPiece) -> CallPiece | str:
+    """What is said: log probabilities may be computed otherwise, in the last bits, where dtypes promise no bits."""
+    return piece if isinstance(piece, CallPiece) else piece_text(piece)
 
 
 def _passes(error: PhiError) -> bool:

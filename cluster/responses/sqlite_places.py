@@ -79,7 +79,7 @@ def _resolved(connection: sqlite3.Connection, tenant: str, index: int, item: Ite
     found = sqlite_items.find_anywhere(connection, tenant, item_id)
     # What a response said is in no list of items, but it is named like it.
     row = find_row(connection, tenant, f"resp_{item_id.removeprefix('msg_')}") if found is None else None
-    if row is not None and (output := response_of(connection, row).output()):
+    if row is not None and (output := response_of(connection, row).output(with_logprobs=False)):
         found = output[0]
     if found is None:
         raise NotFound(f"There is no item {item_id!r}", param=f"input[{index}].id")
@@ -95,7 +95,7 @@ def context_of(
     parts: list[list[Item]] = []
     while context_id is not None and (row := find_row(connection, tenant, context_id)) is not None:
         response = response_of(connection, row)
-        parts.append([*sqlite_items.all_of(connection, tenant, row.id), *response.output()])
+        parts.append([*sqlite_items.all_of(connection, tenant, row.id), *response.output(with_logprobs=False)])
         if row.conversation_id is not None:
             parts.append(sqlite_items.all_of(connection, tenant, row.conversation_id, up_to=row.context_end))
         context_id = row.context_id

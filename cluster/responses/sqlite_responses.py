@@ -75,7 +75,7 @@ class SQLiteResponses:
             connection.execute("DELETE FROM progress WHERE response = ?", (row.number,))
             if row.conversation_id is not None and (response.status != "failed" or response.pieces):
                 now = response.ended_at or row.created_at
-                said = [*sqlite_items.all_of(connection, row.tenant, row.id), *response.output()]
+                said = [*sqlite_items.all_of(connection, row.tenant, row.id), *response.output(with_logprobs=False)]
                 if _exists(connection, row.tenant, row.conversation_id):
                     sqlite_items.add(connection, row.tenant, row.conversation_id, said)
                     touch_conversation(connection, row.tenant, row.conversation_id, now)

@@ -16,7 +16,16 @@ from phi_cluster.cluster.response_api import OPEN, NewResponse, Response, Respon
 from phi_cluster.cluster.responses import sqlite_items
 from phi_cluster.cluster.responses.database import pack, unpack
 from phi_cluster.cluster.responses.store import Branch
-from phi_cluster.cluster.turn_api import CallPiece, ReplyPiece, Tool, ToolUse, WantedFormat
+from phi_cluster.cluster.turn_api import (
+    CallPiece,
+    ReplyPiece,
+    TextPiece,
+    TokenChoice,
+    TokenLogprob,
+    Tool,
+    ToolUse,
+    WantedFormat,
+)
 
 COLUMNS = (
     "number, tenant, id, created_at, session_id, context_id, conversation_id, context_end, status, ended_at,"
@@ -139,8 +148,20 @@ def _asked_for(row: Row) -> NewResponse:
 
 
 def _pieces_of(unpacked: list[Any]) -> list[ReplyPiece]:
-    """A call's piece is a tuple, and so a list by now."""
-    return [piece if isinstance(piece, str) else CallPiece(*piece) for piece in unpacked]
+    """What was a tuple is a list by now: a call's piece begins with a number, one with log probabilities with text."""
+
+    def piece_of(packed: Any) -> ReplyPiece:
+        if isinstance(packed, str):
+            return packed
+        if isinstance(packed[0], str):
+            return TextPiece(packed[0], tuple(_logprob_of(*one) for one in packed[1]))
+        return CallPiece(*packed)
+
+    return list(map(piece_of, unpacked))
+
+
+def _logprob_of(token: bytes, logprob: float | None, top: list[Any]) -> TokenLogprob:
+    return TokenLogprob(token, logprob, tuple(TokenChoice(*one) for one in top))
 
 
 def outcome_of(response: Response) -> bytes:

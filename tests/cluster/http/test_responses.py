@@ -542,6 +542,8 @@ async def test_only_the_background_can_be_cancelled(client):
         ({"metadata": {"k": 5}}, "metadata.k"),
         ({"temperature": 3}, "temperature"),
         ({"top_logprobs": 2}, "top_logprobs"),
+        ({"top_logprobs": 21, "include": ["message.output_text.logprobs"]}, "top_logprobs"),
+        ({"include": ["message.output_text.logprobs", "code_interpreter_call.outputs"]}, "include"),
         ({"stream_options": {"include_obfuscation": False}}, "stream_options"),
         ({"max_ouput_tokens": 5}, "max_ouput_tokens"),
     ],

@@ -139,7 +139,7 @@ async def test_openapi_document(client):
     assert responses["requestBody"]["content"]["application/json"]["schema"]["$ref"].endswith("/ResponseRequest")
     assert {
         parameter["name"] for parameter in document["paths"]["/v1/responses/{response_id}"]["get"]["parameters"]
-    } == {*("response_id", "stream", "starting_after", "include_obfuscation")}
+    } == {*("response_id", "stream", "starting_after", "include", "include_obfuscation")}
     for ref in references(document):
         assert ref.removeprefix("#/components/schemas/") in schemas
     assert "HTTPValidationError" not in schemas

@@ -9,6 +9,7 @@ import pytest
 
 from phi_cluster.cluster.errors import Overloaded
 from phi_cluster.cluster.turn_api import (
+    CallPiece,
     ChoiceFinished,
     Position,
     TextDelta,
@@ -87,6 +88,32 @@ async def test_log_probabilities_stay_with_their_choice(client, turns, events):
     streamed = events((await client.post("/v1/completions", json={**body, "stream": True})).content)
     told = [(c["index"], c["logprobs"]["token_logprobs"]) for chunk in streamed for c in chunk["choices"] if c["text"]]
     assert told == [(1, [-2.0]), (0, [-1.0, -3.0])]
+
+
+async def test_each_of_several_replies_has_calls_of_its_own(official, turns):
+    def piece(choice, *call):
+        return TextDelta("", 1, Position(1, 1), (CallPiece(*call),), (), choice)
+
+    turns.script = [
+        *(TWO[0], piece(0, 0, "now", ""), piece(1, 0, "then", ""), piece(0, 0, None, "{}"), piece(1, 0, None, '{"a"')),
+        *(piece(1, 0, None, ": 1}"), ChoiceFinished(1, "tool_calls"), ChoiceFinished(0, "tool_calls")),
+        replace(TWO[-1], finish_reason="tool_calls"),
+    ]
+    tools = [{"type": "function", "function": {"name": name, "parameters": {}}} for name in ("now", "then")]
+    body = {"messages": CHAT["messages"], "model": "phi", "n": 2, "tools": tools}
+    whole = await official.chat.completions.create(**body)
+    calls = [choice.message.tool_calls[0] for choice in whole.choices]
+    told = [("now", "{}"), ("then", '{"a": 1}')]
+    assert [(call.function.name, call.function.arguments) for call in calls] == told
+    assert [choice.finish_reason for choice in whole.choices] == ["tool_calls"] * 2
+    assert len({call.id for call in calls}) == 2
+    async with official.chat.completions.stream(**body) as managed:
+        async for _ in managed:
+            pass
+        final = await managed.get_final_completion()
+    streamed = [choice.message.tool_calls[0] for choice in final.choices]
+    assert [(call.function.name, call.function.arguments) for call in streamed] == told
+    assert (turns.requests[0].num_choices, turns.requests[0].tool_use.callable) == (2, ("now", "then"))
 
 
 async def test_the_likeliest_of_several_is_told(client, turns):
