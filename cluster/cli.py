@@ -72,6 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     sessions.add_argument("id", nargs="?", help="the session, for all actions but list")
     sessions.add_argument("--to", metavar="ID", help="fork, import: the new session's id (default: one is made)")
     sessions.add_argument("--file", type=Path, help="export, import: where to (default: ID.phisession) or from")
+    sessions.add_argument("--kv", action="store_true", help="export: with the KV cache, as much as an import may have")
     sessions.add_argument("--turn", type=int, help="fork: the new session ends after so many turns (default: all)")
     add_filters(sessions)
     sessions.set_defaults(run=run_sessions)

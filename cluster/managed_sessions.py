@@ -47,8 +47,8 @@ class ManagedSessions:
         # A long one takes a while.
         return await asyncio.to_thread(self._spoken.messages, text)
 
-    async def export(self, tenant: str, session_id: str) -> bytes:
-        return await self._directory.export(tenant, session_id)
+    async def export(self, tenant: str, session_id: str, cache_up_to: int | None = None) -> bytes:
+        return await self._directory.export(tenant, session_id, cache_up_to)
 
     async def import_session(
         self, tenant: str, new_session_id: str | None, data: bytes, vocab_size: int

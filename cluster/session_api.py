@@ -75,8 +75,9 @@ class SessionAdmin(Protocol):
         said in messages."""
         ...
 
-    async def export(self, tenant: str, session_id: str) -> bytes:
-        """The session's turns as a file."""
+    async def export(self, tenant: str, session_id: str, cache_up_to: int | None = None) -> bytes:
+        """The session's turns as a file; with as much of its KV cache as makes the file no longer than `cache_up_to`
+        bytes (None: with none of it)."""
         ...
 
     async def import_session(

@@ -51,7 +51,7 @@ def run_sessions(parsed: argparse.Namespace) -> int:
             print(f"deleted {parsed.id}")
         elif parsed.action == "export":
             file = parsed.file or Path(f"{parsed.id}.phisession")
-            data = client.download(f"/v1/sessions/{parsed.id}/export")
+            data = client.download(f"/v1/sessions/{parsed.id}/export{'?kv=true' if parsed.kv else ''}")
             # Conversations are private, and an earlier export is not overwritten by mistake.
             _write_new(file, data)
             print(f"exported {parsed.id} to {file} ({len(data)} bytes)")

@@ -20,7 +20,7 @@ from phi_cluster.cluster.http.caller import SESSION_ID_PATTERN, SESSION_ID_RULE,
 from phi_cluster.cluster.http.edge import Edge
 from phi_cluster.cluster.http.errors import to_json
 from phi_cluster.cluster.http.openapi import error_docs
-from phi_cluster.cluster.http.paging import parameters_of
+from phi_cluster.cluster.http.paging import flag_of, parameters_of
 from phi_cluster.cluster.http.session_query import (
     OF_A_TENANT,
     PAGE_OF_SESSIONS,
@@ -116,17 +116,26 @@ def sessions_router(edge: Edge) -> APIRouter:
 
     @router.post("/import", response_model=None, openapi_extra=_IMPORT, responses=_docs(SessionStats, 400, 409, 413))
     async def import_session(request: Request) -> Response:
-        """A session of what an export gave, under the id in the query, or one that is made."""
+        """A session of what an export gave, under the id in the query, or one that is made. A KV cache in it is taken
+        if this server has written it, or one that shares its `export.key`; else it is computed anew."""
         new_id = _import_id(request)
         data = await read_bytes(request, edge.settings)
         tenant, vocab_size = tenant_of(request), edge.settings.vocab_size
         return _json(_described(await sessions.import_session(tenant, new_id, data, vocab_size)))
 
-    @router.get("/{session_id}/export", response_class=Response, responses=_EXPORT | error_docs(400, 404, 500, 503))
+    @router.get(
+        "/{session_id}/export",
+        response_class=Response,
+        openapi_extra=_WITH_CACHE,
+        responses=_EXPORT | error_docs(400, 404, 409, 500, 503, 507),
+    )
     async def export_session(request: Request, session_id: SessionId) -> Response:
-        """The session's turns as a file that `import` takes."""
+        """The session's turns as a file that `import` takes; with `kv=true` its KV cache too, as much of it as
+        `server.max_body` would let in again."""
         check_session_id(session_id, "session_id")
-        data = await sessions.export(tenant_of(request), session_id)
+        with_cache = flag_of(parameters_of(request, ("kv",)), "kv")
+        cache_up_to = edge.settings.max_body_bytes if with_cache else None
+        data = await sessions.export(tenant_of(request), session_id, cache_up_to)
         return Response(data, media_type="application/octet-stream")
 
     @router.get(
@@ -224,6 +233,9 @@ async def _check_action(request: Request, session_id: str, edge: Edge) -> None:
 
 _BINARY: dict[str, Any] = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
 _EXPORT: dict[int | str, dict[str, Any]] = {200: {"content": _BINARY}}
+_WITH_CACHE: dict[str, Any] = {
+    "parameters": [{"name": "kv", "in": "query", "required": False, "schema": {"type": "boolean", "default": False}}]
+}
 _IMPORT: dict[str, Any] = {
     "parameters": [{"name": "id", "in": "query", "required": False, "schema": {"type": "string"}}],
     "requestBody": {"required": True, "content": _BINARY},

@@ -12,10 +12,13 @@ from typing import Any
 
 from ray.exceptions import RayActorError
 
+from phi_cluster.cluster.errors import Overloaded
 from phi_cluster.cluster.events import EventKind
 from phi_cluster.cluster.messages import SessionKey
-from phi_cluster.cluster.session.custody import Custody, no_session, session_exists
+from phi_cluster.cluster.session.cache_export import CacheExports, split
+from phi_cluster.cluster.session.custody import Custody, Recorded, no_session, session_exists
 from phi_cluster.cluster.session.hibernation import Hibernation
+from phi_cluster.cluster.session.hibernation_store import StorageFull
 from phi_cluster.cluster.session.journal import Glance
 from phi_cluster.cluster.session.recycler import RecycleReason
 from phi_cluster.cluster.session.reports import public_description, stored_description
@@ -28,9 +31,10 @@ from phi_cluster.cluster.session.transcript import Transcript
 class Administration:
     """Every method raises NotFound for a session that there is not."""
 
-    def __init__(self, custody: Custody, hibernation: Hibernation, node_id: str):
+    def __init__(self, custody: Custody, hibernation: Hibernation, caches: CacheExports, node_id: str):
         self._custody = custody
         self._hibernation = hibernation
+        self._caches = caches
         self._roster = custody.roster
         self._node_id = node_id
 
@@ -103,32 +107,44 @@ class Administration:
         await self._hibernation.hibernate(key, is_asked=True)
         return await self.describe(key)
 
-    def export(self, key: SessionKey) -> bytes:
-        """The session's record as a file (session_export.py), as of its last turn. Raises the journal's errors."""
+    async def export(self, key: SessionKey, cache_up_to: int | None = None) -> bytes:
+        """The session's record as a file (session_export.py), as of its last turn; with as much of its cache as makes
+        the file no longer than `cache_up_to` bytes (cache_export.py), where there is one. Raises the journal's errors;
+        with a cache SessionBusy and StorageFull too."""
         if not self._custody.is_known(key):
             raise no_session(key)
-        recorded = self._custody.recorded(key)
-        return pack_session(recorded.info.fingerprint, key, recorded.info.created_at, recorded.turns)
+
+        def turns_file(recorded: Recorded) -> bytes:
+            return pack_session(recorded.info.fingerprint, key, recorded.info.created_at, recorded.turns)
+
+        if cache_up_to is not None:
+            with contextlib.suppress(Overloaded):
+                await self._hibernation.wake(key)
+            try:
+                packed = await self._caches.pack(key, turns_file, cache_up_to)
+            except OSError as error:
+                raise StorageFull(f"the cache cannot be exported: {error.strerror or error}") from None
+            if packed is not None:
+                return packed
+            if not self._custody.is_known(key):
+                raise no_session(key)
+        return turns_file(self._custody.recorded(key))
 
     async def import_session(self, key: SessionKey, data: bytes, vocab_size: int) -> dict[str, Any]:
-        """Makes a session of such a file. Raises SessionExists, BadExport, and the journal's errors."""
+        """Makes a session of such a file, with the cache in it if that is to be believed and there is room. Raises
+        SessionExists, BadExport, and the journal's errors."""
         custody = self._custody
+        turns, start = split(data)
         # Long ones take a while.
-        export = await asyncio.to_thread(unpack_session, data, key, vocab_size)
+        export = await asyncio.to_thread(unpack_session, turns, key, vocab_size)
         if export.fingerprint != custody.settings.fingerprint:
             raise BadExport("the session was exported from another model, whose token ids mean nothing to this one")
-        # From here to the end nothing can come between.
         if self._custody.is_known(key):
+            # Before any memory is taken.
             raise session_exists(key)
-        journal = custody.journal(key)
-        try:
-            journal.fill(export.turns, export.fingerprint)
-        except ValueError:
-            raise session_exists(key) from None
-        finally:
-            journal.close()
-        self._roster.add_stored(key)
-        custody.events.add(EventKind.SESSION_IMPORTED, key)
+        token_ids = Transcript.replay(export.turns).token_ids
+        async with self._caches.unpacked(data, turns, start, len(export.turns), token_ids) as memory:
+            custody.make(key, export.turns, export.fingerprint, memory, EventKind.SESSION_IMPORTED)
         return await self.describe(key)
 
     def public(self, entry: Entry, stats: SessionStats) -> dict[str, Any]:

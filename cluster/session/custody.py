@@ -24,7 +24,7 @@ from phi_cluster.cluster.session.journal import Journal, JournalInfo, Journals, 
 from phi_cluster.cluster.session.kv_leases import KVLeases
 from phi_cluster.cluster.session.ledger import Ledger
 from phi_cluster.cluster.session.roster import Entry, Roster
-from phi_cluster.cluster.session.segment import SegmentGone, SegmentMismatch
+from phi_cluster.cluster.session.segment import Segment, SegmentGone, SegmentMismatch
 from phi_cluster.cluster.session.session import Session, SessionSettings, SessionStats
 from phi_cluster.cluster.session.transcript import Transcript
 from phi_cluster.monitoring.session_metrics import SessionMetrics
@@ -123,6 +123,39 @@ class Custody:
         for key in before - stored:
             if self.roster.find(key) is None:
                 self.roster.forget_stored(key)
+
+    def make(
+        self, key: SessionKey, turns: list[CommitTurn], fingerprint: str, memory: Segment | None, kind: EventKind
+    ) -> None:
+        """A new session of these turns, all at once: nobody finds half of it. `memory`, which is taken over, holds keys
+        and values of their beginning. Raises SessionExists and the journal's errors; nothing has happened then."""
+        try:
+            if self.is_known(key):
+                raise session_exists(key)
+            journal = self.journal(key)
+            try:
+                journal.fill(turns, fingerprint)
+            except ValueError:
+                raise session_exists(key) from None
+            finally:
+                journal.close()
+        except BaseException:
+            if memory is not None:
+                memory.close()
+            raise
+        # From here on there is the session.
+        self.roster.add_stored(key)
+        self.events.add(kind, key)
+        if memory is None:
+            return
+        try:
+            session = Session.adopt(memory, self.journal(key), self.settings)
+        except (PhiError, OSError) as error:
+            logger.warning("a copied cache is computed anew: %s", type(error).__name__)
+            return
+        entry = Entry(key, session=session)
+        self.roster.adopt(entry)
+        self.settle(entry, session.describe())
 
     async def stats(self, entry: Entry) -> SessionStats:
         """Fresh statistics; of an actor that does not answer, the last that are known."""

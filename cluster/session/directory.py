@@ -163,8 +163,8 @@ class SessionDirectory:
         """What the conversation's text is (see Transcript.text)."""
         return await self._ask_keeper("said", SessionKey(tenant, session_id))
 
-    async def export(self, tenant: str, session_id: str) -> bytes:
-        return await self._ask_keeper("export", SessionKey(tenant, session_id))
+    async def export(self, tenant: str, session_id: str, cache_up_to: int | None = None) -> bytes:
+        return await self._ask_keeper("export", SessionKey(tenant, session_id), cache_up_to)
 
     async def import_session(
         self, tenant: str, new_session_id: str | None, data: bytes, vocab_size: int

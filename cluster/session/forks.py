@@ -11,13 +11,11 @@ import logging
 import uuid
 from dataclasses import dataclass
 
-from phi_cluster.cluster.errors import PhiError
 from phi_cluster.cluster.events import EventKind
 from phi_cluster.cluster.messages import Moved, SegmentRef, SessionKey
 from phi_cluster.cluster.session.custody import Custody, Recorded, no_session, session_exists
 from phi_cluster.cluster.session.roster import Entry
 from phi_cluster.cluster.session.segment import Segment, SegmentGone, SegmentMismatch
-from phi_cluster.cluster.session.session import Session
 
 logger = logging.getLogger(__name__)
 
@@ -118,32 +116,7 @@ class Forks:
         return layout.nbytes_used(num_ids, origin.num_tokens)
 
     def _make(self, new: SessionKey, origin: _Origin) -> None:
-        """All at once, for one event loop: nobody finds half of it."""
         copy, origin.copy = origin.copy, None
-        try:
-            self._check_free(new)
-            journal = self._custody.journal(new)
-            try:
-                journal.fill(origin.recorded.turns, origin.recorded.info.fingerprint)
-            except ValueError:
-                raise session_exists(new) from None
-            finally:
-                journal.close()
-        except BaseException:
-            if copy is not None:
-                copy.close()
-            raise
-        # From here on there is the session.
-        self._roster.add_stored(new)
+        recorded = origin.recorded
+        self._custody.make(new, recorded.turns, recorded.info.fingerprint, copy, EventKind.SESSION_FORKED)
         self.made += 1
-        self._custody.events.add(EventKind.SESSION_FORKED, new)
-        if copy is None:
-            return
-        try:
-            session = Session.adopt(copy, self._custody.journal(new), self._custody.settings)
-        except (PhiError, OSError) as error:
-            logger.warning("a fork is computed anew: %s", type(error).__name__)
-            return
-        entry = Entry(new, session=session)
-        self._roster.adopt(entry)
-        self._custody.settle(entry, session.describe())

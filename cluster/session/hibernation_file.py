@@ -7,17 +7,19 @@ Format, version 1: 8 bytes magic, 4 bytes length of the header (little-endian), 
 length (the last one shorter), each followed by 16 bytes. The pieces are the segment's used ranges, in order,
 without gaps. Without a key, the 16 bytes are BLAKE2b over the piece, keyed with the header's hash and the piece's
 number; with one, pieces are AES-256-GCM with the header as associated data, and the 16 bytes are its tag. So a changed
-header, a piece of another file and a piece at another place are all noticed. Ids and text are never in the header.
+header, a piece of another file and a piece at another place are all noticed. Where files come from strangers the
+header's hash is keyed too, with a secret: then nobody else can make one. Ids and text are never in the header.
 """
 
 from __future__ import annotations
 
 import hashlib
+import hmac
 import os
 import struct
 from collections.abc import Iterator
 from dataclasses import astuple, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import msgpack
 
@@ -31,6 +33,14 @@ TAG_NBYTES = 16
 _HEADER_LENGTH = struct.Struct("<I")
 # Far beyond any that is written.
 _MAX_HEADER_NBYTES = 4096
+
+
+class BinaryFile(Protocol):
+    """Unbuffered, or in memory: `io.FileIO` or `io.BytesIO`. Both may do less than they are asked for."""
+
+    def readinto(self, buffer: memoryview, /) -> int | None: ...
+
+    def write(self, data: memoryview, /) -> int | None: ...
 
 
 class BadHibernation(ValueError):
@@ -83,12 +93,14 @@ class HibernationHeader:
 
 
 class PieceCipher:
-    """What stands behind each piece, and, with a `key` of 32 bytes, the encryption of the piece itself.
+    """What stands behind each piece, and, with a `key` of 32 bytes, the encryption of the piece itself. `secret`, at
+    most 64 bytes: who does not know it makes no checksum that is right.
 
     Raises ImportError if there is a key and no `cryptography` package.
     """
 
-    def __init__(self, key: bytes | None):
+    def __init__(self, key: bytes | None, secret: bytes = b""):
+        self._secret = secret
         self._aes: Any = None
         if key is not None:
             from cryptography.hazmat.primitives.ciphers.aead import AESGCM
@@ -102,7 +114,7 @@ class PieceCipher:
     def seal(self, header: bytes, nonce: bytes, number: int, piece: memoryview) -> tuple[Any, bytes]:
         """The bytes to write for a piece, and its tag."""
         if self._aes is None:
-            return piece, _checksum(header, number, piece)
+            return piece, self._checksum(header, number, piece)
         sealed = self._aes.encrypt(nonce + number.to_bytes(4, "big"), piece, header)
         return memoryview(sealed)[:-TAG_NBYTES], sealed[-TAG_NBYTES:]
 
@@ -115,70 +127,71 @@ class PieceCipher:
                 # InvalidTag, which says nothing more.
                 raise BadHibernation(f"piece {number} is damaged, or the key is another") from None
         piece = sealed[:-TAG_NBYTES]
-        if _checksum(header, number, piece) != sealed[-TAG_NBYTES:]:
+        if not hmac.compare_digest(self._checksum(header, number, piece), sealed[-TAG_NBYTES:]):
             raise BadHibernation(f"piece {number} is damaged")
         return piece
 
+    def _checksum(self, header: bytes, number: int, piece: memoryview) -> bytes:
+        key = hashlib.blake2b(header, digest_size=32, key=self._secret).digest()
+        person = number.to_bytes(16, "big")
+        return hashlib.blake2b(piece, digest_size=TAG_NBYTES, key=key, person=person).digest()
 
-def _checksum(header: bytes, number: int, piece: memoryview) -> bytes:
-    key = hashlib.blake2b(header, digest_size=32).digest()
-    person = number.to_bytes(16, "big")
-    return hashlib.blake2b(piece, digest_size=TAG_NBYTES, key=key, person=person).digest()
 
-
-def file_nbytes(segment: Segment, num_tokens: int) -> int:
+def file_nbytes(segment: Segment, num_tokens: int, num_computed_tokens: int | None = None) -> int:
     """About how long a file of so many of the segment's tokens is (its header taken for the longest)."""
-    num_computed = min(num_tokens, segment.num_computed_tokens)
+    num_computed = _num_computed(segment, num_tokens, num_computed_tokens)
     payload = sum(length for _, length in segment.layout.used_ranges(num_tokens, num_computed))
     return _MAX_HEADER_NBYTES + payload + (payload // PIECE_NBYTES + 1) * TAG_NBYTES
 
 
 def write_file(
-    fd: int,
+    file: BinaryFile,
     segment: Segment,
     num_tokens: int,
     digest: str,
     mark: Mark,
     cipher: PieceCipher,
     piece_nbytes: int = PIECE_NBYTES,
+    num_computed_tokens: int | None = None,
 ) -> int:
-    """Write the segment's first `num_tokens` tokens to an empty file; returns its length. Nobody may write to the
-    segment meanwhile. Not synced. Raises OSError."""
+    """Write the segment's first `num_tokens` tokens, and keys and values of the first `num_computed_tokens` of them
+    (None: of all that have some); returns how many bytes. Nobody may write to the segment meanwhile. Not synced. Raises
+    OSError."""
     header = HibernationHeader(
         digest=digest,
         identity=segment.identity,
         mark=mark,
         num_tokens=num_tokens,
-        num_computed_tokens=min(num_tokens, segment.num_computed_tokens),
+        num_computed_tokens=_num_computed(segment, num_tokens, num_computed_tokens),
         long_rope=segment.long_rope,
         is_encrypted=cipher.is_encrypted,
         nonce=os.urandom(8),
         piece_nbytes=piece_nbytes,
     )
     packed = header.pack()
-    written = _write(fd, memoryview(MAGIC + _HEADER_LENGTH.pack(len(packed)) + packed))
+    written = _write(file, memoryview(MAGIC + _HEADER_LENGTH.pack(len(packed)) + packed))
     buffer = memoryview(bytearray(piece_nbytes))
     for number, piece in enumerate(_pieces(segment, header, buffer)):
         sealed, tag = cipher.seal(packed, header.nonce, number, piece)
-        written += _write(fd, sealed) + _write(fd, memoryview(tag))
+        written += _write(file, sealed) + _write(file, memoryview(tag))
     return written
 
 
-def read_header(fd: int) -> tuple[HibernationHeader, bytes]:
+def read_header(file: BinaryFile) -> tuple[HibernationHeader, bytes]:
     """The header, checked as far as it can be by itself, and its bytes. Raises BadHibernation and OSError."""
-    start = _read(fd, len(MAGIC) + _HEADER_LENGTH.size)
+    start = _read(file, len(MAGIC) + _HEADER_LENGTH.size)
     if start[: len(MAGIC)] != MAGIC:
         raise BadHibernation("it is another kind of file")
     (length,) = _HEADER_LENGTH.unpack_from(start, len(MAGIC))
     if length > _MAX_HEADER_NBYTES:
         raise BadHibernation("the header is too long")
-    packed = bytes(_read(fd, length))
+    packed = bytes(_read(file, length))
     return HibernationHeader.unpack(packed), packed
 
 
-def read_file(fd: int, segment: Segment, digest: str, mark: Mark, cipher: PieceCipher) -> None:
+def read_file(file: BinaryFile, segment: Segment, digest: str, mark: Mark, cipher: PieceCipher) -> None:
     """Fill a new segment from the file. Raises BadHibernation and OSError: the segment must be thrown away then."""
-    header, packed = read_header(fd)
+    header, packed = read_header(file)
     if header.digest != digest:
         raise BadHibernation("it belongs to another session")
     if header.identity != segment.identity:
@@ -198,7 +211,7 @@ def read_file(fd: int, segment: Segment, digest: str, mark: Mark, cipher: PieceC
     offset = left = 0
     while total:
         piece_nbytes = min(header.piece_nbytes, total)
-        piece = memoryview(cipher.open(packed, header.nonce, number, _read(fd, piece_nbytes + TAG_NBYTES)))
+        piece = memoryview(cipher.open(packed, header.nonce, number, _read(file, piece_nbytes + TAG_NBYTES)))
         number, total = number + 1, total - piece_nbytes
         while len(piece):
             if not left:
@@ -206,7 +219,7 @@ def read_file(fd: int, segment: Segment, digest: str, mark: Mark, cipher: PieceC
             count = min(left, len(piece))
             segment.write_bytes(offset, piece[:count])
             offset, left, piece = offset + count, left - count, piece[count:]
-    if os.read(fd, 1):
+    if file.readinto(memoryview(bytearray(1))):
         raise BadHibernation("it goes on behind its end")
     segment.set_counts(header.num_tokens, header.num_computed_tokens, long_rope=header.long_rope)
 
@@ -226,20 +239,25 @@ def _pieces(segment: Segment, header: HibernationHeader, buffer: memoryview) -> 
         yield buffer[:filled]
 
 
-def _write(fd: int, data: memoryview) -> int:
+def _num_computed(segment: Segment, num_tokens: int, wanted: int | None) -> int:
+    most = min(num_tokens, segment.num_computed_tokens)
+    return most if wanted is None else min(wanted, most)
+
+
+def _write(file: BinaryFile, data: memoryview) -> int:
     total = len(data)
     while len(data):
-        data = data[os.write(fd, data) :]
+        data = data[file.write(data) or 0 :]
     return total
 
 
-def _read(fd: int, nbytes: int) -> memoryview:
+def _read(file: BinaryFile, nbytes: int) -> memoryview:
     """Exactly so many bytes. Raises BadHibernation at the file's end."""
     buffer = memoryview(bytearray(nbytes))
     filled = 0
     while filled < nbytes:
-        count = os.readv(fd, [buffer[filled:]])
-        if count == 0:
+        count = file.readinto(buffer[filled:])
+        if not count:
             raise BadHibernation("it ends too early")
         filled += count
     return buffer

@@ -9,6 +9,7 @@ All methods block and may be called in threads, for one session by one at a time
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import os
 import time
@@ -97,7 +98,7 @@ class FileHibernationStore:
             with contextlib.suppress(FileNotFoundError):
                 fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
                 try:
-                    header, _ = read_header(fd)
+                    header, _ = read_header(io.FileIO(fd, closefd=False))
                     status = os.fstat(fd)
                 except BadHibernation as error:
                     logger.warning("a hibernated cache is dropped: %s", error)
@@ -128,7 +129,7 @@ class FileHibernationStore:
         fd = os.open(temporary, os.O_CREAT | os.O_WRONLY | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
             try:
-                nbytes = write_file(fd, segment, num_tokens, digest, mark, self._cipher)
+                nbytes = write_file(io.FileIO(fd, "w", closefd=False), segment, num_tokens, digest, mark, self._cipher)
                 os.fsync(fd)
                 # It left memory: not to lie there as the file's pages.
                 os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
@@ -147,7 +148,7 @@ class FileHibernationStore:
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
             try:
                 os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
-                read_file(fd, segment, digest, mark, self._cipher)
+                read_file(io.FileIO(fd, closefd=False), segment, digest, mark, self._cipher)
                 os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
             finally:
                 os.close(fd)

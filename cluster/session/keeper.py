@@ -15,6 +15,7 @@ import contextlib
 import logging
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -42,6 +43,7 @@ from phi_cluster.cluster.session.accounts import Accounts, ForgetfulStore, Usage
 from phi_cluster.cluster.session.actor import session_settings
 from phi_cluster.cluster.session.actor_pool import RayActors
 from phi_cluster.cluster.session.administration import Administration
+from phi_cluster.cluster.session.cache_export import SECRET_NBYTES, CacheExports, ExportSecret, split
 from phi_cluster.cluster.session.catalog import Catalog
 from phi_cluster.cluster.session.conversation import name_digest
 from phi_cluster.cluster.session.custody import Custody
@@ -99,9 +101,10 @@ class NodeSessions:
         budget_nbytes: int,
         store: HibernationStore | None,
         usage: UsageStore | None = None,
+        export_secret: Callable[[], bytes] | None = None,
     ):
-        """`store` None: no session hibernates; `usage` None: the tenants' totals end with this object. Raises OSError
-        if they cannot be read."""
+        """`store` None: no session hibernates; `usage` None: the tenants' totals end with this object; `export_secret`:
+        see cache_export.py (None: one that nobody else will ever know). Raises OSError if totals cannot be read."""
         self._layout = settings.layout
         self._clock = settings.clock
         self._node_id = node_id
@@ -110,7 +113,9 @@ class NodeSessions:
         self._custody = Custody(settings, journals, actors, sessions, kv, budget_nbytes, self._metrics)
         self._roster = self._custody.roster
         self._hibernation = Hibernation(self._custody, store)
-        self._administration = Administration(self._custody, self._hibernation, node_id)
+        secret = os.urandom(SECRET_NBYTES)
+        caches = CacheExports(self._custody, export_secret or (lambda: secret))
+        self._administration = Administration(self._custody, self._hibernation, caches, node_id)
         glances = Glances(self._custody)
         self._catalog = Catalog(self._custody, self._hibernation, self._administration, glances, node_id)
         self._forks = Forks(self._custody)
@@ -318,10 +323,10 @@ class NodeSessions:
         await self.start()
         return await self._retention.sweep()
 
-    async def export(self, key: SessionKey) -> bytes:
-        """The session as a file (session_export.py). Raises NotFound and the journal's errors."""
+    async def export(self, key: SessionKey, cache_up_to: int | None = None) -> bytes:
+        """The session as a file; see `Administration.export`. Raises NotFound."""
         await self.start()
-        return self._administration.export(key)
+        return await self._administration.export(key, cache_up_to)
 
     async def said(self, key: SessionKey) -> str:
         """The conversation's text. Raises NotFound and the journal's errors."""
@@ -329,9 +334,11 @@ class NodeSessions:
         return self._administration.said(key)
 
     async def import_session(self, key: SessionKey, data: bytes, vocab_size: int) -> dict[str, Any]:
-        """Makes a session of such a file. Raises SessionExists and BadExport."""
+        """Makes a session of such a file. Raises SessionExists, BadExport and LimitReached."""
         await self.start()
         self._accounts.check_new_session(key, self._roster.named(key.tenant))
+        if split(data)[1] is not None:
+            await self._memory.come_within(key.tenant, len(data))
         return await self._administration.import_session(key, data, vocab_size)
 
     async def fork(self, key: SessionKey, new: SessionKey, turn: int | None) -> dict[str, Any]:
@@ -462,4 +469,5 @@ class Keeper(NodeSessions):
         if kv.hibernate_quota:
             key = read_key(kv.hibernate_key_file) if kv.hibernate_key_file else None
             store = FileHibernationStore(state_path, kv.hibernate_quota, key)
-        super().__init__(settings, journals, actors, node_id, sessions, kv, budget_nbytes, store, usage)
+        secret = ExportSecret(state_path / "export.key")
+        super().__init__(settings, journals, actors, node_id, sessions, kv, budget_nbytes, store, usage, secret)

@@ -1,7 +1,7 @@
 """An exported session: its turns as one file, to be kept elsewhere and to be read by another server of the same model.
 
 Owns: the format, and believing nothing of what is read. Knows nothing of who exports or imports, or of keys and values
-(they are computed again).
+(cache_export.py puts them behind it; else they are computed again).
 
 Format, version 1, all numbers little-endian: 8 bytes magic, 32 bytes BLAKE2b over all behind them; version (uint32),
 number of turns (uint32), time of creation (float64), fingerprint, session id; then each turn: num_kept_tokens,
@@ -77,7 +77,7 @@ def pack_session(fingerprint: str, key: SessionKey, created_at: float, turns: Se
     return MAGIC + _checksum(body) + body
 
 
-def unpack_session(data: bytes, key: SessionKey, vocab_size: int) -> Export:
+def unpack_session(data: bytes | memoryview, key: SessionKey, vocab_size: int) -> Export:
     """What the file holds, for the session `key`. Raises BadExport, saying what is wrong, whatever is in it."""
     start = len(MAGIC) + _CHECKSUM_NBYTES
     if data[: len(MAGIC)] != MAGIC:

@@ -156,6 +156,12 @@ def told(values: list[float]) -> dict[str, Any]:
     }
 
 
+def halves(points: list[tuple[float, float]]) -> tuple[float, float]:
+    """The most of each half of the samples."""
+    middle = max(len(points) // 2, 1)
+    return max(y for _, y in points[:middle]), max(y for _, y in points[middle:] or points)
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=10.0)
@@ -185,6 +191,8 @@ def main(arguments: list[str] | None = None) -> int:
         **{name: told(soak.found[name]) for name in ("warm", "woken", "replayed")},
         "refused_and_asked_again": sum(soak.refusals.values()),
         "failures": len(soak.failures),
+        # Private memory of all processes together: the most in the first half of the run, and in the second.
+        "most_mb": [round(most) for most in halves(memory["all of them"])],
     }
     print(
         f"{soak.turns} turns of {soak.conversations} conversations, {len(soak.failures)} failures", *soak.failures[:10]

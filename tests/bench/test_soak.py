@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -37,3 +40,30 @@ def test_a_returning_turn_counts_by_what_it_found() -> None:
     assert soak.first_turns == [0.5]
     assert told([0.3, 0.1, 0.2]) == {"turns": 3, "p50_ms": 200, "p99_ms": 300}
     assert told([]) == {"turns": 0}
+
+
+def test_memory_is_told_by_halves() -> None:
+    from soak import halves
+
+    assert halves([(0.0, 3.0), (5.0, 9.0), (10.0, 4.0), (15.0, 5.0)]) == (9.0, 5.0)
+    assert halves([(0.0, 3.0)]) == (3.0, 3.0)
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
+def test_two_minutes_of_it(launch: Callable[..., Any], capsys: pytest.CaptureFixture[str]) -> None:
+    """Users come back to sessions that are recycled and hibernate all the time: nothing fails, nothing piles up."""
+    from soak import CONFIG, main
+
+    server = launch(CONFIG)
+    where = ["--url", server.url, "--server-pid", str(server.main.pid)]
+    status = main(["--minutes", "2", "--users", "60", "--think", "15", *where])
+    printed = capsys.readouterr().out
+    told = json.loads(printed.splitlines()[-1])
+    assert (status, told["failures"]) == (0, 0), printed
+    # There was something to fail.
+    assert min(told[found]["turns"] for found in ("warm", "woken")) > 0, printed
+    before, after = told["most_mb"]
+    # Session actors are bounded, and so are the caches: engines, which come and go, are the noise.
+    assert after < before + 400, printed
+    server.stop()

@@ -292,6 +292,7 @@ def _responses() -> Iterator[Hostile]:
     yield Hostile("another tenant's session to be forked", 404, "not_found", f"{SESSIONS}/hers/fork")
     yield Hostile("another tenant's session to be exported", 404, "not_found", f"{SESSIONS}/hers/export", method="GET")
     yield Hostile("an import of nothing", 400, "bad_export", f"{SESSIONS}/import", b"\x80\x04K\x01.")
+    yield Hostile("an import of half a cache", 400, "bad_export", f"{SESSIONS}/import", b"phiSESkv" + b"\xff" * 30)
     yield Hostile("an import to a path", 400, None, f"{SESSIONS}/import?id=../x", b"x")
 
 

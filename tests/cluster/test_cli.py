@@ -195,6 +195,8 @@ def test_a_session_is_exported_to_a_new_private_file_and_imported(
     assert server.uploads == [b"the session's bytes"]
     assert server.asked[-1] == ("POST", "/v1/sessions/import?id=b2")
     assert capsys.readouterr().out.splitlines()[-1].startswith("b2  ")
+    assert main(["sessions", "export", "a", "--kv", "--file", str(file) + "2", "--url", server.url]) == 0
+    assert server.asked[-1] == ("GET", "/v1/sessions/a/export?kv=true")
 
 
 @pytest.mark.parametrize("arguments", [[], ["--file", "/nowhere/x"]])

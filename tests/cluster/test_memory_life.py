@@ -170,6 +170,17 @@ def test_what_is_exported_goes_on_as_if_it_had_never_left(client):
     copy = client.conversation("imported")
     copy.messages, copy.replies = list(talk.messages), list(talk.replies)
     assert copy.say(QUESTIONS[2], **HOW[0]).text == talk.say(QUESTIONS[2], **HOW[0]).text
+    # The same with its cache: warm, with the same words.
+    with_cache = client.http.get("/v1/sessions/exported/export?kv=true").content
+    described = client.http.post("/v1/sessions/import?id=warm", content=with_cache).json()
+    assert (described["state"], described["turns"]) == ("held", 3)
+    warm = client.conversation("warm")
+    warm.messages, warm.replies = list(talk.messages), list(talk.replies)
+    last = talk.replies[-1]
+    assert warm.say("Good.", **HOW[0]).text == talk.say("Good.", **HOW[0]).text
+    assert warm.last.cached >= last.prompt + last.completion - 1
+    # Damaged, it is left out.
+    assert client.http.post("/v1/sessions/import?id=cold", content=with_cache[:-1]).json()["state"] == "stored"
     response = client.http.post("/v1/sessions/import?id=imported", content=data)
     assert (response.status_code, response.json()["error"]["code"]) == (409, "session_exists")
     response = client.http.post("/v1/sessions/import", content=data[:-1])

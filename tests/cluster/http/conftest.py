@@ -176,7 +176,8 @@ class FakeSessions:
         await self.get(tenant, session_id)
         return self.said.get(session_id, [])
 
-    async def export(self, tenant: str, session_id: str) -> bytes:
+    async def export(self, tenant: str, session_id: str, cache_up_to: int | None = None) -> bytes:
+        self.exported_up_to = cache_up_to
         return b"exported " + (await self.get(tenant, session_id))["id"].encode()
 
     async def import_session(

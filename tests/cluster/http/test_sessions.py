@@ -126,10 +126,17 @@ async def test_bad_forks(client, named, body, param):
 async def test_export_and_import(client, named):
     exported = await client.get("/v1/sessions/a/export")
     assert (exported.status_code, exported.headers["content-type"]) == (200, "application/octet-stream")
+    assert named.exported_up_to is None
     imported = await client.post("/v1/sessions/import?id=again", content=exported.content)
     assert (imported.status_code, imported.json()["id"]) == (200, "again")
     assert (await client.post("/v1/sessions/import", content=exported.content)).json()["id"] == "made"
     assert (await client.get("/v1/sessions/z/export")).status_code == 404
+    assert (await client.get("/v1/sessions/a/export?kv=true")).status_code == 200
+    # No more than an import may have.
+    assert named.exported_up_to == 64 * 1024
+    for query, param in (("kv=yes", "kv"), ("kv=true&kv=true", "kv"), ("cache=true", "cache")):
+        refused = await client.get(f"/v1/sessions/a/export?{query}")
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, param)
     assert (await client.get("/v1/sessions/a/export", headers={"authorization": "Bearer other"})).status_code == 404
 
 
@@ -215,8 +222,8 @@ async def test_an_admin_sees_and_looks_after_all(keyed, sessions):
         assert answer.status_code == 200, action
     assert ("bob", "made") in sessions.known
     # What was said there is not hers to read.
-    for path in ("export", "messages"):
-        assert (await keyed.get(f"/v1/sessions/of-bob/{path}?tenant=bob", headers=admin)).status_code == 404
+    for path, status in (("export?tenant=bob", 400), ("export", 404), ("messages?tenant=bob", 404)):
+        assert (await keyed.get(f"/v1/sessions/of-bob/{path}", headers=admin)).status_code == status
     assert (await keyed.delete("/v1/sessions/of-bob?tenant=bob", headers=admin)).status_code == 200
     assert ("bob", "of-bob") not in sessions.known
 

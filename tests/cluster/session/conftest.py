@@ -301,9 +301,11 @@ class Node:
         self.actors = LocalActors(settings, self.journals.open, processes)
         budget = options.pop("budget", 2**30)
         store = options.pop("store", FileHibernationStore(state_dir, 2**30, reserve_nbytes=0))
+        secret = options.pop("export_secret", None)
         kv = KVConfig(reserve_wait=options.pop("reserve_wait", 0.2))
         sessions = SessionsConfig(**{"warm_actors": 0, "turn_wait": 0.2, "spawn_interval": 3600, **options})
-        self.keeper = NodeSessions(settings, self.journals, cast(Any, self.actors), "node", sessions, kv, budget, store)
+        actors = cast(Any, self.actors)
+        self.keeper = NodeSessions(settings, self.journals, actors, "node", sessions, kv, budget, store, None, secret)
 
     async def listed(self, tenant: str) -> list[dict[str, Any]]:
         """Descriptions of the tenant's sessions, in order of their ids."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 
 import pytest
@@ -45,7 +46,7 @@ def path(tmp_path):
 def write(path, segment, cipher, num_tokens=90, digest="a" * 32, piece_nbytes=2**20):
     fd = os.open(path, os.O_CREAT | os.O_RDWR | os.O_TRUNC)
     try:
-        return write_file(fd, segment, num_tokens, digest, MARK, cipher, piece_nbytes)
+        return write_file(io.FileIO(fd, "w", closefd=False), segment, num_tokens, digest, MARK, cipher, piece_nbytes)
     finally:
         os.close(fd)
 
@@ -55,7 +56,7 @@ def read(path, layout, kit, cipher, digest="a" * 32, mark=MARK, fingerprint=None
     segment = Segment.create(layout, fingerprint or kit.fingerprint)
     fd = os.open(path, os.O_RDONLY)
     try:
-        read_file(fd, segment, digest, mark, cipher)
+        read_file(io.FileIO(fd, closefd=False), segment, digest, mark, cipher)
         counts = (segment.num_tokens, segment.num_computed_tokens, segment.long_rope)
         return os.pread(segment._fd, layout.nbytes, 4096), counts, segment.nbytes_resident
     finally:
@@ -168,5 +169,5 @@ def test_other_files_are_refused(path, start):
     path.write_bytes(start)
     fd = os.open(path, os.O_RDONLY)
     with pytest.raises(BadHibernation):
-        read_header(fd)
+        read_header(io.FileIO(fd, closefd=False))
     os.close(fd)
