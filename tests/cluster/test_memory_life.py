@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import secrets
 from array import array
 
 import pytest
 
-from phi_cluster.cluster.messages import SessionKey
+from tests.cluster.stored_bytes import digest_of, files_with, memory_file, read_data
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
@@ -94,7 +93,7 @@ def test_a_session_sleeps_and_goes_on_warm(client, server, place):
     # About what it took in memory, in whole pages there.
     assert 0.5 * held["kv_cache_bytes"] < asleep["disk_bytes"] < 1.1 * held["kv_cache_bytes"]
     assert asleep["num_tokens"] == held["num_tokens"]
-    path = memory_file(server, talk.session_id)
+    path = memory_file(server.state_dir, talk.session_id)
     assert path.stat().st_mode & 0o777 == 0o600
     reply = talk.say(QUESTIONS[2], **HOW[1])
     assert reply.cached >= talk.replies[1].prompt + talk.replies[1].completion - 1
@@ -107,7 +106,7 @@ def test_a_damaged_file_changes_no_reply(client, server, until):
     for one in (talk, twin):
         one.say(QUESTIONS[0], **HOW[0])
     client.http.post("/v1/sessions/damaged/hibernate")
-    path = memory_file(server, "damaged")
+    path = memory_file(server.state_dir, "damaged")
     stored = bytearray(path.read_bytes())
     stored[len(stored) // 2] ^= 4
     path.write_bytes(stored)
@@ -134,8 +133,7 @@ def test_delete_leaves_no_byte(client, server, tokenizer, place):
     ids = array("i", tokenizer.encode(secret)).tobytes()
 
     def places() -> list[str]:
-        files = [path for path in server.state_dir.rglob("*") if path.is_file()]
-        found = [path.name for path in files if secret.encode() in (stored := path.read_bytes()) or ids in stored]
+        found = files_with(server.state_dir, secret.encode(), ids)
         return found + [str(path) for path in client.segments().values() if ids in read_data(path)]
 
     talk = client.conversation(f"canary-{place}")
@@ -191,30 +189,3 @@ def test_all_that_is_stored_is_private(server):
     for path in (server.state_dir / "sessions").rglob("*"):
         assert path.stat().st_mode & 0o777 == (0o700 if path.is_dir() else 0o600), path
     assert (server.state_dir / "sessions").stat().st_mode & 0o777 == 0o700
-
-
-def digest_of(session_id):
-    return SessionKey("default", session_id).digest
-
-
-def memory_file(server, session_id):
-    digest = digest_of(session_id)
-    return server.state_dir / "sessions" / digest[:2] / f"{digest}.kv"
-
-
-def read_data(path):
-    """What a sparse memory file holds."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        data, end, start = [], os.fstat(fd).st_size, 0
-        while start < end:
-            try:
-                start = os.lseek(fd, start, os.SEEK_DATA)
-            except OSError:
-                break
-            stop = os.lseek(fd, start, os.SEEK_HOLE)
-            data.append(os.pread(fd, stop - start, start))
-            start = stop
-        return b"".join(data)
-    finally:
-        os.close(fd)

@@ -5,11 +5,12 @@ And two of them that take turns never see each other, in any place where bytes c
 
 from __future__ import annotations
 
-import os
 import secrets
 from array import array
 
 import pytest
+
+from tests.cluster.stored_bytes import read_data
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
@@ -118,18 +119,3 @@ def test_canaries_are_never_seen_elsewhere(client, server, tokenizer, until):
         assert not [place[:80] for place in places if digits in place]
         assert not [path for path in logs if digits.encode() in path.read_bytes()]
         assert not [process for process in server.processes() if digits in process.name]
-
-
-def read_data(path) -> bytes:
-    """What a sparse file really holds."""
-    pieces = []
-    with path.open("rb") as file:
-        size, position = os.fstat(file.fileno()).st_size, 0
-        while position < size:
-            try:
-                begin = os.lseek(file.fileno(), position, os.SEEK_DATA)
-            except OSError:
-                break
-            position = os.lseek(file.fileno(), begin, os.SEEK_HOLE)
-            pieces.append(os.pread(file.fileno(), position - begin, begin))
-    return b"".join(pieces)
