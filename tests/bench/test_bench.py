@@ -283,3 +283,18 @@ def test_an_engine_that_leaks_on_purpose(tmp_path: Path) -> None:
                 time.sleep(0.05)
         finally:
             process.kill()
+
+
+def test_turns_inside_a_renewal_and_the_first_ones_behind_it(bench) -> None:
+    renewals, turn = bench("keeper_renewals"), bench("chat_load").Turn
+    # (begin, first token) of one user: a new conversation at 0 and one at 40, renewals at 10 and 50.
+    moments = [(0, 1), (5, 6), (9, 13), (14, 15), (40, 41), (45, 46), (49, 49.5), (53, 55), (56, 57)]
+    numbers = [0, 1, 2, 3, 0, 1, 2, 3, 4]
+    turns = [(number, turn(begin, [first])) for number, (begin, first) in zip(numbers, moments, strict=True)]
+    places = renewals.sort_turns([turns], [(10, 12), (50, 52)])
+    assert places == {"inside": [4], "first_after": [2], "outside": [1, 1, 1, 1, 1, 0.5, 1]}
+    # One that had no turn since before: its first turn counts, unless its conversation is a new one.
+    assert renewals.sort_turns([[(1, turn(0, [1])), (2, turn(60, [63]))]], [(10, 12)])["first_after"] == [3]
+    assert renewals.sort_turns([[(1, turn(0, [1])), (0, turn(60, [63]))]], [(10, 12)])["first_after"] == []
+    assert renewals.summary([]) == {"turns": 0}
+    assert renewals.summary([0.1, 0.2, 0.3]) == {"turns": 3, "ttft_ms_p50": 200, "ttft_ms_p99": 300, "ttft_ms_max": 300}
