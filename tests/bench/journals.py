@@ -3,8 +3,8 @@
     python tests/bench/journals.py --turns 1000
 
 The journals take turns, so that both see the same disk. Redis runs as it should (`appendonly yes`, `appendfsync
-always`), on a Unix socket: a network adds its round trip to each call (one for a begin, one for a commit). The last line
-is JSON.
+always`), on a Unix socket: a network adds its round trip to each call (one for a begin, one for a commit). The last
+line is JSON.
 
 Owns: the order and the clock. Knows nothing of sessions or of a server.
 """
