@@ -176,7 +176,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=600.0, help="at most, after the start")
     parser.add_argument("--actors", type=int, default=64, help="session actors at most; 0: the keeper has all sessions")
     parser.add_argument("--port", type=int, default=8000, help="of the server that is started; metrics on the next")
-    parser.add_argument("--internal-ports", type=int, default=21_000)
+    parser.add_argument("--internal-ports", type=int, default=30_000, help="first of some 900 others")
     parsed = parser.parse_args()
     config = {"recycler": {"max_keeper_growth": 0}, "sessions": {"max_actors": parsed.actors}}
     with own_server(config, parsed.port, parsed.internal_ports) as (url, pid):
