@@ -57,6 +57,7 @@ MAY_IMPORT_RAY = {
     "cluster.session.custody",
     "cluster.session.hibernation",
     "cluster.session.administration",
+    "cluster.session.elsewhere",
     "cluster.weight_store",
     "cluster.actors",
     "cluster.controller",

@@ -66,9 +66,10 @@ class Administration:
                 self._custody.events.add(EventKind.SESSION_CLEARED, key)
                 return self.public(entry, stats)
 
-    async def delete(self, key: SessionKey) -> None:
-        """Raises SessionBusy."""
-        custody, wait = self._custody, self._custody.config.turn_wait
+    async def delete(self, key: SessionKey, wait: float | None = None) -> None:
+        """`wait`: so many seconds for the turn under way (None: as a turn waits). Raises SessionBusy."""
+        custody = self._custody
+        wait = custody.config.turn_wait if wait is None else wait
         while True:
             if self._roster.find(key) is None and self._custody.is_known(key):
                 # Without opening it: also one whose journal cannot be read can be deleted.

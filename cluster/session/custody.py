@@ -114,16 +114,6 @@ class Custody:
             self.roster.add_stored(key)
         return self.roster.is_known(key)
 
-    async def list_again(self) -> None:
-        """Of journals that others write to as well: what was made or deleted elsewhere. Raises JournalUnavailable."""
-        before = {key for key in self.roster.stored_keys() if self.roster.find(key) is None}
-        stored = set(await asyncio.to_thread(lambda: list(self.journals.keys())))
-        for key in stored:
-            self.roster.add_stored(key)
-        for key in before - stored:
-            if self.roster.find(key) is None:
-                self.roster.forget_stored(key)
-
     def make(
         self, key: SessionKey, turns: list[CommitTurn], fingerprint: str, memory: Segment | None, kind: EventKind
     ) -> None:

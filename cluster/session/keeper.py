@@ -47,6 +47,7 @@ from phi_cluster.cluster.session.cache_export import SECRET_NBYTES, CacheExports
 from phi_cluster.cluster.session.catalog import Catalog
 from phi_cluster.cluster.session.conversation import name_digest
 from phi_cluster.cluster.session.custody import Custody
+from phi_cluster.cluster.session.elsewhere import Elsewhere
 from phi_cluster.cluster.session.forks import Forks
 from phi_cluster.cluster.session.glances import Glances
 from phi_cluster.cluster.session.hibernation import Hibernation
@@ -117,6 +118,7 @@ class NodeSessions:
         caches = CacheExports(self._custody, export_secret or (lambda: secret))
         self._administration = Administration(self._custody, self._hibernation, caches, node_id)
         glances = Glances(self._custody)
+        self._elsewhere = Elsewhere(self._custody, self._administration)
         self._catalog = Catalog(self._custody, self._hibernation, self._administration, glances, node_id)
         self._forks = Forks(self._custody)
         self._retention = Retention(self._custody, self._administration, self._hibernation, glances, sessions.retention)
@@ -427,7 +429,7 @@ class NodeSessions:
         try:
             self._journal_nbytes = await asyncio.to_thread(self._custody.journals.nbytes)
             if self._custody.journals.shared:
-                await self._custody.list_again()
+                await self._elsewhere.look()
         except JournalUnavailable as error:
             logger.warning("the journals were not looked at: %s", error.message)
 
