@@ -414,6 +414,21 @@ def test_a_session_belongs_to_its_key(client, refused):
 # Text of users.
 
 
+def test_an_assistants_message_that_was_begun_is_gone_on_with(client):
+    messages = [
+        {"role": "user", "content": "What is the capital of France?"},
+        {"role": "assistant", "content": "Well, it is certainly"},
+    ]
+    begun = {"messages": messages, "add_generation_prompt": False, "continue_final_message": True}
+    how = {"temperature": 0, "max_tokens": 16}
+    reply = client.http.post("/v1/chat/completions", json={**begun, **how}, headers={"x-session-id": "begun"}).json()
+    # The same ids as a prompt of their own: the reply's turn is not opened a second time.
+    ids = client.http.post("/tokenize", json=begun).json()["tokens"]
+    expected = client.http.post("/v1/completions", json={"prompt": ids, **how}).json()
+    assert reply["usage"]["prompt_tokens"] == len(ids)
+    assert reply["choices"][0]["message"]["content"] == expected["choices"][0]["text"]
+
+
 def test_a_users_special_tokens_are_only_text(client, tokenizer):
     def count_specials(session_id: str) -> int:
         return sum(map(tokenizer.is_special, client.stored_ids(session_id)))

@@ -146,6 +146,23 @@ def test_in_company_as_alone(lab: Any) -> None:
         assert together[i].token_ids == alone[i].token_ids
 
 
+def test_preempted_in_the_middle_it_goes_on_the_same(lab: Any) -> None:
+    def made(i: int) -> Any:
+        sequence = following(lab, i, [i] * 10, seed=i, temperature=1.5, max_tokens=80)
+        sequence.matcher = ForkedRoad(forks=14)
+        return sequence
+
+    engine = lab.engine(lab.Model(), max_kv_bytes=900)
+    for i in range(3):
+        engine.add(made(i))
+    replies = lab.drain(engine)
+    assert engine.num_preemptions >= 1
+    for i in range(3):
+        alone, _ = run(lab, made(i))
+        assert replies[i].finish_reason == "stop"
+        assert replies[i].token_ids == alone[i].token_ids
+
+
 @pytest.mark.parametrize("at", [0, 1, 4, 9, 16])
 def test_taken_over_in_the_middle_it_goes_on_the_same(lab: Any, at: int) -> None:
     whole, _ = run(lab, following(lab, 1, [5, 6], seed=3))
