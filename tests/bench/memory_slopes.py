@@ -5,6 +5,7 @@ Owns: the verdicts, and that a measurement which would not see a leak is none. K
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,9 +49,10 @@ def judge(samples: MemorySamples, by: Judgement) -> list[dict[str, Any]]:
     return rows
 
 
-def problems(rows: list[dict[str, Any]], by: Judgement) -> list[str]:
-    """What is not as it should be, in words."""
-    found = [] if any(row["name"] == CONTROL for row in rows) else ["the control was not measured"]
+def problems(rows: list[dict[str, Any]], by: Judgement, failures: Sequence[str]) -> list[str]:
+    """What is not as it should be, in words; `failures` of the work itself first."""
+    found = [f"{len(failures)} failures, the first: {failures[0]}"] if failures else []
+    found += [] if any(row["name"] == CONTROL for row in rows) else ["the control was not measured"]
     for row in rows:
         slope: Slope = row["slope"]
         wanted = "grows" if row["name"] == CONTROL else "flat"

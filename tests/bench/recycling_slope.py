@@ -21,21 +21,17 @@ import asyncio
 import contextlib
 import json
 import os
-import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 from chat_load import Conversation
-from growing_process import __file__ as growing_process
 from memory_samples import MemorySamples
 from memory_slopes import Judgement, judge, problems, show, table
+from sampled_run import sampled
 from server_processes import find_server, runtime_dir_of
-
-from phi_cluster.cluster.runtime_dir import RUNTIME_DIR_VARIABLE
 
 
 class Recycling:
@@ -96,23 +92,6 @@ class Recycling:
         raise TimeoutError(f"{conversation.session} was given no actor within two minutes")
 
 
-@contextlib.contextmanager
-def control(server_pid: int, nbytes: int) -> Iterator[subprocess.Popen[str]]:
-    """A process with the server's mark that grows by `nbytes` for each line it is sent."""
-    process = subprocess.Popen(
-        [sys.executable, str(growing_process), str(nbytes)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        text=True,
-        env=os.environ | {RUNTIME_DIR_VARIABLE: str(runtime_dir_of(server_pid))},
-    )
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.wait()
-
-
 async def measure(parsed: argparse.Namespace, server_pid: int) -> tuple[MemorySamples, dict[str, Any]]:
     """Recycles, with a sample every `--every` of them."""
     samples = MemorySamples(server_pid)
@@ -120,27 +99,16 @@ async def measure(parsed: argparse.Namespace, server_pid: int) -> tuple[MemorySa
     files_before = _num_files(runtime_dir)
     begin = time.perf_counter()
     async with httpx.AsyncClient(base_url=parsed.url, timeout=120.0) as client:
-        with control(server_pid, parsed.leak) as leaking:
-            recycling = Recycling(client, parsed.recycles, parsed)
-            running = asyncio.create_task(recycling.run())
-            told = next_sample = 0
-            while not running.done():
-                await asyncio.wait({running}, timeout=0.1)
-                if recycling.done >= next_sample:
-                    assert leaking.stdin is not None
-                    leaking.stdin.write("\n" * (recycling.done - told))
-                    leaking.stdin.flush()
-                    told = recycling.done
-                    # It has read them, and nobody is in the middle of a burst.
-                    await asyncio.sleep(0.05)
-                    samples.take(told)
-                    next_sample = told + parsed.every
-                    if told // 100 != (told - parsed.every) // 100:
-                        rate = told / (time.perf_counter() - begin)
-                        if parsed.samples:
-                            write_samples(samples, parsed.samples)
-                        print(f"{told} recycles, {rate:.2f} a second, {_num_files(runtime_dir)} files", flush=True)
-            await running
+        recycling = Recycling(client, parsed.recycles, parsed)
+
+        def on_sample(done: int) -> None:
+            if done // 100 != (done - parsed.every) // 100:
+                rate = done / (time.perf_counter() - begin)
+                if parsed.samples:
+                    write_samples(samples, parsed.samples)
+                print(f"{done} recycles, {rate:.2f} a second, {_num_files(runtime_dir)} files", flush=True)
+
+        await sampled(recycling.run(), lambda: recycling.done, samples, parsed.every, parsed.leak, on_sample)
     if parsed.samples:
         write_samples(samples, parsed.samples)
     return samples, {
@@ -184,9 +152,7 @@ def main() -> None:
     print(f"{told['recycles']} recycles, {told['turns']} turns, {told['seconds']} s, {len(told['failures'])} failures")
     print(f"files of the server: {told['files_before']} before, {told['files_after']} after")
     show(rows, by)
-    failures = told["failures"]
-    found = [f"{len(failures)} failures, the first: {failures[0]}"] if failures else []
-    found += problems(rows, by)
+    found = problems(rows, by, told["failures"])
     print("\n".join(found) or "as it should be")
     print(json.dumps({**told, "rows": table(rows), "problems": found}))
     sys.exit(1 if parsed.check and found else 0)

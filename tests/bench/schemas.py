@@ -27,7 +27,7 @@ import httpx
 import jsonschema
 from memory_samples import MemorySamples
 from memory_slopes import CONTROL, Judgement, judge, problems, show, table
-from recycling_slope import control
+from sampled_run import sampled
 from server_processes import find_server
 from unique_schemas import unique_schema
 
@@ -110,21 +110,7 @@ async def measure_memory(parsed: argparse.Namespace, server_pid: int) -> dict[st
     async with httpx.AsyncClient(base_url=parsed.url, timeout=120.0, limits=limits) as client:
         # Another run's schemas are not these.
         asking = Asking(client, parsed.unique, parsed.reply, int(time.time()) * 10_000)
-        with control(server_pid, parsed.leak) as leaking:
-            running = asyncio.create_task(asking.run(parsed.workers))
-            told = next_sample = 0
-            while not running.done():
-                await asyncio.wait({running}, timeout=0.1)
-                if asking.done >= next_sample:
-                    assert leaking.stdin is not None
-                    leaking.stdin.write("\n" * (asking.done - told))
-                    leaking.stdin.flush()
-                    told = asking.done
-                    # It has read them.
-                    await asyncio.sleep(0.05)
-                    samples.take(told)
-                    next_sample = told + parsed.every
-            await running
+        await sampled(asking.run(parsed.workers), lambda: asking.done, samples, parsed.every, parsed.leak)
     by = Judgement("schema", parsed.unique, parsed.skip, parsed.every, parsed.limit, parsed.leak)
     rows = [row for row in judge(samples, by) if row["name"].startswith(("engine", "replica", CONTROL))]
     seconds = time.perf_counter() - begin
@@ -133,8 +119,7 @@ async def measure_memory(parsed: argparse.Namespace, server_pid: int) -> dict[st
         f"valid, {len(asking.failures)} failures"
     )
     show(rows, by)
-    found = [f"{len(asking.failures)} failures, the first: {asking.failures[0]}"] if asking.failures else []
-    found += problems(rows, by)
+    found = problems(rows, by, asking.failures)
     counts = {"requests": asking.done, "refused": asking.refused, "complete": asking.finished}
     return {**counts, "seconds": round(seconds, 1), "rows": table(rows), "problems": found}
 
