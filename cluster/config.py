@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from phi_cluster.cluster.config_values import Bytes, HeaderName, HttpUrl, Origin, RedisURL, Seconds
+from phi_cluster.cluster.config_values import Bytes, HeaderName, HttpUrl, Origin, RedisUrl, Seconds
 from phi_cluster.cluster.errors import StartError
 
 
@@ -266,7 +266,7 @@ class Config(_Section):
     state_dir: Path | None = Field(
         None, description="journals, and caches that hibernate; unset: $XDG_STATE_HOME/phi-cluster"
     )
-    journal: RedisURL | None = Field(
+    journal: RedisUrl | None = Field(
         None,
         description="redis://, rediss:// or unix:// of a Redis that keeps the sessions' journals: servers that name it "
         "have the same sessions, and a lost machine takes none with it (pip install 'phi-cluster[redis]'; a password "

@@ -1,4 +1,5 @@
-"""Values of the configuration that are written in words: durations (`10m`), sizes (`2GiB`), headers' names, origins.
+"""Values of the configuration that are written in words: durations (`10m`), sizes (`2GiB`), headers' names, origins,
+addresses.
 
 Owns: what is accepted, and what is said of anything else. Knows nothing of the fields that have such values.
 """
@@ -62,6 +63,13 @@ def _http_url(value: object) -> object:
     return value
 
 
+def _redis_url(value: object) -> object:
+    # The value is not repeated: it may hold a password.
+    if value is not None and not re.match(r"(rediss?://[^/\s]+|unix://(\S*@)?/)", str(value)):
+        raise ValueError("a Redis is expected, such as redis://10.0.0.5:6379/0 or unix:///run/redis.sock")
+    return value
+
+
 _TAKEN_HEADERS = frozenset(
     {"authorization", "connection", "content-encoding", "content-length", "content-type", "cookie", "host", "origin"}
     | {"traceparent", "transfer-encoding", "x-phi-details", "x-request-id", "x-resume-from"}
@@ -70,13 +78,4 @@ HeaderName = Annotated[str, BeforeValidator(_header)]
 Origin = Annotated[str, BeforeValidator(_origin)]
 # With a path, and without secrets in it.
 HttpUrl = Annotated[str, BeforeValidator(_http_url)]
-
-
-def _redis_url(value: object) -> object:
-    # The value is not repeated: it may hold a password.
-    if value is not None and not re.match(r"(rediss?://[^/\s]+|unix://(\S*@)?/)", str(value)):
-        raise ValueError("a Redis is expected, such as redis://10.0.0.5:6379/0 or unix:///run/redis.sock")
-    return value
-
-
-RedisURL = Annotated[str, BeforeValidator(_redis_url)]
+RedisUrl = Annotated[str, BeforeValidator(_redis_url)]

@@ -16,7 +16,7 @@ from phi_cluster.cluster.errors import Overloaded
 from phi_cluster.cluster.events import EventKind
 from phi_cluster.cluster.messages import SessionKey
 from phi_cluster.cluster.session.cache_export import CacheExports, split
-from phi_cluster.cluster.session.custody import Custody, Recorded, no_session, session_exists
+from phi_cluster.cluster.session.custody import Custody, Recorded
 from phi_cluster.cluster.session.hibernation import Hibernation
 from phi_cluster.cluster.session.hibernation_store import StorageFull
 from phi_cluster.cluster.session.journal import Glance
@@ -43,15 +43,13 @@ class Administration:
         entry = self._roster.find(key)
         if entry is not None:
             return self.public(entry, await self._custody.stats(entry))
-        if not self._custody.is_known(key):
-            raise no_session(key)
+        self._custody.check_known(key)
         # In place: in a thread it could make a journal anew that is being deleted.
         return self._describe_stored(key)
 
     def said(self, key: SessionKey) -> str:
         """The conversation's text, as of its last turn. Raises the journal's errors too."""
-        if not self._custody.is_known(key):
-            raise no_session(key)
+        self._custody.check_known(key)
         return Transcript.replay(self._custody.recorded(key).turns).text
 
     async def clear(self, key: SessionKey) -> dict[str, Any]:
@@ -112,8 +110,7 @@ class Administration:
         """The session's record as a file (session_export.py), as of its last turn; with as much of its cache as makes
         the file no longer than `cache_up_to` bytes (cache_export.py), where there is one. Raises the journal's errors;
         with a cache SessionBusy and StorageFull too."""
-        if not self._custody.is_known(key):
-            raise no_session(key)
+        self._custody.check_known(key)
 
         def turns_file(recorded: Recorded) -> bytes:
             return pack_session(recorded.info.fingerprint, key, recorded.info.created_at, recorded.turns)
@@ -127,8 +124,7 @@ class Administration:
                 raise StorageFull(f"the cache cannot be exported: {error.strerror or error}") from None
             if packed is not None:
                 return packed
-            if not self._custody.is_known(key):
-                raise no_session(key)
+            self._custody.check_known(key)
         return turns_file(self._custody.recorded(key))
 
     async def import_session(self, key: SessionKey, data: bytes, vocab_size: int) -> dict[str, Any]:
@@ -140,9 +136,8 @@ class Administration:
         export = await asyncio.to_thread(unpack_session, turns, key, vocab_size)
         if export.fingerprint != custody.settings.fingerprint:
             raise BadExport("the session was exported from another model, whose token ids mean nothing to this one")
-        if self._custody.is_known(key):
-            # Before any memory is taken.
-            raise session_exists(key)
+        # Before any memory is taken.
+        custody.check_free(key)
         token_ids = Transcript.replay(export.turns).token_ids
         async with self._caches.unpacked(data, turns, start, len(export.turns), token_ids) as memory:
             custody.make(key, export.turns, export.fingerprint, memory, EventKind.SESSION_IMPORTED)

@@ -103,9 +103,18 @@ class Custody:
 
     def known(self, key: SessionKey) -> Entry:
         """The session's entry, opened if only the disk has it. Raises NotFound and the journal's errors."""
-        if not self.is_known(key):
-            raise no_session(key)
+        self.check_known(key)
         return self.roster.open(key)
+
+    def check_known(self, key: SessionKey) -> None:
+        """Raises NotFound, and JournalUnavailable."""
+        if not self.is_known(key):
+            raise NotFound(f"no session {key.session_id!r}")
+
+    def check_free(self, key: SessionKey) -> None:
+        """Raises SessionExists, and JournalUnavailable."""
+        if self.is_known(key):
+            raise _exists(key)
 
     def is_known(self, key: SessionKey) -> bool:
         """Whether there is such a session: here, or made elsewhere since the journals were listed. Raises
@@ -120,13 +129,12 @@ class Custody:
         """A new session of these turns, all at once: nobody finds half of it. `memory`, which is taken over, holds keys
         and values of their beginning. Raises SessionExists and the journal's errors; nothing has happened then."""
         try:
-            if self.is_known(key):
-                raise session_exists(key)
+            self.check_free(key)
             journal = self.journal(key)
             try:
                 journal.fill(turns, fingerprint)
             except ValueError:
-                raise session_exists(key) from None
+                raise _exists(key) from None
             finally:
                 journal.close()
         except BaseException:
@@ -273,9 +281,5 @@ class Custody:
         return True
 
 
-def no_session(key: SessionKey) -> NotFound:
-    return NotFound(f"no session {key.session_id!r}")
-
-
-def session_exists(key: SessionKey) -> SessionExists:
+def _exists(key: SessionKey) -> SessionExists:
     return SessionExists(f"there is a session {key.session_id!r}: choose another id, or delete it first", param="id")

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from phi_cluster.cluster.events import EventKind
 from phi_cluster.cluster.messages import Moved, SegmentRef, SessionKey
-from phi_cluster.cluster.session.custody import Custody, Recorded, no_session, session_exists
+from phi_cluster.cluster.session.custody import Custody, Recorded
 from phi_cluster.cluster.session.roster import Entry
 from phi_cluster.cluster.session.segment import Segment, SegmentGone, SegmentMismatch
 
@@ -50,11 +50,10 @@ class Forks:
         room: int | None = None
         try:
             while True:
-                self._check_free(new)
+                self._custody.check_free(new)
                 entry = self._roster.find(key)
                 if entry is None:
-                    if not self._custody.is_known(key):
-                        raise no_session(key)
+                    self._custody.check_known(key)
                     # Only the disk has it, and nothing can come between: this does not wait.
                     self._make(new, _Origin(self._custody.recorded(key, turn)))
                     return
@@ -72,10 +71,6 @@ class Forks:
                     return
         finally:
             self._custody.leases.release(lease)
-
-    def _check_free(self, new: SessionKey) -> None:
-        if self._custody.is_known(new):
-            raise session_exists(new)
 
     async def _visit(self, entry: Entry, turn: int | None, room: int | None) -> _Origin | None:
         """The conversation between two of its turns, with a copy of its memory if there is `room`. None: it moved.

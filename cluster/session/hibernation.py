@@ -18,7 +18,7 @@ from ray.exceptions import RayError
 from phi_cluster.cluster.errors import PhiError, SessionBusy
 from phi_cluster.cluster.events import EventKind
 from phi_cluster.cluster.messages import Moved, SegmentRef, SessionKey
-from phi_cluster.cluster.session.custody import Custody, Recorded, no_session
+from phi_cluster.cluster.session.custody import Custody, Recorded
 from phi_cluster.cluster.session.hibernation_file import BadHibernation, Mark
 from phi_cluster.cluster.session.hibernation_policy import HibernationPolicy
 from phi_cluster.cluster.session.hibernation_store import Hibernated, HibernationStore, StorageFull
@@ -83,8 +83,7 @@ class Hibernation:
         while True:
             entry = self._roster.find(key)
             if entry is None:
-                if not self._roster.is_known(key):
-                    raise no_session(key)
+                self._custody.check_known(key)
                 return
             async with entry.moving:
                 if self._roster.find(key) is not entry:

@@ -16,7 +16,12 @@ from phi_cluster.cluster.messages import CommitTurn, SessionKey
 
 def checksum(*values: int | float | str | bytes | None) -> int:
     """40 bits of a row, so that millions of them can be summed."""
-    return int.from_bytes(hashlib.blake2b(msgpack.packb(values), digest_size=5).digest(), "little")
+    return packed_checksum(msgpack.packb(values))
+
+
+def packed_checksum(row: bytes) -> int:
+    """The same of a row that is packed already."""
+    return int.from_bytes(hashlib.blake2b(row, digest_size=5).digest(), "little")
 
 
 def turn_to_row(turn: CommitTurn) -> tuple[Any, ...]:

@@ -1,12 +1,12 @@
 """The journal of clusters that share no disk: a Redis server has all sessions' turns.
 
-Owns: what is stored there under which names, in one step each, and what Redis's errors mean. Knows nothing of segments,
-actors or transcripts; the connection is redis_server.py's.
+Owns: what is stored there under which names, and how a turn is packed. Knows nothing of segments, actors or
+transcripts; the connection, and what Redis's errors mean, are redis_server.py's.
 
 Of a session there are three hashes, whose names hold only its digest: `session` (see _FIELDS), `turns` (by epoch: a
 row of journal_rows.py behind its checksum) and `index` (by epoch: what a commit must know of earlier turns, without
-reading these). Scripts run on the server, so that each change is made whole or not at all, and no two writers' mix. As
-durable as the server is: `appendonly yes` and `appendfsync always` for what a commit promises.
+reading these). Scripts (redis_scripts.py) run on the server, so that each change is made whole or not at all, and no
+two writers' mix. As durable as the server is: `appendonly yes` and `appendfsync always` for what a commit promises.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 import msgpack
 
 from phi_cluster.cluster.messages import CommitTurn, SessionKey
+from phi_cluster.cluster.session import redis_scripts
 from phi_cluster.cluster.session.journal import (
     Glance,
     JournalCorrupt,
@@ -26,17 +27,13 @@ from phi_cluster.cluster.session.journal import (
     first_epoch,
     stale_epoch,
 )
-from phi_cluster.cluster.session.journal_rows import checksum, row_to_turn, turn_to_row
+from phi_cluster.cluster.session.journal_rows import packed_checksum, row_to_turn, turn_to_row
 from phi_cluster.cluster.session.redis_server import RedisServer
 
-# Of what is stored. A server that finds a later one leaves it alone.
-VERSION = 1
 _PREFIX = "phi-cluster"
 # So many sessions are asked for at once.
 _BATCH = 500
 _CHECKSUM_NBYTES = 5
-# Sums of checksums are taken in it: a script's numbers are exact to 2^53.
-_SUM = 1 << 40
 _FIELDS = [
     "version",
     "tenant",
@@ -52,69 +49,6 @@ _FIELDS = [
     "num_tokens",
     "last_used",
 ]
-
-_REFUSE_NEWER = f"""
-local version = tonumber(redis.call('HGET', KEYS[1], 'version') or '0')
-if version > {VERSION} then return {{'newer', tostring(version)}} end
-"""
-# ARGV: how many of the rest are a new session's fields and values, these, and then fields and by how much they rise.
-_RAISE = (
-    _REFUSE_NEWER
-    + """
-local first = tonumber(ARGV[1]) + 2
-if version == 0 then redis.call('HSET', KEYS[1], unpack(ARGV, 2, first - 1)) end
-for i = first, #ARGV, 2 do redis.call('HINCRBY', KEYS[1], ARGV[i], ARGV[i + 1]) end
-return {'ok', redis.call('HGETALL', KEYS[1])}
-"""
-)
-# ARGV: the epoch that a new session would have; the turn's epoch, request, kept tokens, kept chars, checksum, row,
-# length with what is kept, time; the model's fingerprint.
-_COMMIT = (
-    _REFUSE_NEWER
-    + f"""
-local epoch = ARGV[2]
-local stored = redis.call('HGET', KEYS[2], epoch)
-if stored and cmsgpack.unpack(stored)[1] == ARGV[3] then return {{'stored'}} end
-local current = redis.call('HGET', KEYS[1], 'epoch') or ARGV[1]
-if stored or current ~= epoch then return {{'stale', current}} end
-local sum = tonumber(redis.call('HGET', KEYS[1], 'checksum'))
-local turns = redis.call('HGETALL', KEYS[2])
-for i = 1, #turns, 2 do
-    local turn = cmsgpack.unpack(turns[i + 1])
-    if turn[2] >= tonumber(ARGV[4]) and turn[3] >= tonumber(ARGV[5]) then
-        sum = (sum - turn[4]) % {_SUM}
-        redis.call('HDEL', KEYS[2], turns[i])
-        redis.call('HDEL', KEYS[3], turns[i])
-    end
-end
-local index = cmsgpack.pack({{ARGV[3], tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6])}})
-redis.call('HSET', KEYS[2], epoch, index)
-redis.call('HSET', KEYS[3], epoch, ARGV[7])
-redis.call('HINCRBY', KEYS[1], 'turns', 1)
-redis.call('HSET', KEYS[1], 'checksum', string.format('%.0f', (sum + tonumber(ARGV[6])) % {_SUM}),
-           'num_tokens', ARGV[8], 'last_used', ARGV[9], 'fingerprint', ARGV[10])
-return {{'ok'}}
-"""
-)
-# ARGV: how many of the rest are the session's fields and values, these, and then for each turn its epoch, index, row.
-_FILL = """
-if redis.call('EXISTS', KEYS[1]) == 1 then return {'there'} end
-local first = tonumber(ARGV[1]) + 2
-redis.call('HSET', KEYS[1], unpack(ARGV, 2, first - 1))
-for i = first, #ARGV, 3 do
-    redis.call('HSET', KEYS[2], ARGV[i], ARGV[i + 1])
-    redis.call('HSET', KEYS[3], ARGV[i], ARGV[i + 2])
-end
-return {'ok'}
-"""
-_CLEAR = (
-    _REFUSE_NEWER
-    + """
-redis.call('DEL', KEYS[2], KEYS[3])
-if version > 0 then redis.call('HSET', KEYS[1], 'turns', 0, 'checksum', 0, 'num_tokens', 0) end
-return {'ok'}
-"""
-)
 
 
 def _names(digest: str) -> tuple[str, str, str]:
@@ -144,15 +78,16 @@ class RedisJournal:
 
     def commit(self, turn: CommitTurn) -> bool:
         row = turn_to_row(turn)
+        total, data = _packed(row)
         said, *rest = self._run(
-            _COMMIT,
+            redis_scripts.COMMIT,
             first_epoch(self._clock()),
             turn.epoch,
             turn.request_id,
             turn.num_kept_tokens,
             turn.num_kept_chars,
-            checksum(*row),
-            _packed(row),
+            total,
+            data,
             turn.num_kept_tokens + len(turn.token_ids) // 4,
             repr(row[-1]),
             self._fingerprint,
@@ -167,32 +102,34 @@ class RedisJournal:
             transaction.hmget(self._keys[0], "version", "checksum")
             transaction.hgetall(self._keys[2])
             (version, total), stored = transaction.execute()
-        if int(version or 0) > VERSION:
+        if int(version or 0) > redis_scripts.VERSION:
             raise self._too_new(int(version))
-        rows = [self._unpacked(epoch, data) for epoch, data in stored.items()]
-        if sum(checksum(*row) for row in rows) % _SUM != int(total or 0):
+        if sum(map(self._checked, stored.values())) % redis_scripts.SUM != int(total or 0):
             raise self._corrupt("the turns' checksum is wrong")
         try:
+            rows = [self._unpacked(epoch, data) for epoch, data in stored.items()]
             return [row_to_turn(self.key, row) for row in sorted(rows, key=lambda row: row[0])]
         except (ValueError, TypeError, msgpack.UnpackException) as error:
             raise self._corrupt(str(error)) from None
 
     def fill(self, turns: Sequence[CommitTurn], fingerprint: str) -> None:
         info = filled(turns, fingerprint, float(self._clock()))
-        rows = [turn_to_row(turn) for turn in turns]
-        fields = self._fields(info) | {"checksum": sum(checksum(*row) for row in rows) % _SUM}
+        total, values = 0, []
+        for row in map(turn_to_row, turns):
+            one, data = _packed(row)
+            total += one
+            # As the script of a commit packs it.
+            values += [row[0], msgpack.packb([row[1], row[2], row[3], one]), data]
+        fields = self._fields(info) | {"checksum": total % redis_scripts.SUM}
         if turns:
             last = turns[-1]
-            fields |= {"num_tokens": last.num_kept_tokens + len(last.token_ids) // 4, "last_used": rows[-1][-1]}
-        values: list[Any] = []
-        for row in rows:
-            # As the script of a commit packs it.
-            values += [row[0], msgpack.packb([row[1], row[2], row[3], checksum(*row)]), _packed(row)]
-        if self._run(_FILL, *_flat(fields), *values)[0] == b"there":
+            num_tokens = last.num_kept_tokens + len(last.token_ids) // 4
+            fields |= {"num_tokens": num_tokens, "last_used": float(last.committed_at)}
+        if self._run(redis_scripts.FILL, *_flat(fields), *values)[0] == b"there":
             raise ValueError("there is a journal of this session")
 
     def clear(self) -> None:
-        self._run(_CLEAR)
+        self._run(redis_scripts.CLEAR)
 
     def delete(self) -> None:
         with self._server.translated(self._name) as client:
@@ -208,7 +145,7 @@ class RedisJournal:
     def _raise(self, *by: Any) -> JournalInfo:
         now = float(self._clock())
         new = JournalInfo(first_epoch(now), 0, 0, 0, self._fingerprint, now)
-        flat = self._run(_RAISE, *_flat(self._fields(new)), *by)[1]
+        flat = self._run(redis_scripts.RAISE, *_flat(self._fields(new)), *by)[1]
         stored = dict(zip(flat[::2], flat[1::2], strict=True))
         names = (stored[b"tenant"].decode(), stored[b"session_id"].decode(), stored[b"ephemeral"] == b"1")
         if names != (self.key.tenant, self.key.session_id, self.key.ephemeral):
@@ -222,7 +159,7 @@ class RedisJournal:
     def _fields(self, info: JournalInfo) -> dict[str, Any]:
         names = (self.key.tenant, self.key.session_id, int(self.key.ephemeral))
         counts = (info.epoch, info.turns, info.activation, info.recycles)
-        values = (VERSION, *names, info.fingerprint, info.created_at, *counts, 0, 0, info.created_at)
+        values = (redis_scripts.VERSION, *names, info.fingerprint, info.created_at, *counts, 0, 0, info.created_at)
         return dict(zip(_FIELDS, values, strict=True))
 
     def _run(self, script: str, *arguments: Any) -> Any:
@@ -232,13 +169,17 @@ class RedisJournal:
             raise self._too_new(int(answer[1]))
         return answer
 
-    def _unpacked(self, epoch: bytes, data: bytes) -> tuple[Any, ...]:
-        try:
-            row = tuple(msgpack.unpackb(data[_CHECKSUM_NBYTES:]))
-        except (ValueError, TypeError, msgpack.UnpackException) as error:
-            raise self._corrupt(str(error)) from None
-        if checksum(*row) != int.from_bytes(data[:_CHECKSUM_NBYTES], "little") or row[0] != int(epoch):
+    def _checked(self, data: bytes) -> int:
+        """The checksum of what is stored for a turn."""
+        found = packed_checksum(data[_CHECKSUM_NBYTES:])
+        if found != int.from_bytes(data[:_CHECKSUM_NBYTES], "little"):
             raise self._corrupt("a turn's checksum is wrong")
+        return found
+
+    def _unpacked(self, epoch: bytes, data: bytes) -> list[Any]:
+        row: list[Any] = msgpack.unpackb(data[_CHECKSUM_NBYTES:])
+        if row[0] != int(epoch):
+            raise self._corrupt("a turn lies under another one's epoch")
         return row
 
     def _corrupt(self, reason: str) -> JournalCorrupt:
@@ -249,8 +190,8 @@ class RedisJournal:
 
     def _too_new(self, version: int) -> JournalTooNew:
         return JournalTooNew(
-            f"the journal {self._name} in Redis has version {version} and this program knows {VERSION}: a later version"
-            " wrote it; use that one"
+            f"the journal {self._name} in Redis has version {version} and this program knows {redis_scripts.VERSION}:"
+            " a later version wrote it; use that one"
         )
 
 
@@ -306,8 +247,11 @@ class RedisJournals:
             return pipeline.execute()
 
 
-def _packed(row: tuple[Any, ...]) -> bytes:
-    return checksum(*row).to_bytes(_CHECKSUM_NBYTES, "little") + msgpack.packb(row)
+def _packed(row: tuple[Any, ...]) -> tuple[int, bytes]:
+    """The row's checksum, and what is stored."""
+    packed = msgpack.packb(row)
+    total = packed_checksum(packed)
+    return total, total.to_bytes(_CHECKSUM_NBYTES, "little") + packed
 
 
 def _flat(fields: dict[str, Any]) -> list[Any]:
