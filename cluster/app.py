@@ -7,7 +7,6 @@ through a callback) and of what the parts do.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import importlib
 import os
 import time
@@ -18,56 +17,38 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
-from typing import IO, Any
+from typing import Any
 
 import ray
 from ray.exceptions import RayError
 
 from phi_cluster.cluster import ray_cluster
-from phi_cluster.cluster.actors import CONTROLLER, NAMESPACE, create, detached_options, keeper_name, weight_store_name
+from phi_cluster.cluster.actors import CONTROLLER, NAMESPACE, create, detached_options, end_actors, keeper_name
+from phi_cluster.cluster.cluster_record import ClusterRecord, publish
 from phi_cluster.cluster.config import Config
 from phi_cluster.cluster.controller import Controller
 from phi_cluster.cluster.errors import StartError
+from phi_cluster.cluster.node_plan import NodePlan, plan_node
+from phi_cluster.cluster.node_tasks import check_environment, node_actors
 from phi_cluster.cluster.preflight import (
     Machine,
     check_config,
     check_platform,
+    check_shm,
     inspect_machine,
-    kv_budget,
     object_store_nbytes,
-    session_actors,
-    standby_engines,
 )
+from phi_cluster.cluster.report import Report
 from phi_cluster.cluster.runtime_dir import clear_dead_servers, remove_runtime_dir
 from phi_cluster.cluster.served_model import ServedModel, choose_dtypes, describe_model
 from phi_cluster.cluster.session.hibernation_store import check_key
-from phi_cluster.cluster.session.journals import JournalPlace
-from phi_cluster.cluster.session.keeper import Keeper
 from phi_cluster.cluster.session.redis_server import check_server
-from phi_cluster.cluster.weight_store import WeightStore, ensure_packed
+from phi_cluster.cluster.state_lock import lock_state
+from phi_cluster.cluster.weight_store import ensure_packed
 from phi_cluster.model.hub import resolve_model
 from phi_cluster.model.model_cache import ProgressEvent
 from phi_cluster.model.ops.library import ISA_VARIABLE
 from phi_cluster.model.tokenizer import Tokenizer
-
-
-class Report:
-    """What a start tells whoever watches. The methods may be overridden."""
-
-    def checked(self, machine: Machine) -> None:
-        """The machine and the configuration are fit."""
-
-    def cleared(self, what: str) -> None:
-        """Something that a killed server left was removed."""
-
-    def noted(self, text: str) -> None:
-        """Nothing is wrong, but the user may want to know."""
-
-    def progress(self, event: ProgressEvent) -> None:
-        """Long work goes on."""
-
-    def started(self, part: str, seconds: float) -> None:
-        """A part is up."""
 
 
 @dataclass(frozen=True)
@@ -78,15 +59,12 @@ class Prepared:
     machine: Machine
     served: ServedModel
     weights_nbytes: int
-    budget_nbytes: int
-    # Of each replica.
-    num_standbys: int
-    # At most, on the node.
-    num_session_actors: int
+    # Of this machine.
+    plan: NodePlan
 
     @property
     def num_threads(self) -> int:
-        return self.config.engine.num_threads or max(self.machine.cores // self.config.max_replicas, 1)
+        return self.config.engine.num_threads or max(self.machine.cores // self.config.replicas_per_node, 1)
 
 
 def prepare(config: Config, report: Report) -> Prepared:
@@ -125,17 +103,9 @@ def prepare(config: Config, report: Report) -> Prepared:
 
     weights, _ = ensure_packed(served, config.cache_path, packing)
     weights_nbytes = weights.stat().st_size
-    budget_nbytes = kv_budget(config, machine, weights_nbytes)
-    num_standbys = standby_engines(config, machine, weights_nbytes, budget_nbytes)
-    if config.engine.standby_engines is None and not num_standbys and config.device == "cpu":
-        report.noted("no memory is left for a standby engine: should the engine die, streams pause for seconds")
-    num_actors = session_actors(config, machine, weights_nbytes, budget_nbytes, num_standbys)
-    if num_actors < config.sessions.max_actors:
-        report.noted(
-            f"memory is left for {num_actors} session actors, not for sessions.max_actors "
-            f"({config.sessions.max_actors}): the keeper holds the other sessions"
-        )
-    return Prepared(config, machine, served, weights_nbytes, budget_nbytes, num_standbys, num_actors)
+    if config.nodes.ray_address is None:
+        check_shm(weights_nbytes)
+    return Prepared(config, machine, served, weights_nbytes, plan_node(config, machine, weights_nbytes, report.noted))
 
 
 class Server:
@@ -146,9 +116,10 @@ class Server:
 
         Ray's environment must have been set (ray_environment.py). Raises StartError, with nothing left behind.
         """
-        self._lock = _lock_state(prepared.config.state_path)
+        self._lock = lock_state(prepared.config.state_path)
         self._runtime_dir = runtime_dir
         self._node_id = ""
+        self._owns_ray = prepared.config.nodes.ray_address is None
         self._drain = prepared.config.server.drain
         self.timeline: dict[str, float] = {}
         try:
@@ -185,6 +156,8 @@ class Server:
             except Exception:
                 # Parts may be dead already; the rest is ended all the same.
                 kept = 0
+            if not self._owns_ray:
+                end_actors()
             ray_cluster.stop_ray()
         remove_runtime_dir(self._runtime_dir)
         self._lock.close()
@@ -202,9 +175,10 @@ class Server:
         with ThreadPoolExecutor(4) as pool:
             loading = pool.submit(_load_serve)
             with self._timed("ray", report):
-                num_cpus = prepared.num_threads * config.max_replicas
-                ray_cluster.start_ray(self._runtime_dir, num_cpus, object_store_nbytes(prepared.weights_nbytes))
+                self._start_ray(prepared)
             self._node_id = ray.get_runtime_context().get_node_id()
+            if config.has_nodes:
+                publish(ClusterRecord.of(config, prepared.num_threads, prepared.weights_nbytes))
             parts = [
                 pool.submit(self._start_actors, prepared, report),
                 pool.submit(self._start_edge, config, loading, report),
@@ -214,28 +188,28 @@ class Server:
                 part.result()
         _wait_ready(config)
 
+    def _start_ray(self, prepared: Prepared) -> None:
+        config, nodes = prepared.config, prepared.config.nodes
+        if nodes.ray_address is not None:
+            ray_cluster.connect(self._runtime_dir, nodes.ray_address)
+            check_environment(config)
+            return
+        ray_cluster.start_ray(
+            self._runtime_dir,
+            prepared.num_threads * config.replicas_per_node,
+            object_store_nbytes(prepared.weights_nbytes),
+            nodes.address or ray_cluster.LOOPBACK,
+            None if nodes.address is None else nodes.port,
+        )
+
     def _start_actors(self, prepared: Prepared, report: Report) -> None:
         config, served = prepared.config, prepared.served
         with self._timed("weights", report):
-            store = create(
-                WeightStore,
-                detached_options(weight_store_name(self._node_id), self._node_id),
-                served,
-                config.cache_path,
-            )
-            keeper = create(
-                Keeper,
-                detached_options(keeper_name(self._node_id), self._node_id),
-                served.layout,
-                served.fingerprint,
-                JournalPlace(config.state_path, config.journal),
-                config.sessions.model_copy(update={"max_actors": prepared.num_session_actors}),
-                config.kv,
-                prepared.budget_nbytes,
-            )
+            store, keeper = node_actors(self._node_id, served, config, prepared.plan)
             controller = create(
                 Controller,
                 detached_options(CONTROLLER, self._node_id),
+                served,
                 config,
                 prepared.weights_nbytes,
                 _build_info(prepared),
@@ -252,7 +226,7 @@ class Server:
         with self._timed("engine", report):
             serve_cluster, replica = loading.result()
             serve_cluster.wait_serve_controller()
-            arguments = (prepared.served, config, self._runtime_dir, threads, prepared.num_standbys)
+            arguments = (prepared.served, config, threads, prepared.plan.num_standbys)
             serve_cluster.run_app(replica, config, threads, *arguments)
 
     @contextmanager
@@ -281,21 +255,6 @@ def _load_serve() -> tuple[ModuleType, Any]:
     """Serve, and the class of our replicas: a second or two of imports, done while Ray starts."""
     serve_cluster = importlib.import_module("phi_cluster.cluster.serve_cluster")
     return serve_cluster, importlib.import_module("phi_cluster.cluster.replica").Replica
-
-
-def _lock_state(state_path: Path) -> IO[str]:
-    """One server for a state directory: two keepers would hold the same sessions. Raises StartError."""
-    state_path.mkdir(mode=0o700, parents=True, exist_ok=True)
-    # Whatever the folder above lets others do: conversations are private.
-    (state_path / "sessions").mkdir(mode=0o700, exist_ok=True)
-    (state_path / "sessions").chmod(0o700)
-    lock = open(state_path / "lock", "w")  # noqa: SIM115 -- held for as long as the server runs
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        lock.close()
-        raise StartError(f"state_dir: another phi-cluster uses {state_path}; end it or set another state_dir") from None
-    return lock
 
 
 def _wait_ready(config: Config, timeout: float = 300.0, poll: Callable[[], None] = lambda: time.sleep(0.1)) -> None:

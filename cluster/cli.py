@@ -1,4 +1,4 @@
-"""The command line: `phi-cluster serve | check | chat | sessions | top | events | keys`.
+"""The command line: `phi-cluster serve | join | environment | check | chat | sessions | top | events | keys`.
 
 Owns: arguments, what is printed, exit statuses, and signals. Knows nothing of how serving is done: `app` does it.
 """
@@ -17,12 +17,15 @@ from pathlib import Path
 from typing import TextIO
 
 from phi_cluster.cluster.client import ChatAnswer, Client
-from phi_cluster.cluster.config import Config, describe_config, load_config
+from phi_cluster.cluster.cluster_record import ClusterRecord
+from phi_cluster.cluster.cluster_record import read as read_record
+from phi_cluster.cluster.config import Config, NodesConfig, describe_config, load_config
 from phi_cluster.cluster.errors import PhiError
 from phi_cluster.cluster.keys import KeyFile, append_entry, entry_text, new_key
 from phi_cluster.cluster.processes import forbid_core_dumps
-from phi_cluster.cluster.ray_environment import set_environment
+from phi_cluster.cluster.ray_environment import environment, set_environment, shared_token, token_of
 from phi_cluster.cluster.runtime_dir import create_runtime_dir, remove_runtime_dir
+from phi_cluster.cluster.session.redis_server import PASSWORD_VARIABLE
 from phi_cluster.cluster.session_commands import add_filters, run_sessions
 from phi_cluster.cluster.terminal_watch import show_events, show_top
 
@@ -56,7 +59,20 @@ def _parser() -> argparse.ArgumentParser:
 
     serve = _with_config(commands.add_parser("serve", help="start a server; Ctrl-C drains and stops it"))
     serve.add_argument("--print-config", action="store_true", help="print every field, its value and meaning, and end")
+    serve.add_argument("--address", metavar="auto|HOST:PORT", help="serve on a Ray that runs already")
     serve.set_defaults(run=_serve)
+
+    join = commands.add_parser("join", help="add this machine to a cluster; Ctrl-C drains it and takes it out again")
+    join.add_argument("head", help="HOST:PORT of the head: its nodes.address and nodes.port")
+    join.add_argument("--token-file", type=Path, help="the head's nodes.token_file (default: RAY_AUTH_TOKEN)")
+    join.add_argument("--node-address", metavar="IP", help="this machine's, as others reach it (default: found out)")
+    join.set_defaults(run=_join)
+
+    environment = _with_config(
+        commands.add_parser("environment", help="print what a Ray of your own must have in its environment")
+    )
+    environment.add_argument("--runtime-dir", type=Path, default=Path("/tmp/phi"), help="for sockets, on each machine")
+    environment.set_defaults(run=_environment)
 
     check = _with_config(commands.add_parser("check", help="find everything that would stop a start, without serving"))
     check.set_defaults(run=_check)
@@ -111,7 +127,14 @@ def _with_url(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
 
 def _config(parsed: argparse.Namespace) -> Config:
-    return load_config(parsed.config, {"model": parsed.model, "server": {"host": parsed.host, "port": parsed.port}})
+    return load_config(
+        parsed.config,
+        {
+            "model": parsed.model,
+            "server": {"host": parsed.host, "port": parsed.port},
+            "nodes": {"ray_address": getattr(parsed, "address", None)},
+        },
+    )
 
 
 def _serve(parsed: argparse.Namespace) -> int:
@@ -134,7 +157,7 @@ def _run_server(config: Config, runtime_dir: Path, out: TextIO) -> int:
     stop = threading.Event()
     # Until it serves, a signal ends the start at once.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    set_environment(config, runtime_dir)
+    set_environment(config, runtime_dir, token_of(config))
     forbid_core_dumps()
     # Only now: Ray reads its environment when it is imported (and the client commands need not wait for it).
     from phi_cluster.cluster.app import Server, prepare
@@ -162,6 +185,60 @@ def _run_server(config: Config, runtime_dir: Path, out: TextIO) -> int:
         print(f"\ndraining {streams} stream{'' if streams == 1 else 's'} …", end=" ", file=out, flush=True)
         kept = server.stop()
         print(f"{kept} session{'' if kept == 1 else 's'} kept … stopped clean", file=out, flush=True)
+    return 0
+
+
+def _join(parsed: argparse.Namespace) -> int:
+    out = sys.stdout
+    head = parsed.head if ":" in parsed.head else f"{parsed.head}:{NodesConfig().port}"
+    token = shared_token(parsed.token_file)
+    record = read_record(head, token)
+    record.check_versions()
+    runtime_dir = create_runtime_dir()
+    try:
+        with open(runtime_dir / "driver.log", "w") as log, contextlib.redirect_stdout(log):
+            set_environment(record.loaded_config(), runtime_dir, token)
+            if record.password is not None:
+                os.environ[PASSWORD_VARIABLE] = record.password
+            forbid_core_dumps()
+            return _run_node(record, head, parsed.node_address, runtime_dir, out)
+    finally:
+        remove_runtime_dir(runtime_dir)
+
+
+def _run_node(record: ClusterRecord, head: str, address: str | None, runtime_dir: Path, out: TextIO) -> int:
+    # Only now, as in _run_server.
+    from phi_cluster.cluster.join import JoinedNode
+    from phi_cluster.cluster.terminal import TerminalReport
+
+    report = TerminalReport(out)
+    stop = threading.Event()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    begin = time.monotonic()
+    while True:
+        node = JoinedNode(record, head, address, runtime_dir, report)
+        _on_signals(stop)
+        told = f"Joined {head} in {time.monotonic() - begin:.1f}s   node {node.node_id[:12]}   Ctrl-C drains"
+        print(told, file=out, flush=True)
+        while node.lives and not stop.wait(1.0):
+            pass
+        if stop.is_set():
+            break
+        node.end()
+        report.noted("the cluster has taken this machine for lost, or its head is gone; joining again")
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        begin = time.monotonic()
+    print("\ndraining …", end=" ", file=out, flush=True)
+    node.leave()
+    print("left clean", file=out, flush=True)
+    return 0
+
+
+def _environment(parsed: argparse.Namespace) -> int:
+    for name, value in environment(_config(parsed), parsed.runtime_dir, "").items():
+        if name != "RAY_AUTH_TOKEN":
+            print(f"{name}={value}")
     return 0
 
 
@@ -214,7 +291,8 @@ def _check(parsed: argparse.Namespace) -> int:
         f"model        {served.names[0]}, {served.dtype}, {prepared.weights_nbytes / 1e6:.0f} MB of weights, "
         f"KV cache {served.kv_cache_dtype}, up to {served.max_model_len} tokens"
     )
-    print(f"memory       {prepared.budget_nbytes / 1e9:.1f} GB for KV caches, {prepared.num_threads} threads an engine")
+    budget = prepared.plan.budget_nbytes
+    print(f"memory       {budget / 1e9:.1f} GB for KV caches, {prepared.num_threads} threads an engine")
     print("ok: phi-cluster serve would start")
     return 0
 

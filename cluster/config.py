@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from phi_cluster.cluster.config_values import Bytes, HeaderName, HttpUrl, Origin, RedisUrl, Seconds
+from phi_cluster.cluster.config_values import Bytes, HeaderName, HttpUrl, IPAddress, Origin, RedisUrl, Seconds
 from phi_cluster.cluster.errors import StartError
 
 
@@ -224,6 +224,37 @@ class AutoscalingConfig(_Section):
     )
 
 
+class NodesConfig(_Section):
+    """Several machines, one cluster: the first one serves, others join it (phi-cluster join)."""
+
+    address: IPAddress | None = Field(
+        None,
+        description="address of the first machine (the head) in the network that the machines share; unset: this "
+        "machine alone, on loopback",
+    )
+    port: int = Field(9480, ge=1, le=65535, description="Ray's port at the head, which the others join")
+    ray_address: str | None = Field(
+        None,
+        description="a running Ray to serve on (auto, or HOST:PORT), whose nodes have the settings that phi-cluster "
+        "environment prints; unset: a Ray of our own",
+    )
+    token_file: Path | None = Field(
+        None,
+        description="a file with the token that the machines share (openssl rand -hex 32, mode 0600); whoever has it "
+        "can run anything on them; unset: the RAY_AUTH_TOKEN variable",
+    )
+    replicas_per_node: int | None = Field(
+        None,
+        ge=1,
+        le=256,
+        description="replicas that a machine has room for, which share its CPU threads and memory; unset: all that "
+        "there may be on one machine, and one on each of several",
+    )
+    drain: Seconds = Field(
+        60.0, description="how long a machine that leaves may take to move its sessions and to end its streams"
+    )
+
+
 class RecyclerConfig(_Section):
     """The controller's rhythm, and when it and the keeper are renewed."""
 
@@ -259,7 +290,13 @@ class Config(_Section):
     max_model_len: int | None = Field(
         None, ge=16, le=2**20, description="longest conversation in tokens; unset: what the model was trained for"
     )
-    replicas: int = Field(1, ge=1, le=256, description="replicas, each with an engine of its own")
+    replicas: int = Field(
+        1,
+        ge=1,
+        le=256,
+        description="replicas on all machines, each with an engine of its own; one without room waits",
+    )
+    nodes: NodesConfig = Field(default_factory=NodesConfig, description="several machines, one cluster")
     autoscaling: AutoscalingConfig = Field(
         default_factory=AutoscalingConfig, description="more replicas while there is more to do"
     )
@@ -292,10 +329,35 @@ class Config(_Section):
             raise ValueError(f"autoscaling.max_replicas: {most} is less than replicas: {self.replicas}")
         return self
 
+    @model_validator(mode="after")
+    def _shared_journal(self) -> Config:
+        if self.has_nodes and self.journal is None:
+            raise ValueError(
+                "nodes: several machines want one record of the sessions that all of them reach; set "
+                "journal: redis://HOST:6379/0"
+            )
+        return self
+
     @property
     def max_replicas(self) -> int:
         """As many there may be at once."""
         return self.autoscaling.max_replicas or self.replicas
+
+    @property
+    def replicas_per_node(self) -> int:
+        """As many there may be at once on one machine."""
+        if self.nodes.replicas_per_node is not None:
+            return self.nodes.replicas_per_node
+        return 1 if self.has_nodes else self.max_replicas
+
+    @property
+    def has_nodes(self) -> bool:
+        """Whether there may be other machines."""
+        return self.nodes.address is not None or self.nodes.ray_address is not None
+
+    @property
+    def token_path(self) -> Path | None:
+        return None if self.nodes.token_file is None else self.nodes.token_file.expanduser().absolute()
 
     @property
     def keys_path(self) -> Path | None:

@@ -33,8 +33,12 @@ from phi_cluster.cluster.errors import PhiError
 from phi_cluster.cluster.events import EventKind
 from phi_cluster.cluster.growth import GrowthWatch
 from phi_cluster.cluster.logs import log_as
+from phi_cluster.cluster.messages import ProcessId
+from phi_cluster.cluster.node_starts import NodeStarts
+from phi_cluster.cluster.node_tasks import end_process
 from phi_cluster.cluster.processes import is_running, kill_for_sure, private_bytes, process_id
 from phi_cluster.cluster.replica_report import ReplicaReport
+from phi_cluster.cluster.served_model import ServedModel
 from phi_cluster.cluster.session.recycler import RecyclePolicy, RecycleReason, SessionSnapshot, decide, sleepers
 from phi_cluster.cluster.session.reports import KeeperReport, SessionReport
 from phi_cluster.cluster.watch_api import EventPage
@@ -60,7 +64,9 @@ class Controller:
     is the server's (runtime_dir.py): one controller leaves its counters there to the next. They go with the server: the
     next one's counters begin anew, and Prometheus takes it so."""
 
-    def __init__(self, config: Config, weights_nbytes: int, build: Mapping[str, str], runtime_dir: Path):
+    def __init__(
+        self, served: ServedModel, config: Config, weights_nbytes: int, build: Mapping[str, str], runtime_dir: Path
+    ):
         log_as("controller")
         sessions, engine = config.sessions, config.engine
         self._policy = RecyclePolicy(
@@ -93,6 +99,7 @@ class Controller:
         self._silent_keepers: Counter[str] = Counter()
         self._hung_keepers: set[str] = set()
         self._news = ClusterNews(weights_nbytes)
+        self._node_starts = NodeStarts(served, config, self._news) if config.has_nodes else None
         self._logs = logs_folder(runtime_dir)
         self._logs_pruned_at = -math.inf
         self._running: asyncio.Task[None] | None = None
@@ -129,6 +136,10 @@ class Controller:
     async def end_event_streams(self) -> None:
         """The server is about to stop."""
         self._news.close()
+
+    async def is_drained(self, node_id: str) -> bool:
+        """Whether no replica is left on the node."""
+        return not self._news.num_replicas(node_id)
 
     async def num_replicas(self) -> int:
         """Replicas that have reported lately."""
@@ -173,6 +184,8 @@ class Controller:
                 report = await asyncio.wait_for(keeper.report.remote(told), _KEEPER_SECONDS)
             except (ValueError, RayError) as error:
                 # No keeper there (yet), or it is being restarted.
+                if isinstance(error, ValueError) and self._node_starts is not None:
+                    self._node_starts.wanted(node["NodeID"])
                 logger.info("no report of node %s: %s", node["NodeID"], type(error).__name__)
                 self._silent_keepers.pop(node["NodeID"], None)
                 continue
@@ -195,9 +208,6 @@ class Controller:
         """If it has grown too much. Ray starts another one; whoever asks meanwhile asks again."""
         if not self._keeper_growth.exceeds(report.node_id, report.process, report.private_nbytes, time.monotonic()):
             return
-        # A process is killed where it runs.
-        if report.node_id != ray.get_runtime_context().get_node_id():
-            return
         try:
             is_ready = await asyncio.wait_for(keeper.prepare_end.remote(), _RECYCLE_SECONDS)
         except (PhiError, RayError, asyncio.TimeoutError) as error:
@@ -205,7 +215,7 @@ class Controller:
             return
         if is_ready:
             logger.warning("the keeper (pid %d) has grown too much and is renewed", report.process.pid)
-            await kill_for_sure(report.process)
+            await self._end_process(report.node_id, report.process)
 
     async def _prune_logs(self) -> None:
         now = time.monotonic()
@@ -231,13 +241,21 @@ class Controller:
         logger.warning("the keeper of node %s does not answer", node_id)
         if self._silent_keepers[node_id] < _KEEPER_SILENCES or process is None:
             return
-        # A process is killed where it runs.
+        logger.error("the keeper (pid %d) hangs and is replaced", process.pid)
+        self._news.add(EventKind.KEEPER_HUNG)
+        await self._end_process(node_id, process)
+        self._hung_keepers.add(node_id)
+        del self._silent_keepers[node_id]
+
+    async def _end_process(self, node_id: str, process: ProcessId) -> None:
+        """A process is killed where it runs."""
         if node_id == ray.get_runtime_context().get_node_id():
-            logger.error("the keeper (pid %d) hangs and is replaced", process.pid)
-            self._news.add(EventKind.KEEPER_HUNG)
             await kill_for_sure(process)
-            self._hung_keepers.add(node_id)
-            del self._silent_keepers[node_id]
+            return
+        try:
+            await asyncio.wait_for(end_process(node_id, process), _RECYCLE_SECONDS)
+        except (RayError, asyncio.TimeoutError) as error:
+            logger.warning("process %d of node %s was not ended: %s", process.pid, node_id[:12], error)
 
     async def _recycle(self, keeper: Any, report: KeeperReport) -> None:
         now = time.time()

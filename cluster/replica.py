@@ -14,14 +14,13 @@ import time
 import uuid
 from functools import partial
 from importlib.metadata import version
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
 from ray import serve
 from ray.exceptions import RayError
 
-from phi_cluster.cluster.actors import CONTROLLER, NAMESPACE, keeper_name
+from phi_cluster.cluster.actors import CONTROLLER, NAMESPACE, keeper_name, weight_store_name
 from phi_cluster.cluster.admission import AdmittedTurns, UsageOfKeys
 from phi_cluster.cluster.config import Config
 from phi_cluster.cluster.engine_client import EngineClient
@@ -46,6 +45,7 @@ from phi_cluster.cluster.replica_scaling import scaling_metrics
 from phi_cluster.cluster.responses.assembly import ResponseRoom
 from phi_cluster.cluster.responses.making import MakerLimits
 from phi_cluster.cluster.responses.run import Tools
+from phi_cluster.cluster.runtime_dir import current_runtime_dir
 from phi_cluster.cluster.served_model import ServedModel
 from phi_cluster.cluster.session.directory import SessionDirectory
 from phi_cluster.cluster.session.recycler import RecycleReason
@@ -82,12 +82,16 @@ class Replica:
     """One replica with its engine. Serve builds it, asks for its ASGI app, and watches `check_health`."""
 
     async def __init__(  # type: ignore[misc]
-        self, served: ServedModel, config: Config, runtime_dir: Path, num_threads: int, num_standbys: int
+        self, served: ServedModel, config: Config, num_threads: int, num_standbys: int
     ):
+        """`served` and `num_standbys` are the head's; another machine has its own."""
         log_as("replica")
+        self._node_id = ray.get_runtime_context().get_node_id()
+        if config.has_nodes:
+            served, num_standbys = await _of_this_node(self._node_id)
+        runtime_dir = current_runtime_dir()
         self._served = served
         self._config = config
-        self._node_id = ray.get_runtime_context().get_node_id()
         self._replica_id = uuid.uuid4().hex
         self._started_at = time.monotonic()
         self._events = EventLog(time.time)
@@ -327,6 +331,21 @@ class Replica:
 
     def _keeper(self) -> Any:
         return ray.get_actor(keeper_name(self._node_id), namespace=NAMESPACE)
+
+
+async def _of_this_node(node_id: str) -> tuple[ServedModel, int]:
+    """The model as it is on this node, and how many engines may stand by: once the node's actors are up."""
+    deadline = time.monotonic() + _START_SECONDS
+    while True:
+        try:
+            keeper = ray.get_actor(keeper_name(node_id), namespace=NAMESPACE)
+            store = ray.get_actor(weight_store_name(node_id), namespace=NAMESPACE)
+            await keeper.start.remote()
+            return await store.served.remote()
+        except (ValueError, RayError):
+            if time.monotonic() > deadline:
+                raise
+        await asyncio.sleep(0.2)
 
 
 async def _others_serve() -> bool:

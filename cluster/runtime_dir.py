@@ -33,6 +33,11 @@ def base_dir() -> Path:
     return Path(base if len(os.fsencode(base)) + 1 + _MAX_NAME_NBYTES <= MAX_PATH_NBYTES else "/tmp")
 
 
+def current_runtime_dir() -> Path:
+    """Of the server, or the node of a cluster, that this process belongs to."""
+    return Path(os.environ[RUNTIME_DIR_VARIABLE])
+
+
 def create_runtime_dir(base: Path | None = None) -> Path:
     """A new folder (0700) in `base` (the system's temporary folder) that names this process."""
     me = process_id()

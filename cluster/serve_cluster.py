@@ -33,7 +33,7 @@ def start_serve(config: Config) -> None:
     """Serve's controller and HAProxy, on our port."""
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     serve.start(
-        proxy_location="HeadOnly",
+        proxy_location="EveryNode" if config.has_nodes else "HeadOnly",
         http_options=serve.HTTPOptions(host=config.server.host, port=config.server.port),
         logging_config=_quiet(),
     )
@@ -65,7 +65,9 @@ def run_app(deployment: Any, config: Config, num_threads: int, *arguments: Any) 
         health_check_timeout_s=10,
         logging_config=_quiet(),
     )
-    serve.run(configured(deployment).bind(*arguments), name="phi-cluster", route_prefix="/", blocking=False)
+    target = serve.RunTarget(configured(deployment).bind(*arguments), name="phi-cluster", route_prefix="/")
+    # With several machines, replicas may wait for some that have not joined yet.
+    serve.run_many([target], wait_for_applications_running=not config.has_nodes)
 
 
 def stop_serve(drain: float) -> bool:
