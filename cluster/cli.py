@@ -1,4 +1,4 @@
-"""The command line: `phi-cluster serve | join | environment | check | chat | sessions | top | events | keys`.
+"""The command line: `phi-cluster serve | join | drain | environment | check | chat | sessions | top | events | keys`.
 
 Owns: arguments, what is printed, exit statuses, and signals. Knows nothing of how serving is done: `app` does it.
 """
@@ -24,7 +24,7 @@ from phi_cluster.cluster.errors import PhiError
 from phi_cluster.cluster.keys import KeyFile, append_entry, entry_text, new_key
 from phi_cluster.cluster.processes import forbid_core_dumps
 from phi_cluster.cluster.ray_environment import environment, set_environment, shared_token, token_of
-from phi_cluster.cluster.runtime_dir import create_runtime_dir, remove_runtime_dir
+from phi_cluster.cluster.runtime_dir import RUNTIME_DIR_VARIABLE, create_runtime_dir, remove_runtime_dir
 from phi_cluster.cluster.session.redis_server import PASSWORD_VARIABLE
 from phi_cluster.cluster.session_commands import add_filters, run_sessions
 from phi_cluster.cluster.terminal_watch import show_events, show_top
@@ -67,6 +67,10 @@ def _parser() -> argparse.ArgumentParser:
     join.add_argument("--token-file", type=Path, help="the head's nodes.token_file (default: RAY_AUTH_TOKEN)")
     join.add_argument("--node-address", metavar="IP", help="this machine's, as others reach it (default: found out)")
     join.set_defaults(run=_join)
+
+    drain = commands.add_parser("drain", help="drain this machine, whose Ray somebody else has started and will end")
+    drain.add_argument("--address", default="auto", metavar="auto|HOST:PORT", help="of its Ray (default: auto)")
+    drain.set_defaults(run=_drain)
 
     environment = _with_config(
         commands.add_parser("environment", help="print what a Ray of your own must have in its environment")
@@ -236,6 +240,16 @@ def _run_node(record: ClusterRecord, head: str, address: str | None, runtime_dir
     return 0
 
 
+def _drain(parsed: argparse.Namespace) -> int:
+    os.environ.setdefault(RUNTIME_DIR_VARIABLE, os.getcwd())
+    # Only now, as in _run_server.
+    from phi_cluster.cluster.node_drain import drain_here
+
+    node_id, is_drained = drain_here(parsed.address)
+    print(f"node {node_id[:12]} is drained" if is_drained else f"node {node_id[:12]} is not drained, its time is over")
+    return 0 if is_drained else 1
+
+
 def _environment(parsed: argparse.Namespace) -> int:
     for name, value in environment(_config(parsed), parsed.runtime_dir, "").items():
         if name != "RAY_AUTH_TOKEN":
@@ -292,6 +306,7 @@ def _check(parsed: argparse.Namespace) -> int:
         f"model        {served.names[0]}, {served.dtype}, {prepared.weights_nbytes / 1e6:.0f} MB of weights, "
         f"KV cache {served.kv_cache_dtype}, up to {served.max_model_len} tokens"
     )
+    print(f"/dev/shm     {prepared.shm_nbytes / 1e6:.0f} MB: docker run --shm-size {prepared.shm_nbytes}")
     budget = prepared.plan.budget_nbytes
     print(f"memory       {budget / 1e9:.1f} GB for KV caches, {prepared.num_threads} threads an engine")
     print("ok: phi-cluster serve would start")

@@ -63,6 +63,7 @@ MAY_IMPORT_RAY = {
     "cluster.cluster_record",
     "cluster.head",
     "cluster.join",
+    "cluster.node_drain",
     "cluster.node_starts",
     "cluster.node_tasks",
     "cluster.controller",
