@@ -61,7 +61,7 @@ MAY_IMPORT_RAY = {
     "cluster.weight_store",
     "cluster.actors",
     "cluster.cluster_record",
-    "cluster.join",
+    "cluster.node_driver",
     "cluster.node_starts",
     "cluster.node_tasks",
     "cluster.controller",
