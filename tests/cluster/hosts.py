@@ -60,6 +60,11 @@ class Host:
                 stderr=subprocess.STDOUT,
             )
 
+    def run(self, command: Sequence[str]) -> str:
+        """What a short program prints."""
+        full = ["ip", "netns", "exec", self.name, *command]
+        return subprocess.run(full, capture_output=True, text=True, check=False).stdout
+
     def pids(self) -> list[int]:
         done = subprocess.run(["ip", "netns", "pids", self.name], capture_output=True, text=True, check=True)
         return [int(line) for line in done.stdout.split()]
