@@ -8,13 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import os
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -23,89 +20,16 @@ import ray
 from ray.exceptions import RayError
 
 from phi_cluster.cluster import ray_cluster
-from phi_cluster.cluster.actors import CONTROLLER, NAMESPACE, create, detached_options, end_actors, keeper_name
-from phi_cluster.cluster.cluster_record import ClusterRecord, publish
+from phi_cluster.cluster.actors import CONTROLLER, NAMESPACE, end_actors, keeper_name
 from phi_cluster.cluster.config import Config
-from phi_cluster.cluster.controller import Controller
 from phi_cluster.cluster.errors import StartError
-from phi_cluster.cluster.node_plan import NodePlan, plan_node
-from phi_cluster.cluster.node_tasks import check_environment, node_actors
-from phi_cluster.cluster.preflight import (
-    Machine,
-    check_config,
-    check_platform,
-    check_shm,
-    inspect_machine,
-    object_store_nbytes,
-)
+from phi_cluster.cluster.head import publish_record, start_head
+from phi_cluster.cluster.node_tasks import check_nodes
+from phi_cluster.cluster.preflight import object_store_nbytes
+from phi_cluster.cluster.preparation import Prepared
 from phi_cluster.cluster.report import Report
-from phi_cluster.cluster.runtime_dir import clear_dead_servers, remove_runtime_dir
-from phi_cluster.cluster.served_model import ServedModel, choose_dtypes, describe_model
-from phi_cluster.cluster.session.hibernation_store import check_key
-from phi_cluster.cluster.session.redis_server import check_server
+from phi_cluster.cluster.runtime_dir import remove_runtime_dir
 from phi_cluster.cluster.state_lock import lock_state
-from phi_cluster.cluster.weight_store import ensure_packed
-from phi_cluster.model.hub import resolve_model
-from phi_cluster.model.model_cache import ProgressEvent
-from phi_cluster.model.ops.library import ISA_VARIABLE
-from phi_cluster.model.tokenizer import Tokenizer
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """All that is known before anything is started."""
-
-    config: Config
-    machine: Machine
-    served: ServedModel
-    weights_nbytes: int
-    # Of this machine.
-    plan: NodePlan
-
-    @property
-    def num_threads(self) -> int:
-        return self.config.engine.num_threads or max(self.machine.cores // self.config.replicas_per_node, 1)
-
-
-def prepare(config: Config, report: Report) -> Prepared:
-    """Checks machine, configuration and model, and fetches, converts and packs what is not in the cache yet.
-
-    Raises StartError with the one sentence that a user needs.
-    """
-    check_platform()
-    for what in clear_dead_servers():
-        report.cleared(what)
-    machine = inspect_machine()
-    check_config(config, machine)
-    report.checked(machine)
-    if config.kv.hibernate_key_file is not None:
-        check_key(config.kv.hibernate_key_file)
-    if config.journal is not None:
-        for note in check_server(config.journal):
-            report.noted(note)
-    # What is wrong with the dtypes is said before a model is fetched for them.
-    choose_dtypes(config)
-    try:
-        folder = resolve_model(
-            config.model, config.cache_path, report.progress, config.hub_token or os.environ.get("HF_TOKEN")
-        )
-    except (ValueError, OSError) as error:
-        raise StartError(str(error)) from None
-    served = describe_model(config, folder, noted=report.noted)
-    try:
-        # Each replica loads it too; here what is wrong with it can still be said in one sentence.
-        Tokenizer.from_folder(folder)
-    except (ValueError, OSError) as error:
-        raise StartError(f"{config.model}: {error}") from None
-
-    def packing(done: int, total: int) -> None:
-        report.progress(ProgressEvent("packing", done, total, f"{served.names[0]} {served.dtype}"))
-
-    weights, _ = ensure_packed(served, config.cache_path, packing)
-    weights_nbytes = weights.stat().st_size
-    if config.nodes.ray_address is None:
-        check_shm(weights_nbytes)
-    return Prepared(config, machine, served, weights_nbytes, plan_node(config, machine, weights_nbytes, report.noted))
 
 
 class Server:
@@ -178,7 +102,7 @@ class Server:
                 self._start_ray(prepared)
             self._node_id = ray.get_runtime_context().get_node_id()
             if config.has_nodes:
-                publish(ClusterRecord.of(config, prepared.num_threads, prepared.weights_nbytes))
+                publish_record(prepared)
             parts = [
                 pool.submit(self._start_actors, prepared, report),
                 pool.submit(self._start_edge, config, loading, report),
@@ -192,7 +116,7 @@ class Server:
         config, nodes = prepared.config, prepared.config.nodes
         if nodes.ray_address is not None:
             ray_cluster.connect(self._runtime_dir, nodes.ray_address)
-            check_environment(config)
+            check_nodes(config, prepared.weights_nbytes)
             return
         ray_cluster.start_ray(
             self._runtime_dir,
@@ -203,19 +127,8 @@ class Server:
         )
 
     def _start_actors(self, prepared: Prepared, report: Report) -> None:
-        config, served = prepared.config, prepared.served
         with self._timed("weights", report):
-            store, keeper = node_actors(self._node_id, served, config, prepared.plan)
-            controller = create(
-                Controller,
-                detached_options(CONTROLLER, self._node_id),
-                served,
-                config,
-                prepared.weights_nbytes,
-                _build_info(prepared),
-                self._runtime_dir,
-            )
-            ray.get([store.weights.remote(), keeper.start.remote(), controller.start.remote()])
+            start_head(prepared, self._node_id, self._runtime_dir)
 
     def _start_edge(self, config: Config, loading: Future[tuple[ModuleType, Any]], report: Report) -> None:
         with self._timed("edge", report):
@@ -227,7 +140,9 @@ class Server:
             serve_cluster, replica = loading.result()
             serve_cluster.wait_serve_controller()
             arguments = (prepared.served, config, threads, prepared.plan.num_standbys)
-            serve_cluster.run_app(replica, config, threads, *arguments)
+            app = serve_cluster.application(replica, config, threads, *arguments)
+            # With several machines, replicas may wait for some that have not joined yet.
+            serve_cluster.run_app(app, waits=not config.has_nodes)
 
     @contextmanager
     def _timed(self, part: str, report: Report) -> Iterator[None]:
@@ -235,20 +150,6 @@ class Server:
         yield
         self.timeline[part] = time.monotonic() - begin
         report.started(part, self.timeline[part])
-
-
-def _build_info(prepared: Prepared) -> dict[str, str]:
-    """Labels of phi_build_info."""
-    served = prepared.served
-    return {
-        "version": version("phi-cluster"),
-        "torch": version("torch"),
-        "ray": version("ray"),
-        "isa": os.environ.get(ISA_VARIABLE) or prepared.machine.instructions,
-        "dtype": served.dtype,
-        "kv_cache_dtype": served.kv_cache_dtype,
-        "model": served.names[0],
-    }
 
 
 def _load_serve() -> tuple[ModuleType, Any]:

@@ -154,7 +154,8 @@ def _run_server(config: Config, runtime_dir: Path, out: TextIO) -> int:
     set_environment(config, runtime_dir, token_of(config))
     forbid_core_dumps()
     # Only now: Ray reads its environment when it is imported (and the client commands need not wait for it).
-    from phi_cluster.cluster.app import Server, prepare
+    from phi_cluster.cluster.app import Server
+    from phi_cluster.cluster.preparation import prepare
     from phi_cluster.cluster.terminal import TerminalReport
 
     report = TerminalReport(out)
@@ -209,7 +210,7 @@ def _keys(parsed: argparse.Namespace) -> int:
 
 def _check(parsed: argparse.Namespace) -> int:
     config = _config(parsed)
-    from phi_cluster.cluster.app import prepare
+    from phi_cluster.cluster.preparation import prepare
     from phi_cluster.cluster.terminal import TerminalReport
 
     report = TerminalReport()

@@ -62,6 +62,14 @@ def publish(record: ClusterRecord) -> None:
     internal_kv._internal_kv_put(_KEY, json.dumps(asdict(record)).encode(), overwrite=True, namespace=_NAMESPACE)
 
 
+def published() -> ClusterRecord | None:
+    """What was published last, if anything was; this process is connected to Ray."""
+    from ray.experimental import internal_kv
+
+    data = internal_kv._internal_kv_get(_KEY, namespace=_NAMESPACE)
+    return None if data is None else ClusterRecord(**json.loads(data))
+
+
 def read(head: str, token: str) -> ClusterRecord:
     """Of the cluster whose head is at HOST:PORT. Raises StartError."""
     command = [sys.executable, "-P", "-m", __name__, head]

@@ -218,6 +218,14 @@ class AutoscalingConfig(_Section):
         description="turns, running and waiting, that a replica is to have; unset: half of engine.max_num_seqs",
     )
     max_wait: Seconds = Field(2.0, description="a turn that waits longer for its first token wants one replica more")
+    kv_target: float = Field(
+        0.8,
+        gt=0,
+        le=1,
+        allow_inf_nan=False,
+        description="with several machines: share of the KV budget that conversations in use may need before one "
+        "replica more is wanted, whose machine brings its own",
+    )
     up_delay: Seconds = Field(3.0, description="a replica is added when more have been wanted for so long")
     down_delay: Seconds = Field(
         120.0, description="a replica is drained when fewer have been wanted for so long; its streams end first"
@@ -292,9 +300,10 @@ class Config(_Section):
     )
     replicas: int = Field(
         1,
-        ge=1,
+        ge=0,
         le=256,
-        description="replicas on all machines, each with an engine of its own; one without room waits",
+        description="replicas on all machines, each with an engine of its own; one without room waits; 0, with "
+        "autoscaling.max_replicas: none while nobody asks, and the first request waits until one is up",
     )
     nodes: NodesConfig = Field(default_factory=NodesConfig, description="several machines, one cluster")
     autoscaling: AutoscalingConfig = Field(
@@ -327,6 +336,8 @@ class Config(_Section):
         most = self.autoscaling.max_replicas
         if most is not None and most < self.replicas:
             raise ValueError(f"autoscaling.max_replicas: {most} is less than replicas: {self.replicas}")
+        if most is None and not self.replicas:
+            raise ValueError("replicas: 0 would never serve; set autoscaling.max_replicas, or 1")
         return self
 
     @model_validator(mode="after")

@@ -32,6 +32,7 @@ from phi_cluster.cluster.engine_recycler import EnginePolicy, EngineRecycles
 from phi_cluster.cluster.errors import PhiError
 from phi_cluster.cluster.events import EventKind
 from phi_cluster.cluster.growth import GrowthWatch
+from phi_cluster.cluster.kv_load import KVLoad, KVLoads
 from phi_cluster.cluster.logs import log_as
 from phi_cluster.cluster.messages import ProcessId
 from phi_cluster.cluster.node_starts import NodeStarts
@@ -99,6 +100,7 @@ class Controller:
         self._silent_keepers: Counter[str] = Counter()
         self._hung_keepers: set[str] = set()
         self._news = ClusterNews(weights_nbytes)
+        self._kv_loads = KVLoads()
         self._node_starts = NodeStarts(served, config, self._news) if config.has_nodes else None
         self._logs = logs_folder(runtime_dir)
         self._logs_pruned_at = -math.inf
@@ -145,6 +147,10 @@ class Controller:
         """Replicas that have reported lately."""
         return self._news.num_replicas()
 
+    async def kv_load(self, node_id: str) -> KVLoad:
+        """What a replica of the node tells Serve's autoscaling of the node's memory."""
+        return self._kv_loads.share(node_id, self._news.num_replicas(node_id))
+
     async def num_open_requests(self) -> int:
         """Requests running or waiting in all replicas, as last reported."""
         return self._view.num_open_requests()
@@ -177,6 +183,7 @@ class Controller:
             if not node["Alive"]:
                 self._view.forget_node(node["NodeID"])
                 self._news.forget_node(node["NodeID"])
+                self._kv_loads.forget(node["NodeID"])
                 continue
             try:
                 keeper = ray.get_actor(keeper_name(node["NodeID"]), namespace=NAMESPACE)
@@ -196,6 +203,7 @@ class Controller:
             self._view.take_keeper(report, hung=report.node_id in self._hung_keepers)
             self._hung_keepers.discard(report.node_id)
             self._news.take_keeper(report)
+            self._kv_loads.take(report)
             await self._recycle(keeper, report)
             await self._sweep(keeper, report.node_id)
             await self._renew_keeper(keeper, report)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,10 @@ from phi_cluster.cluster.logs import log_as
 from phi_cluster.cluster.messages import ProcessId
 from phi_cluster.cluster.model_transfer import fetch_packed, received_folder, store_files
 from phi_cluster.cluster.node_plan import NodePlan, plan_node
-from phi_cluster.cluster.preflight import check_folder, inspect_machine, object_store_nbytes
+from phi_cluster.cluster.preflight import SPILL_SHARE, check_folder, inspect_machine, object_store_nbytes
 from phi_cluster.cluster.processes import kill_for_sure
 from phi_cluster.cluster.ray_environment import environment
-from phi_cluster.cluster.runtime_dir import RUNTIME_DIR_VARIABLE
+from phi_cluster.cluster.runtime_dir import RUNTIME_DIR_VARIABLE, current_runtime_dir, open_runtime_dir
 from phi_cluster.cluster.served_model import ServedModel, choose_dtypes
 from phi_cluster.cluster.session.journals import JournalPlace
 from phi_cluster.cluster.session.keeper import Keeper
@@ -72,26 +73,50 @@ def _on(node_id: str) -> dict[str, Any]:
     return {"num_cpus": 0, "max_retries": 0, "scheduling_strategy": NodeAffinitySchedulingStrategy(node_id, soft=False)}
 
 
-def check_environment(config: Config) -> None:
-    """On a Ray that somebody else has started: whether all of its nodes have Serve's settings. Raises StartError."""
+def check_nodes(config: Config, weights_nbytes: int) -> None:
+    """On a Ray that somebody else has started: whether its nodes are such as we start them. Raises StartError."""
     for node in ray.nodes():
-        if not node["Alive"]:
-            continue
-        given = ray.get(_environment.options(**_on(node["NodeID"])).remote())
-        wanted = environment(config, Path(given.get(RUNTIME_DIR_VARIABLE) or "/tmp/phi"), "")
-        # Ray's own check of its token has let us in.
-        del wanted["RAY_AUTH_TOKEN"]
-        missing = sorted(name for name, value in wanted.items() if given.get(name) != value)
-        if missing:
-            raise StartError(
-                f"node {node['NodeID'][:12]} of this Ray was started without {missing[0]} "
-                f"({len(missing)} settings differ): start its nodes with what `phi-cluster environment CONFIG` prints"
-            )
+        if node["Alive"]:
+            name = f"node {node['NodeID'][:12]} ({node['NodeManagerAddress']})"
+            check_environment(name, config, ray.get(_environment.options(**_on(node["NodeID"])).remote()))
+            check_object_store(name, int(node["Resources"].get("object_store_memory", 0)), weights_nbytes)
+    for node in ray.nodes():
+        if node["Alive"]:
+            ray.get(_open_runtime_dir.options(**_on(node["NodeID"])).remote())
+
+
+def check_environment(node: str, config: Config, given: Mapping[str, str]) -> None:
+    """`given`: the environment of the node's workers. Raises StartError."""
+    wanted = environment(config, Path(given.get(RUNTIME_DIR_VARIABLE) or "/tmp/phi"), "")
+    # Ray's own check of its token has let us in.
+    del wanted["RAY_AUTH_TOKEN"]
+    missing = sorted(name for name, value in wanted.items() if given.get(name) != value)
+    if missing:
+        raise StartError(
+            f"{node} of this Ray was started without {missing[0]}={wanted[missing[0]]} ({len(missing)} settings "
+            "differ): start its nodes with what `phi-cluster environment CONFIG` prints"
+        )
+
+
+def check_object_store(node: str, nbytes: int, weights_nbytes: int) -> None:
+    """Raises StartError if the weights find no room there."""
+    # Ray counts some of it for itself.
+    if nbytes < weights_nbytes / SPILL_SHARE:
+        raise StartError(
+            f"{node} of this Ray has an object store of {nbytes // 10**6} MB, too little for the weights "
+            f"({weights_nbytes // 10**6} MB): start its nodes with "
+            f"--object-store-memory={object_store_nbytes(weights_nbytes)}"
+        )
 
 
 @ray.remote
 def _environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name.startswith(("RAY_", "PHI_"))}
+
+
+@ray.remote
+def _open_runtime_dir() -> None:
+    open_runtime_dir(current_runtime_dir())
 
 
 @ray.remote
@@ -103,6 +128,8 @@ def _end_process(process: ProcessId) -> None:
 def _start_node(node_id: str, source_node_id: str, served: ServedModel, config: Config) -> list[str]:
     log_as("node_start")
     notes: list[str] = []
+    # Of a node that we have not started it may not be there, or not be private.
+    open_runtime_dir(current_runtime_dir())
     for name, path in (("state_dir", config.state_path), ("cache_dir", config.cache_path)):
         check_folder(name, path)
     (config.state_path / "sessions").mkdir(mode=0o700, exist_ok=True)

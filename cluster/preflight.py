@@ -29,7 +29,7 @@ SESSION_ACTOR_NBYTES = 60 * 10**6
 _LEAST_DISK_NBYTES = 500 * 10**6
 # Room for large messages, and Ray's own limit (80 %) with a distance.
 _OBJECT_STORE_EXTRA_NBYTES = 200 * 10**6
-_SPILL_SHARE = 0.7
+SPILL_SHARE = 0.7
 
 
 @dataclass(frozen=True)
@@ -88,8 +88,6 @@ def check_config(
             f"server.host: {config.server.host} is not reached by the HAProxys of the other machines; "
             "make keys (phi-cluster keys new), set server.keys, and server.host: 0.0.0.0"
         )
-    if config.nodes.address is not None:
-        check_port("nodes.port", config.nodes.address, config.nodes.port)
     if config.server.host not in LOOPBACK and config.server.keys is None:
         raise StartError(
             f"server.host: {config.server.host} would serve without API keys to everyone who can reach it; "
@@ -102,16 +100,19 @@ def check_config(
         raise StartError("tracing.endpoint wants OpenTelemetry's exporter: pip install 'phi-cluster[otel]'")
     if config.server.port == config.server.metrics_port:
         raise StartError(f"server.metrics_port: {config.server.metrics_port} is server.port too; choose another port")
-    server = config.server
-    for name, host, port in (
-        ("server.port", server.host, server.port),
-        ("server.metrics_port", server.metrics_host, server.metrics_port),
-    ):
-        check_port(name, host, port)
     for name, path in (("state_dir", config.state_path), ("cache_dir", config.cache_path)):
         check_folder(name, path)
     if not shm.is_dir():
         raise StartError(f"{shm} is missing: Ray's object store needs it; in a container, mount a tmpfs there")
+
+
+def check_ports(config: Config) -> None:
+    """Raises StartError if something listens already where the server will."""
+    server, nodes = config.server, config.nodes
+    if nodes.address is not None:
+        check_port("nodes.port", nodes.address, nodes.port)
+    check_port("server.port", server.host, server.port)
+    check_port("server.metrics_port", server.metrics_host, server.metrics_port)
 
 
 def check_node(config: Config, weights_nbytes: int, shm: Path = Path("/dev/shm")) -> None:
@@ -229,7 +230,7 @@ def fixed_nbytes(config: Config, weights_nbytes: int) -> int:
 
 def object_store_nbytes(weights_nbytes: int) -> int:
     """Size of Ray's object store in bytes: with the weights it stays below the share at which Ray begins to spill."""
-    return int(weights_nbytes / _SPILL_SHARE) + _OBJECT_STORE_EXTRA_NBYTES
+    return int(weights_nbytes / SPILL_SHARE) + _OBJECT_STORE_EXTRA_NBYTES
 
 
 def _cores(proc: Path, cgroup: Path) -> int:

@@ -32,6 +32,7 @@ from phi_cluster.cluster.http.edge import EdgeSettings
 from phi_cluster.cluster.http.schemas import MAX_CHOICES
 from phi_cluster.cluster.http.server import build_app
 from phi_cluster.cluster.keys import KeyFile
+from phi_cluster.cluster.kv_load import KVLoad
 from phi_cluster.cluster.logs import log_as
 from phi_cluster.cluster.managed_sessions import ManagedSessions
 from phi_cluster.cluster.mapped_weights import Mapped, MappedWeights
@@ -100,6 +101,7 @@ class Replica:
         self._metrics = ReplicaMetrics(reason.value for reason in _ENGINE_RECYCLES)
         self._last_step = (0, time.monotonic())
         self._engine_baseline = (0, 0)
+        self._kv_load = KVLoad(0, 0)
         self._weights = MappedWeights()
         self._recycling: asyncio.Task[None] | None = None
         self._sessions = SessionDirectory(self._keeper, self._metrics.journals)
@@ -225,7 +227,7 @@ class Replica:
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """Serve asks for it where `autoscaling` is configured."""
-        return scaling_metrics(self._turns)
+        return scaling_metrics(self._turns, self._room.num_in_background, self._kv_load)
 
     def live(self) -> bool:
         _, silence = self._observe_step()
@@ -268,6 +270,8 @@ class Replica:
                 controller = ray.get_actor(CONTROLLER, namespace=NAMESPACE)
                 report = self._own_report(await self._look_at_weights())
                 reason = await controller.report_replica.remote(report)
+                if self._config.has_nodes and self._config.autoscaling.max_replicas is not None:
+                    self._kv_load = await controller.kv_load.remote(self._node_id)
                 self._events_told = max([self._events_told, *(event.number for event in report.events)])
                 if reason is not None and self._recycling is None:
                     self._recycling = asyncio.get_running_loop().create_task(self._recycle_engine(reason))

@@ -89,6 +89,7 @@ def test_unknown_fields_name_the_nearest(tmp_path: Path) -> None:
         ("dtype: int3", "dtype: Input should be 'auto', 'float32', 'bfloat16', 'int8' or 'int4'"),
         ("kv_cache_dtype: float32", "kv_cache_dtype: Input should be 'auto', 'bfloat16' or 'int8'"),
         ("{replicas: 3, autoscaling: {max_replicas: 2}}", "FILE: autoscaling.max_replicas: 2 is less than replicas: 3"),
+        ("replicas: 0", "FILE: replicas: 0 would never serve; set autoscaling.max_replicas, or 1"),
         (
             "tracing: {endpoint: 'localhost:4318'}",
             "tracing.endpoint: 'localhost:4318' is not the address of a collector",
@@ -110,6 +111,7 @@ def test_replicas_come_and_go_only_where_it_is_asked_for(tmp_path: Path) -> None
     assert load_config(write(tmp_path, "replicas: 3"), {}).max_replicas == 3
     assert load_config(write(tmp_path, "{replicas: 3, autoscaling: {target_turns: 4}}"), {}).max_replicas == 3
     assert load_config(write(tmp_path, "autoscaling: {max_replicas: 4}"), {}).max_replicas == 4
+    assert load_config(write(tmp_path, "{replicas: 0, autoscaling: {max_replicas: 2}}"), {}).max_replicas == 2
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:

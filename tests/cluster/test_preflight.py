@@ -31,6 +31,7 @@ from phi_cluster.cluster.preflight import (
     check_node,
     check_platform,
     check_port,
+    check_ports,
     check_shm,
     fixed_nbytes,
     has_package,
@@ -257,8 +258,14 @@ def test_with_keys_others_are_served(config: Config, tmp_path: Path) -> None:
 
 def test_a_taken_port_is_named(config: Config, listener: socket.socket) -> None:
     port = listener.getsockname()[1]
-    assert refusal(with_server(config, port=port)).startswith(f"server.port: cannot listen on 127.0.0.1:{port} (Addre")
-    assert refusal(with_server(config, metrics_port=port)).startswith("server.metrics_port: ")
+    check_ports(config)
+    with pytest.raises(StartError, match=re.escape(f"server.port: cannot listen on 127.0.0.1:{port} (Addre")):
+        check_ports(with_server(config, port=port))
+    with pytest.raises(StartError, match=re.escape("server.metrics_port: ")):
+        check_ports(with_server(config, metrics_port=port))
+    nodes = config.nodes.model_copy(update={"address": "127.0.0.1", "port": port})
+    with pytest.raises(StartError, match=re.escape("nodes.port: ")):
+        check_ports(config.model_copy(update={"nodes": nodes}))
     with pytest.raises(StartError, match="name: cannot listen"):
         check_port("name", "127.0.0.1", port)
 
