@@ -38,7 +38,8 @@ class SessionReport:
 @dataclass(frozen=True)
 class KeeperReport:
     """What the controller collects. Bytes; counters since this keeper started; `counts` are those that the metrics
-    declare, `snapshot` what it measures (see monitoring/session_metrics.py)."""
+    declare, `snapshot` what it measures (see monitoring/session_metrics.py). The speeds are those with which sessions
+    come from other nodes and prompts are computed, as measured: for moving_policy.is_worth_moving."""
 
     node_id: str
     process: ProcessId
@@ -54,6 +55,8 @@ class KeeperReport:
     private_nbytes: int
     counts: dict[str, int]
     journal_nbytes: int = 0
+    move_bytes_per_second: float = 0.0
+    compute_tokens_per_second: float = 0.0
     snapshot: list[FamilySnapshot] = field(default_factory=list)
     usage: list[UsageTotals] = field(default_factory=list)
     # Since the controller asked last.

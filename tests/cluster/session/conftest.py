@@ -278,7 +278,7 @@ class Node:
         self.layout = settings.layout
 
         class Journals:
-            shared = False
+            shared = options.pop("shared", False)
 
             def __init__(self) -> None:
                 # Whose journals were looked into.
@@ -303,9 +303,12 @@ class Node:
         store = options.pop("store", FileHibernationStore(state_dir, 2**30, reserve_nbytes=0))
         secret = options.pop("export_secret", None)
         kv = KVConfig(reserve_wait=options.pop("reserve_wait", 0.2))
-        sessions = SessionsConfig(**{"warm_actors": 0, "turn_wait": 0.2, "spawn_interval": 3600, **options})
         actors = cast(Any, self.actors)
-        self.keeper = NodeSessions(settings, self.journals, actors, "node", sessions, kv, budget, store, None, secret)
+        node_id, peers = options.pop("node_id", "node"), options.pop("peers", None)
+        sessions = SessionsConfig(**{"warm_actors": 0, "turn_wait": 0.2, "spawn_interval": 3600, **options})
+        self.keeper = NodeSessions(
+            settings, self.journals, actors, node_id, sessions, kv, budget, store, None, secret, peers
+        )
 
     async def listed(self, tenant: str) -> list[dict[str, Any]]:
         """Descriptions of the tenant's sessions, in order of their ids."""
