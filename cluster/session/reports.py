@@ -55,12 +55,12 @@ class KeeperReport:
     private_nbytes: int
     counts: dict[str, int]
     journal_nbytes: int = 0
-    move_bytes_per_second: float = 0.0
-    compute_tokens_per_second: float = 0.0
     snapshot: list[FamilySnapshot] = field(default_factory=list)
     usage: list[UsageTotals] = field(default_factory=list)
     # Since the controller asked last.
     events: list[Event] = field(default_factory=list)
+    move_bytes_per_second: float = 0.0
+    compute_tokens_per_second: float = 0.0
 
 
 def public_usage(totals: UsageTotals, *, num_turns: int, num_sessions: int, kv_cache_nbytes: int) -> dict[str, Any]:
