@@ -56,6 +56,8 @@ MAY_IMPORT_RAY = {
     "cluster.session.hand_over",
     "cluster.session.custody",
     "cluster.session.hibernation",
+    "cluster.session.moving",
+    "cluster.session.evacuation",
     "cluster.session.administration",
     "cluster.session.elsewhere",
     "cluster.weight_store",

@@ -15,12 +15,13 @@ import contextlib
 import logging
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
 
+from phi_cluster.cluster.actors import NAMESPACE, keeper_name
 from phi_cluster.cluster.config import KVConfig, SessionsConfig
 from phi_cluster.cluster.errors import Overloaded, PhiError
 from phi_cluster.cluster.events import EventKind
@@ -48,12 +49,16 @@ from phi_cluster.cluster.session.catalog import Catalog
 from phi_cluster.cluster.session.conversation import name_digest
 from phi_cluster.cluster.session.custody import Custody
 from phi_cluster.cluster.session.elsewhere import Elsewhere
+from phi_cluster.cluster.session.evacuation import Evacuation, Evacuations
 from phi_cluster.cluster.session.forks import Forks
 from phi_cluster.cluster.session.glances import Glances
 from phi_cluster.cluster.session.hibernation import Hibernation
 from phi_cluster.cluster.session.hibernation_store import FileHibernationStore, HibernationStore, read_key
 from phi_cluster.cluster.session.journal import Journals, JournalUnavailable
 from phi_cluster.cluster.session.journals import JournalPlace, open_journals
+from phi_cluster.cluster.session.moving import MoveResult, Moves
+from phi_cluster.cluster.session.moving_memory import Piece
+from phi_cluster.cluster.session.offers import Offer, Offers
 from phi_cluster.cluster.session.recycler import RecycleReason
 from phi_cluster.cluster.session.reports import (
     KeeperReport,
@@ -78,7 +83,11 @@ _REST_SECONDS = 30.0
 # Between two looks at how much disk the journals take.
 _JOURNALS_SECONDS = 20.0
 # Why the keeper takes sessions back from their actors.
-_DEACTIVATION_REASONS = (RecycleReason.IDLE.value, RecycleReason.MEMORY_PRESSURE.value)
+_DEACTIVATION_REASONS = (
+    RecycleReason.IDLE.value,
+    RecycleReason.MEMORY_PRESSURE.value,
+    RecycleReason.MIGRATING.value,
+)
 
 
 @dataclass(frozen=True)
@@ -103,17 +112,22 @@ class NodeSessions:
         store: HibernationStore | None,
         usage: UsageStore | None = None,
         export_secret: Callable[[], bytes] | None = None,
+        peers: Callable[[str], Any] | None = None,
     ):
         """`store` None: no session hibernates; `usage` None: the tenants' totals end with this object; `export_secret`:
-        see cache_export.py (None: one that nobody else will ever know). Raises OSError if totals cannot be read."""
+        see cache_export.py (None: one that nobody else will ever know); `peers`: see moving.py (None: there is no other
+        node). Raises OSError if totals cannot be read."""
         self._layout = settings.layout
         self._clock = settings.clock
         self._node_id = node_id
         self._process = process_id()
-        self._metrics = SessionMetrics(_DEACTIVATION_REASONS)
+        self._metrics = SessionMetrics(_DEACTIVATION_REASONS, [result.value for result in MoveResult])
         self._custody = Custody(settings, journals, actors, sessions, kv, budget_nbytes, self._metrics)
         self._roster = self._custody.roster
         self._hibernation = Hibernation(self._custody, store)
+        self._offers = Offers(self._custody, self._hibernation)
+        self._moves = Moves(self._custody, self._hibernation, peers or _no_peers)
+        self._evacuations = Evacuations(self._custody, self._hibernation, peers or _no_peers, node_id)
         secret = os.urandom(SECRET_NBYTES)
         caches = CacheExports(self._custody, export_secret or (lambda: secret))
         self._administration = Administration(self._custody, self._hibernation, caches, node_id)
@@ -172,6 +186,7 @@ class NodeSessions:
 
     async def _open(self, key: SessionKey) -> tuple[Entry, tuple[Stretch, ...]]:
         """The session in memory, and what that took if it was not there."""
+        await self._moves.arrived(key)
         if (entry := self._roster.find(key)) is not None:
             return entry, ()
         began = self._clock()
@@ -283,6 +298,34 @@ class NodeSessions:
             for totals in self._accounts.totals(tenant)
         ]
 
+    # Between nodes.
+
+    async def move_here(self, key: SessionKey, source_node_id: str, always: bool = False) -> bool:
+        """See `Moves.move_here`."""
+        await self.start()
+        return await self._moves.move_here(key, source_node_id, always=always)
+
+    async def evacuate(self, targets: Sequence[str], seconds: float = 60.0) -> Evacuation:
+        """See `Evacuations.evacuate`."""
+        await self.start()
+        return await self._evacuations.evacuate(targets, seconds)
+
+    async def offer(self, key: SessionKey) -> Offer | None:
+        """See `Offers.offer`; then `piece`, and `let_go` at the end."""
+        await self.start()
+        return await self._offers.offer(key)
+
+    async def piece(self, move_id: str, number: int) -> Piece | None:
+        return await self._offers.piece(move_id, number)
+
+    async def let_go(self, move_id: str, taken: bool) -> bool:
+        return await self._offers.let_go(move_id, taken=taken)
+
+    async def room(self) -> int:
+        """Bytes of KV memory that are not leased."""
+        await self.start()
+        return self._custody.ledger.available
+
     # Administration.
 
     async def describe(self, key: SessionKey) -> dict[str, Any]:
@@ -388,6 +431,8 @@ class NodeSessions:
             snapshot=self._metrics.snapshot(),
             usage=self._accounts.totals(),
             events=self._custody.events.after(events_after),
+            move_bytes_per_second=self._moves.speed.bytes_per_second,
+            compute_tokens_per_second=self._hibernation.policy.tokens_per_second,
             counts={"forks": self._forks.made, "deletions": self._retention.deleted, **self._hibernation.counts},
         )
 
@@ -406,7 +451,7 @@ class NodeSessions:
 
     def _is_busy(self) -> bool:
         in_turn = any(entry.session is not None and entry.session.in_turn for entry in self._roster)
-        return in_turn or self._custody.leases.num_waiting > 0
+        return in_turn or self._custody.leases.num_waiting > 0 or self._moves.num_coming > 0
 
     async def close(self) -> int:
         """Ends all actors; conversations stay in their journals. Returns how many named sessions there are."""
@@ -445,6 +490,10 @@ class NodeSessions:
         return SessionReport(stats, pid, private_or_zero(pid), entry.private_baseline)
 
 
+def _no_peers(node_id: str) -> Any:
+    raise ValueError(f"no other nodes are known, nor {node_id}")
+
+
 # Whoever waits here, for a turn or for memory, must not take the place of the commit that it waits for: Ray's default
 # is 1000.
 @ray.remote(num_cpus=0, max_concurrency=15_000)  # type: ignore[call-overload]
@@ -472,4 +521,8 @@ class Keeper(NodeSessions):
             key = read_key(kv.hibernate_key_file) if kv.hibernate_key_file else None
             store = FileHibernationStore(state_path, kv.hibernate_quota, key)
         secret = ExportSecret(state_path / "export.key")
-        super().__init__(settings, journals, actors, node_id, sessions, kv, budget_nbytes, store, usage, secret)
+
+        def peers(node_id: str) -> Any:
+            return ray.get_actor(keeper_name(node_id), namespace=NAMESPACE)
+
+        super().__init__(settings, journals, actors, node_id, sessions, kv, budget_nbytes, store, usage, secret, peers)
