@@ -464,7 +464,7 @@ class Keeper(NodeSessions):
         settings = session_settings(layout, fingerprint)
         node_id = ray.get_runtime_context().get_node_id()
         actors = RayActors(layout, fingerprint, place, node_id)
-        journals = open_journals(place, fingerprint, settings.clock)
+        journals = open_journals(place, fingerprint, settings.clock, node_id)
         state_path = place.state_path
         usage = UsageFile(state_path / "usage.sqlite")
         store = None
