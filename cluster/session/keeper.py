@@ -21,6 +21,7 @@ from typing import Any
 
 import ray
 
+from phi_cluster.cluster.actors import NAMESPACE, keeper_name
 from phi_cluster.cluster.config import KVConfig, SessionsConfig
 from phi_cluster.cluster.errors import Overloaded, PhiError
 from phi_cluster.cluster.events import EventKind
@@ -32,9 +33,11 @@ from phi_cluster.cluster.messages import (
     BeginTurn,
     CommitTurn,
     Moved,
+    ProcessId,
     SegmentRef,
     SessionKey,
     Stretch,
+    TenantLimits,
     TurnGrant,
     TurnUsage,
 )
@@ -44,7 +47,7 @@ from phi_cluster.cluster.session.actor import session_settings
 from phi_cluster.cluster.session.actor_pool import RayActors
 from phi_cluster.cluster.session.administration import Administration
 from phi_cluster.cluster.session.cache_export import SECRET_NBYTES, CacheExports, ExportSecret, split
-from phi_cluster.cluster.session.catalog import Catalog
+from phi_cluster.cluster.session.catalog import Catalog, Known
 from phi_cluster.cluster.session.conversation import name_digest
 from phi_cluster.cluster.session.custody import Custody
 from phi_cluster.cluster.session.elsewhere import Elsewhere
@@ -52,8 +55,9 @@ from phi_cluster.cluster.session.forks import Forks
 from phi_cluster.cluster.session.glances import Glances
 from phi_cluster.cluster.session.hibernation import Hibernation
 from phi_cluster.cluster.session.hibernation_store import FileHibernationStore, HibernationStore, read_key
-from phi_cluster.cluster.session.journal import Journals, JournalUnavailable
+from phi_cluster.cluster.session.journal import Glance, Journals, JournalUnavailable
 from phi_cluster.cluster.session.journals import JournalPlace, open_journals
+from phi_cluster.cluster.session.node_processes import NodeProcesses
 from phi_cluster.cluster.session.recycler import RecycleReason
 from phi_cluster.cluster.session.reports import (
     KeeperReport,
@@ -122,7 +126,8 @@ class NodeSessions:
         self._catalog = Catalog(self._custody, self._hibernation, self._administration, glances, node_id)
         self._forks = Forks(self._custody)
         self._retention = Retention(self._custody, self._administration, self._hibernation, glances, sessions.retention)
-        self._accounts = Accounts(usage or ForgetfulStore(), settings.clock, settings.is_alive)
+        self._accounts = Accounts(usage or ForgetfulStore(), settings.clock, settings.is_alive, node_id)
+        self._processes = NodeProcesses(self._accounts, _keeper_of)
         self._memory = TenantMemory(
             self._custody, lambda tenant: self._accounts.limits_of(tenant).kv_bytes, kv.reserve_wait
         )
@@ -270,6 +275,14 @@ class NodeSessions:
         """After it, however it ended."""
         self._accounts.charge(usage)
 
+    async def learn_limits(self, tenant: str, limits: TenantLimits) -> None:
+        """Another node's keeper keeps the accounts of all."""
+        self._accounts.learn(tenant, limits)
+
+    async def are_alive(self, processes: list[ProcessId]) -> list[bool]:
+        """Processes of this node."""
+        return [self._custody.settings.is_alive(process) for process in processes]
+
     async def usage(self, tenant: str | None) -> list[dict[str, Any]]:
         """Under the names of the HTTP API; None: of all tenants that have used anything."""
         await self.start()
@@ -282,6 +295,27 @@ class NodeSessions:
             )
             for totals in self._accounts.totals(tenant)
         ]
+
+    # Where sessions are, where there are several nodes.
+
+    async def locate(self, key: SessionKey) -> Glance | None:
+        """What the journal tells at a glance, its seat too; without one, nothing of the session is kept here either.
+        Raises the journal's errors."""
+        await self.start()
+        seen = await asyncio.to_thread(self._custody.journals.glance, key)
+        if seen is None and self._custody.journals.shared and self._roster.is_known(key):
+            await self._elsewhere.check(key)
+        return seen
+
+    async def survey(self, query: SessionQuery, only_held: bool) -> list[Known]:
+        """See `Catalog.survey`."""
+        await self.start()
+        return await self._catalog.survey(query, only_held=only_held)
+
+    async def described(self, keys: list[SessionKey]) -> list[dict[str, Any] | None]:
+        """See `Catalog.described`."""
+        await self.start()
+        return await self._catalog.described(keys)
 
     # Administration.
 
@@ -367,6 +401,7 @@ class NodeSessions:
             if entry.session is not None and not entry.session.in_turn and s.idle_seconds > _REST_SECONDS:
                 entry.session.rest()
         await self._save_usage()
+        await self._processes.look()
         await self._look_at_journals()
         in_memory = {entry.key.digest for entry in entries}
         on_disk = [key for key in self._roster.stored_keys() if key.digest not in in_memory]
@@ -443,6 +478,10 @@ class NodeSessions:
     def _reported(self, entry: Entry, stats: SessionStats) -> SessionReport:
         pid = None if entry.actor is None else entry.actor.process.pid
         return SessionReport(stats, pid, private_or_zero(pid), entry.private_baseline)
+
+
+def _keeper_of(node_id: str) -> Any:
+    return ray.get_actor(keeper_name(node_id), namespace=NAMESPACE)
 
 
 # Whoever waits here, for a turn or for memory, must not take the place of the commit that it waits for: Ray's default

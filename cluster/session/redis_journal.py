@@ -236,9 +236,12 @@ class RedisJournals:
         *row, seat = self._asked([_names(key.digest)[0]], "HMGET", *fields, "seat")[0]
         if None in row:
             return None
-        tokens, turns, activation, recycles, *times = row
+        tokens, turns, activation, recycles, created_at, last_used = row
         return Glance(
-            int(tokens), int(turns), int(activation), int(recycles), *map(float, times), seat and seat.decode()
+            *(int(tokens), int(turns), int(activation), int(recycles)),
+            created_at=float(created_at),
+            last_used=float(last_used),
+            seat=seat and seat.decode(),
         )
 
     def _batches(self, kind: str) -> Iterator[list[Any]]:

@@ -297,7 +297,8 @@ class Node:
                 self.looked_at.append(key)
                 return glance(state_dir, key)
 
-        self.journals = Journals()
+        self.node_id = options.pop("node_id", "node")
+        self.journals = options.pop("journals", None) or Journals()
         self.actors = LocalActors(settings, self.journals.open, processes)
         budget = options.pop("budget", 2**30)
         store = options.pop("store", FileHibernationStore(state_dir, 2**30, reserve_nbytes=0))
@@ -305,7 +306,9 @@ class Node:
         kv = KVConfig(reserve_wait=options.pop("reserve_wait", 0.2))
         sessions = SessionsConfig(**{"warm_actors": 0, "turn_wait": 0.2, "spawn_interval": 3600, **options})
         actors = cast(Any, self.actors)
-        self.keeper = NodeSessions(settings, self.journals, actors, "node", sessions, kv, budget, store, None, secret)
+        self.keeper = NodeSessions(
+            settings, self.journals, actors, self.node_id, sessions, kv, budget, store, None, secret
+        )
 
     async def listed(self, tenant: str) -> list[dict[str, Any]]:
         """Descriptions of the tenant's sessions, in order of their ids."""
