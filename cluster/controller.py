@@ -37,10 +37,11 @@ from phi_cluster.cluster.logs import log_as
 from phi_cluster.cluster.messages import ProcessId
 from phi_cluster.cluster.node_starts import NodeStarts
 from phi_cluster.cluster.node_tasks import end_process
+from phi_cluster.cluster.peers import PeerBook, ReplicaOrders
 from phi_cluster.cluster.processes import is_running, kill_for_sure, private_bytes, process_id
 from phi_cluster.cluster.replica_report import ReplicaReport
 from phi_cluster.cluster.served_model import ServedModel
-from phi_cluster.cluster.session.recycler import RecyclePolicy, RecycleReason, SessionSnapshot, decide, sleepers
+from phi_cluster.cluster.session.recycler import RecyclePolicy, SessionSnapshot, decide, sleepers
 from phi_cluster.cluster.session.reports import KeeperReport, SessionReport
 from phi_cluster.cluster.watch_api import EventPage
 from phi_cluster.cluster.worker_logs import logs_folder, prune_logs
@@ -102,6 +103,7 @@ class Controller:
         self._news = ClusterNews(weights_nbytes)
         self._kv_loads = KVLoads()
         self._node_starts = NodeStarts(served, config, self._news) if config.has_nodes else None
+        self._peers = PeerBook()
         self._logs = logs_folder(runtime_dir)
         self._logs_pruned_at = -math.inf
         self._running: asyncio.Task[None] | None = None
@@ -116,12 +118,14 @@ class Controller:
             self._running = asyncio.create_task(self._run())
         return os.getpid()
 
-    async def report_replica(self, report: ReplicaReport) -> RecycleReason | None:
-        """About once a second. The answer: why the replica's engine is to be renewed now, if it is."""
+    async def report_replica(self, report: ReplicaReport) -> ReplicaOrders:
+        """About once a second."""
         await self.start()
         self._view.take_replica(report)
         self._news.take_replica(report)
-        return self._engine_recycles.take(report.replica_id, report.engine, time.monotonic())
+        self._peers.take_replica(report)
+        reason = self._engine_recycles.take(report.replica_id, report.engine, time.monotonic())
+        return ReplicaOrders(reason, ray.get_runtime_context().get_node_id(), self._peers.news())
 
     async def request_engine_recycles(self) -> int:
         """Has the engines of all replicas renewed, one after the other; returns how many."""
@@ -179,8 +183,11 @@ class Controller:
         self._view.forget_silent()
         self._news.look(ray.get_runtime_context().get_node_id(), self._view.snapshots())
         await self._prune_logs()
+        if self._peers.has_several_nodes:
+            self._peers.drain(await asyncio.to_thread(ray._private.state.state.get_draining_nodes))
         for node in ray.nodes():
             if not node["Alive"]:
+                self._peers.forget_node(node["NodeID"])
                 self._view.forget_node(node["NodeID"])
                 self._news.forget_node(node["NodeID"])
                 self._kv_loads.forget(node["NodeID"])
@@ -204,6 +211,7 @@ class Controller:
             self._hung_keepers.discard(report.node_id)
             self._news.take_keeper(report)
             self._kv_loads.take(report)
+            self._peers.take_keeper(report)
             await self._recycle(keeper, report)
             await self._sweep(keeper, report.node_id)
             await self._renew_keeper(keeper, report)
