@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import signal
 import sys
 import threading
 import time
@@ -17,16 +16,15 @@ from pathlib import Path
 from typing import TextIO
 
 from phi_cluster.cluster.client import ChatAnswer, Client
-from phi_cluster.cluster.cluster_record import ClusterRecord
-from phi_cluster.cluster.cluster_record import read as read_record
-from phi_cluster.cluster.config import Config, NodesConfig, describe_config, load_config
+from phi_cluster.cluster.config import Config, describe_config, load_config
 from phi_cluster.cluster.errors import PhiError
 from phi_cluster.cluster.keys import KeyFile, append_entry, entry_text, new_key
+from phi_cluster.cluster.node_commands import run_drain, run_environment, run_join
 from phi_cluster.cluster.processes import forbid_core_dumps
-from phi_cluster.cluster.ray_environment import environment, set_environment, shared_token, token_of
-from phi_cluster.cluster.runtime_dir import RUNTIME_DIR_VARIABLE, create_runtime_dir, remove_runtime_dir
-from phi_cluster.cluster.session.redis_server import PASSWORD_VARIABLE
+from phi_cluster.cluster.ray_environment import set_environment, token_of
+from phi_cluster.cluster.runtime_dir import create_runtime_dir, remove_runtime_dir
 from phi_cluster.cluster.session_commands import add_filters, run_sessions
+from phi_cluster.cluster.stop_signals import at_once, on_signals
 from phi_cluster.cluster.terminal_watch import show_events, show_top
 
 _DEFAULT_CONFIG = Path(__file__).parent.parent / "configs" / "smollm2.yaml"
@@ -66,17 +64,16 @@ def _parser() -> argparse.ArgumentParser:
     join.add_argument("head", help="HOST:PORT of the head: its nodes.address and nodes.port")
     join.add_argument("--token-file", type=Path, help="the head's nodes.token_file (default: RAY_AUTH_TOKEN)")
     join.add_argument("--node-address", metavar="IP", help="this machine's, as others reach it (default: found out)")
-    join.set_defaults(run=_join)
+    join.set_defaults(run=run_join)
 
     drain = commands.add_parser("drain", help="drain this machine, whose Ray somebody else has started and will end")
     drain.add_argument("--address", default="auto", metavar="auto|HOST:PORT", help="of its Ray (default: auto)")
-    drain.set_defaults(run=_drain)
+    drain.set_defaults(run=run_drain)
 
-    environment = _with_config(
-        commands.add_parser("environment", help="print what a Ray of your own must have in its environment")
-    )
+    environment = commands.add_parser("environment", help="print what a Ray of your own must have in its environment")
+    environment.add_argument("config", nargs="?", type=Path, default=_DEFAULT_CONFIG, help="a YAML file")
     environment.add_argument("--runtime-dir", type=Path, default=Path("/tmp/phi"), help="for sockets, on each machine")
-    environment.set_defaults(run=_environment)
+    environment.set_defaults(run=run_environment)
 
     check = _with_config(commands.add_parser("check", help="find everything that would stop a start, without serving"))
     check.set_defaults(run=_check)
@@ -131,14 +128,12 @@ def _with_url(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
 
 def _config(parsed: argparse.Namespace) -> Config:
-    return load_config(
-        parsed.config,
-        {
-            "model": parsed.model,
-            "server": {"host": parsed.host, "port": parsed.port},
-            "nodes": {"ray_address": getattr(parsed, "address", None)},
-        },
-    )
+    overrides = {
+        "model": parsed.model,
+        "server": {"host": parsed.host, "port": parsed.port},
+        "nodes": {"ray_address": getattr(parsed, "address", None)},
+    }
+    return load_config(parsed.config, overrides)
 
 
 def _serve(parsed: argparse.Namespace) -> int:
@@ -159,8 +154,7 @@ def _serve(parsed: argparse.Namespace) -> int:
 def _run_server(config: Config, runtime_dir: Path, out: TextIO) -> int:
     begin = time.monotonic()
     stop = threading.Event()
-    # Until it serves, a signal ends the start at once.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    at_once()
     set_environment(config, runtime_dir, token_of(config))
     forbid_core_dumps()
     # Only now: Ray reads its environment when it is imported (and the client commands need not wait for it).
@@ -172,7 +166,7 @@ def _run_server(config: Config, runtime_dir: Path, out: TextIO) -> int:
     keys = None if config.keys_path is None else KeyFile(config.keys_path)
     server = Server(prepare(config, report), runtime_dir, report)
     try:
-        _on_signals(stop)
+        on_signals(stop)
         report.ready()
         base = f"http://{_in_url(config.server.host)}"
         metrics = f"http://{_in_url(config.server.metrics_host)}:{config.server.metrics_port}/metrics"
@@ -193,70 +187,6 @@ def _run_server(config: Config, runtime_dir: Path, out: TextIO) -> int:
     return 0
 
 
-def _join(parsed: argparse.Namespace) -> int:
-    out = sys.stdout
-    head = parsed.head if ":" in parsed.head else f"{parsed.head}:{NodesConfig().port}"
-    token = shared_token(parsed.token_file)
-    record = read_record(head, token)
-    record.check_versions()
-    runtime_dir = create_runtime_dir()
-    try:
-        with open(runtime_dir / "driver.log", "w") as log, contextlib.redirect_stdout(log):
-            set_environment(record.loaded_config(), runtime_dir, token)
-            if record.password is not None:
-                os.environ[PASSWORD_VARIABLE] = record.password
-            forbid_core_dumps()
-            return _run_node(record, head, parsed.node_address, runtime_dir, out)
-    finally:
-        remove_runtime_dir(runtime_dir)
-
-
-def _run_node(record: ClusterRecord, head: str, address: str | None, runtime_dir: Path, out: TextIO) -> int:
-    # Only now, as in _run_server.
-    from phi_cluster.cluster.join import JoinedNode
-    from phi_cluster.cluster.terminal import TerminalReport
-
-    report = TerminalReport(out)
-    stop = threading.Event()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    begin = time.monotonic()
-    while True:
-        node = JoinedNode(record, head, address, runtime_dir, report)
-        _on_signals(stop)
-        told = f"Joined {head} in {time.monotonic() - begin:.1f}s   node {node.node_id[:12]}   Ctrl-C drains"
-        print(told, file=out, flush=True)
-        while node.lives and not stop.wait(1.0):
-            pass
-        if stop.is_set():
-            break
-        node.end()
-        report.noted("the cluster has taken this machine for lost, or its head is gone; joining again")
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
-        begin = time.monotonic()
-    print("\ndraining …", end=" ", file=out, flush=True)
-    node.leave()
-    print("left clean", file=out, flush=True)
-    return 0
-
-
-def _drain(parsed: argparse.Namespace) -> int:
-    os.environ.setdefault(RUNTIME_DIR_VARIABLE, os.getcwd())
-    # Only now, as in _run_server.
-    from phi_cluster.cluster.node_drain import drain_here
-
-    node_id, is_drained = drain_here(parsed.address)
-    print(f"node {node_id[:12]} is drained" if is_drained else f"node {node_id[:12]} is not drained, its time is over")
-    return 0 if is_drained else 1
-
-
-def _environment(parsed: argparse.Namespace) -> int:
-    for name, value in environment(_config(parsed), parsed.runtime_dir, "").items():
-        if name != "RAY_AUTH_TOKEN":
-            print(f"{name}={value}")
-    return 0
-
-
 def _in_url(host: str) -> str:
     return f"[{host}]" if ":" in host else host
 
@@ -265,18 +195,6 @@ def _who_may(keys: KeyFile | None) -> str:
     if keys is None:
         return "loopback, no keys"
     return f"{len(keys.names)} key{'' if len(keys.names) == 1 else 's'}"
-
-
-def _on_signals(stop: threading.Event) -> None:
-    """The first SIGINT or SIGTERM ends the serving, a second one the draining too."""
-
-    def handle(number: int, frame: object) -> None:
-        if stop.is_set():
-            raise KeyboardInterrupt
-        stop.set()
-
-    signal.signal(signal.SIGINT, handle)
-    signal.signal(signal.SIGTERM, handle)
 
 
 def _keys(parsed: argparse.Namespace) -> int:

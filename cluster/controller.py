@@ -38,10 +38,11 @@ from phi_cluster.cluster.messages import ProcessId
 from phi_cluster.cluster.node_rest import NodeRests
 from phi_cluster.cluster.node_starts import NodeStarts
 from phi_cluster.cluster.node_tasks import end_process
+from phi_cluster.cluster.peers import PeerBook, ReplicaOrders
 from phi_cluster.cluster.processes import is_running, kill_for_sure, private_bytes, process_id
 from phi_cluster.cluster.replica_report import ReplicaReport
 from phi_cluster.cluster.served_model import ServedModel
-from phi_cluster.cluster.session.recycler import RecyclePolicy, RecycleReason, SessionSnapshot, decide, sleepers
+from phi_cluster.cluster.session.recycler import RecyclePolicy, SessionSnapshot, decide, sleepers
 from phi_cluster.cluster.session.reports import KeeperReport, SessionReport
 from phi_cluster.cluster.watch_api import EventPage
 from phi_cluster.cluster.worker_logs import logs_folder, prune_logs
@@ -104,6 +105,7 @@ class Controller:
         self._kv_loads = KVLoads()
         self._rests = NodeRests(config.nodes.idle_timeout, time.monotonic)
         self._node_starts = NodeStarts(served, config, self._news) if config.has_nodes else None
+        self._peers = PeerBook()
         self._logs = logs_folder(runtime_dir)
         self._logs_pruned_at = -math.inf
         self._running: asyncio.Task[None] | None = None
@@ -118,14 +120,16 @@ class Controller:
             self._running = asyncio.create_task(self._run())
         return os.getpid()
 
-    async def report_replica(self, report: ReplicaReport) -> RecycleReason | None:
-        """About once a second. The answer: why the replica's engine is to be renewed now, if it is."""
+    async def report_replica(self, report: ReplicaReport) -> ReplicaOrders:
+        """About once a second."""
         await self.start()
         self._view.take_replica(report)
         self._news.take_replica(report)
         # It may have come while its node was about to rest.
         self._rests.wake(report.node_id)
-        return self._engine_recycles.take(report.replica_id, report.engine, time.monotonic())
+        self._peers.take_replica(report)
+        reason = self._engine_recycles.take(report.replica_id, report.engine, time.monotonic())
+        return ReplicaOrders(reason, ray.get_runtime_context().get_node_id(), self._peers.news())
 
     async def request_engine_recycles(self) -> int:
         """Has the engines of all replicas renewed, one after the other; returns how many."""
@@ -187,8 +191,11 @@ class Controller:
         self._view.forget_silent()
         self._news.look(ray.get_runtime_context().get_node_id(), self._view.snapshots())
         await self._prune_logs()
+        if self._peers.has_several_nodes:
+            self._peers.drain(await asyncio.to_thread(ray._private.state.state.get_draining_nodes))
         for node in ray.nodes():
             if not node["Alive"]:
+                self._peers.forget_node(node["NodeID"])
                 self._view.forget_node(node["NodeID"])
                 self._news.forget_node(node["NodeID"])
                 self._kv_loads.forget(node["NodeID"])
@@ -215,6 +222,7 @@ class Controller:
             self._hung_keepers.discard(report.node_id)
             self._news.take_keeper(report)
             self._kv_loads.take(report)
+            self._peers.take_keeper(report)
             if await self._let_rest(keeper, report.node_id):
                 continue
             await self._recycle(keeper, report)
@@ -230,12 +238,16 @@ class Controller:
         is_here = node_id == ray.get_runtime_context().get_node_id()
         if is_here or not self._rests.should_rest(node_id, self._news.num_replicas(node_id)):
             return False
+        others = [n["NodeID"] for n in ray.nodes() if n["Alive"] and not self._rests.rests(n["NodeID"])]
         with suppress(PhiError, RayError, asyncio.TimeoutError):
+            targets = [other for other in others if other != node_id]
+            await asyncio.wait_for(keeper.evacuate.remote(targets, _RECYCLE_SECONDS / 2), _RECYCLE_SECONDS)
             await asyncio.wait_for(keeper.close.remote(), _RECYCLE_SECONDS)
         self._rests.rest(node_id)
         for name in (keeper_name(node_id), weight_store_name(node_id)):
             with suppress(ValueError):
                 ray.kill(ray.get_actor(name, namespace=NAMESPACE))
+        self._peers.forget_node(node_id)
         self._view.forget_node(node_id)
         self._kv_loads.forget(node_id)
         self._news.add(EventKind.NODE_RESTS, reason=node_id[:12])

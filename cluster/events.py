@@ -44,6 +44,7 @@ class EventKind(str, Enum):
     SESSION_ACTOR_HUNG = "session_actor_hung"
     SESSION_HIBERNATED = "session_hibernated"
     SESSION_WOKEN = "session_woken"
+    SESSION_MOVED = "session_moved"
     SESSION_FORKED = "session_forked"
     SESSION_IMPORTED = "session_imported"
     SESSION_CLEARED = "session_cleared"
@@ -76,6 +77,7 @@ _TEXTS = {
     EventKind.SESSION_ACTOR_HUNG: "a session's actor did not answer and was ended",
     EventKind.SESSION_HIBERNATED: "a session hibernated",
     EventKind.SESSION_WOKEN: "a session woke",
+    EventKind.SESSION_MOVED: "a session moved here from another node",
     EventKind.SESSION_FORKED: "a session was forked",
     EventKind.SESSION_IMPORTED: "a session was imported",
     EventKind.SESSION_CLEARED: "a session was cleared",

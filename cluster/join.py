@@ -6,24 +6,17 @@ the command line's looks.
 
 from __future__ import annotations
 
-import contextlib
 import socket
-import time
 from pathlib import Path
 
-import ray
-from ray.exceptions import RayError
-
-from phi_cluster.cluster import ray_cluster
-from phi_cluster.cluster.actors import CONTROLLER, NAMESPACE, keeper_name
 from phi_cluster.cluster.cluster_record import ClusterRecord
 from phi_cluster.cluster.errors import StartError
+from phi_cluster.cluster.node_driver import NodeDriver
 from phi_cluster.cluster.preflight import check_node, check_platform, inspect_machine, object_store_nbytes
+from phi_cluster.cluster.ray_cluster import RayNode, drain_node
 from phi_cluster.cluster.report import Report
 from phi_cluster.cluster.runtime_dir import clear_dead_servers
 from phi_cluster.cluster.state_lock import lock_state
-
-_UP_SECONDS = 300.0
 
 
 class JoinedNode:
@@ -44,16 +37,15 @@ class JoinedNode:
         if machine.cores < wanted:
             report.noted(f"this machine has {machine.cores} cores for {wanted} threads; see engine.num_threads")
         self._lock = lock_state(self._config.state_path)
+        address = address or _address_towards(head)
+        self._driver = NodeDriver(head, address, runtime_dir)
+        self._node = RayNode(runtime_dir, head, address, wanted, object_store_nbytes(record.weights_nbytes))
         try:
-            self._node = ray_cluster.join(
-                runtime_dir, head, address or _address_towards(head), wanted, object_store_nbytes(record.weights_nbytes)
-            )
-        except BaseException:
-            self._lock.close()
-            raise
-        try:
-            self.node_id: str = ray.get_runtime_context().get_node_id()
-            self._wait_for_keeper()
+            self.node_id = self._driver.wait_up(lambda: self._node.lives)
+        except StartError as error:
+            told = "" if self._node.lives else f": {self._node.complaint}"
+            self.end()
+            raise StartError(f"{error.message}{told}") from None
         except BaseException:
             self.end()
             raise
@@ -65,40 +57,20 @@ class JoinedNode:
 
     def leave(self) -> None:
         """Sessions move and streams end, for as long as `nodes.drain` at most; then everything here ends."""
-        deadline = time.monotonic() + self._config.nodes.drain
+        seconds = self._config.nodes.drain
         try:
-            ray_cluster.drain_node(self._head, self.node_id, self._config.nodes.drain)
-            while self._is_needed() and time.monotonic() < deadline and self._node.lives:
-                time.sleep(0.5)
+            drain_node(self._head, self.node_id, seconds)
+            self._driver.wait_drained(self.node_id, seconds, lambda: self._node.lives)
+        except StartError:
+            # What is left ends now.
+            pass
         finally:
             self.end()
 
     def end(self) -> None:
         """At once."""
-        with contextlib.suppress(Exception):
-            ray_cluster.stop_ray()
         self._node.end()
         self._lock.close()
-
-    def _is_needed(self) -> bool:
-        try:
-            controller = ray.get_actor(CONTROLLER, namespace=NAMESPACE)
-            return not ray.get(controller.is_drained.remote(self.node_id), timeout=5)
-        except (ValueError, RayError):
-            # It is being restarted.
-            return True
-
-    def _wait_for_keeper(self) -> None:
-        deadline = time.monotonic() + _UP_SECONDS
-        while time.monotonic() < deadline:
-            if not self._node.lives:
-                raise StartError(f"Ray ended on this machine: {self._node.complaint}")
-            try:
-                ray.get(ray.get_actor(keeper_name(self.node_id), namespace=NAMESPACE).start.remote(), timeout=5)
-                return
-            except (ValueError, RayError):
-                time.sleep(0.2)
-        raise StartError("the cluster started no actors on this machine: its events say why (phi-cluster events)")
 
 
 def _address_towards(head: str) -> str:

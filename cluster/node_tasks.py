@@ -78,7 +78,8 @@ def check_nodes(config: Config, weights_nbytes: int) -> None:
     for node in ray.nodes():
         if node["Alive"]:
             name = f"node {node['NodeID'][:12]} ({node['NodeManagerAddress']})"
-            check_environment(name, config, ray.get(_environment.options(**_on(node["NodeID"])).remote()))
+            given = ray.get(_environment.options(**_on(node["NodeID"])).remote())
+            check_environment(name, config, given)
             check_object_store(name, int(node["Resources"].get("object_store_memory", 0)), weights_nbytes)
     for node in ray.nodes():
         if node["Alive"]:

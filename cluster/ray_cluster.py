@@ -12,7 +12,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -23,9 +22,10 @@ from phi_cluster.cluster.errors import StartError
 
 LOOPBACK = "127.0.0.1"
 _NAMESPACE = "phi-cluster"
-# How long a node may take to be up, and to end.
-_UP_SECONDS = 60.0
+# How long a node may take to end.
 _END_SECONDS = 20.0
+# How long the head may take to be told that a node leaves.
+_DRAIN_SECONDS = 20.0
 
 
 def start_ray(
@@ -119,26 +119,6 @@ class RayNode:
             self._popen.wait()
 
 
-def join(runtime_dir: Path, head: str, address: str, num_cpus: int, object_store_nbytes: int) -> RayNode:
-    """Starts a node and connects to it. Raises StartError, with nothing left."""
-    node = RayNode(runtime_dir, head, address, num_cpus, object_store_nbytes)
-    deadline = time.monotonic() + _UP_SECONDS
-    try:
-        while True:
-            try:
-                connect(runtime_dir, head, address)
-                return node
-            except StartError as error:
-                if not node.lives:
-                    raise StartError(f"this machine did not join {head}: {node.complaint}") from None
-                if time.monotonic() > deadline:
-                    raise StartError(f"this machine did not join {head} in time: {error.message}") from None
-                time.sleep(0.5)
-    except BaseException:
-        node.end()
-        raise
-
-
 def drain_node(head: str, node_id: str, seconds: float) -> None:
     """Tells Ray that the node leaves: nothing new is placed there, and Serve moves its replicas. Raises StartError if
     Ray refuses."""
@@ -149,9 +129,11 @@ def drain_node(head: str, node_id: str, seconds: float) -> None:
         "--reason-message": "phi-cluster: the node leaves",
         "--deadline-remaining-seconds": max(int(seconds), 1),
     }
-    done = subprocess.run(
-        command + [f"{name}={value}" for name, value in options.items()], capture_output=True, text=True, check=False
-    )
+    arguments = command + [f"{name}={value}" for name, value in options.items()]
+    try:
+        done = subprocess.run(arguments, capture_output=True, text=True, timeout=_DRAIN_SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        raise StartError(f"Ray did not drain the node: nobody answers at {head}") from None
     if done.returncode:
         raise StartError(f"Ray did not drain the node: {' '.join((done.stdout + done.stderr).split())[-300:]}")
 

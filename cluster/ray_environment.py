@@ -28,6 +28,11 @@ _OF_SEVERAL_MACHINES = {
     "RAY_health_check_period_ms": "1000",
     "RAY_health_check_timeout_ms": "3000",
     "RAY_health_check_failure_threshold": "4",
+    # HAProxy: a connection to a replica whose machine is cut off would hang for as long as its client waits. Serve has
+    # no setting for that, but takes what follows into HAProxy's defaults as it is.
+    "RAY_SERVE_HAPROXY_BALANCE_ALGORITHM": "\n    ".join(
+        ("leastconn", "option srvtcpka", "srvtcpka-idle 4s", "srvtcpka-intvl 2s", "srvtcpka-cnt 3")
+    ),
 }
 
 

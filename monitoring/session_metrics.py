@@ -23,9 +23,10 @@ _COMMIT_BYTES_BUCKETS = (2**8, 2**10, 2**12, 2**14, 2**16, 2**18, 2**20)
 
 
 class SessionMetrics:
-    """What a keeper measures. `deactivation_reasons`: why a session may be given back."""
+    """What a keeper measures. `deactivation_reasons`: why a session may be given back; `move_results`: what may become
+    of a session that is to move to, or away from, its node."""
 
-    def __init__(self, deactivation_reasons: Iterable[str] = ()) -> None:
+    def __init__(self, deactivation_reasons: Iterable[str] = (), move_results: Iterable[str] = ()) -> None:
         self.registry = CollectorRegistry()
         self.recoveries = RecoveryMetrics(self.registry, {"session_actor": ("death", "hang")})
         self._deactivations = Counter(
@@ -36,6 +37,23 @@ class SessionMetrics:
         )
         for reason in deactivation_reasons:
             self._deactivations.labels(reason)
+        self._moves = Counter(
+            "phi_session_moves",
+            "Sessions that were to move here from another node, and those that a node that is given up left behind.",
+            ["result"],
+            registry=self.registry,
+        )
+        for result in move_results:
+            self._moves.labels(result)
+        self._move_bytes = Counter(
+            "phi_session_move_bytes", "Keys, values and ids that came here from other nodes.", registry=self.registry
+        )
+        self._move = Histogram(
+            "phi_session_move_seconds",
+            "Time in which a session moved here.",
+            buckets=_DISK_BUCKETS,
+            registry=self.registry,
+        )
         self._hibernation = Histogram(
             "phi_session_hibernation_seconds",
             "Time in which a cache was written to the disk.",
@@ -57,6 +75,14 @@ class SessionMetrics:
 
     def on_restored(self, seconds: float) -> None:
         self._restore.observe(seconds)
+
+    def on_move(self, result: str) -> None:
+        self._moves.labels(result).inc()
+
+    def on_arrived(self, nbytes: int, seconds: float) -> None:
+        """So much came with a session that moved here, in this time."""
+        self._move_bytes.inc(nbytes)
+        self._move.observe(seconds)
 
     def snapshot(self) -> list[FamilySnapshot]:
         return snapshot_of(self.registry.collect())

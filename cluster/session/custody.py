@@ -90,11 +90,15 @@ class Custody:
     def recorded(self, key: SessionKey, num_turns: int | None = None) -> Recorded:
         """The conversation, or what its first turns left. In place: in a thread it could make a journal anew that is
         being deleted. Raises InvalidRequest if there are fewer turns, and the journal's errors."""
-        journal = self.journal(key)
-        try:
-            info, turns = journal.info(), journal.load()
-        finally:
-            journal.close()
+        held = self.roster.find(key) if key.ephemeral else None
+        if held is not None and held.session is not None:
+            info, turns = held.session.record()
+        else:
+            journal = self.journal(key)
+            try:
+                info, turns = journal.info(), journal.load()
+            finally:
+                journal.close()
         if num_turns is not None and not 1 <= num_turns <= len(turns):
             raise InvalidRequest(f"turn is {num_turns}: the conversation has {len(turns)} turns", param="turn")
         turns = turns[:num_turns]
@@ -272,6 +276,9 @@ class Custody:
             return await self.put_away(entry)
         # Unnamed conversations never have an actor.
         assert entry.session is not None
+        if entry.session.in_turn:
+            # Also one that is on its way to another node: that is not to be given up for this.
+            return False
         try:
             await entry.session.deactivate(0.0)
         except SessionBusy:

@@ -19,6 +19,7 @@ from phi_cluster.cluster.errors import PhiError, SessionBusy
 from phi_cluster.cluster.events import EventKind
 from phi_cluster.cluster.messages import Moved, SegmentRef, SessionKey
 from phi_cluster.cluster.session.custody import Custody, Recorded
+from phi_cluster.cluster.session.hibernated_payload import HibernatedPayload
 from phi_cluster.cluster.session.hibernation_file import BadHibernation, Mark
 from phi_cluster.cluster.session.hibernation_policy import HibernationPolicy
 from phi_cluster.cluster.session.hibernation_store import Hibernated, HibernationStore, StorageFull
@@ -64,6 +65,24 @@ class Hibernation:
         asleep = self._asleep.get(key.digest)
         return None if asleep is None or self._roster.find(key) is not None else asleep.nbytes
 
+    def peek(self, key: SessionKey) -> tuple[Hibernated, HibernatedPayload, Recorded] | None:
+        """The session's cache on the disk, to be read by whoever closes it, and what it is of; it stays where it is.
+        None: there is none, or it is in memory, or cannot be used. Raises the journal's errors."""
+        asleep = self._asleep.get(key.digest)
+        if asleep is None or self._store is None or key.digest in self._waking or self._roster.find(key) is not None:
+            return None
+        recorded, settings = self._custody.recorded(key), self._custody.settings
+        try:
+            payload = self._store.open(key.digest, settings.layout, settings.fingerprint, mark_of(recorded))
+        except (BadHibernation, OSError) as error:
+            logger.warning("a hibernated cache cannot be moved: %s", error)
+            return None
+        return asleep, payload, recorded
+
+    def is_asleep(self, key: SessionKey, asleep: Hibernated) -> bool:
+        """Whether this is still what the session has, and all."""
+        return self._roster.find(key) is None and self._asleep.get(key.digest) is asleep
+
     async def forget(self, key: SessionKey) -> None:
         """The conversation is gone, or another: nothing of it stays on the disk. Raises OSError."""
         self._asleep.pop(key.digest, None)
@@ -98,6 +117,9 @@ class Hibernation:
         False if it is in use."""
         # One that is changing hands is left alone: who does that may be waiting for room.
         if entry.moving.locked() or self._roster.find(entry.key) is not entry:
+            return False
+        if entry.session is not None and entry.session.in_turn:
+            # Also one that is on its way to another node: its memory comes free sooner if it is let go.
             return False
         async with entry.moving:
             try:
@@ -157,7 +179,7 @@ class Hibernation:
             began = self._monotonic()
             try:
                 written = await asyncio.to_thread(
-                    write, key.digest, segment, num_tokens, _mark(recorded), dropped.append
+                    write, key.digest, segment, num_tokens, mark_of(recorded), dropped.append
                 )
             finally:
                 for other in dropped:
@@ -202,7 +224,7 @@ class Hibernation:
             segment = settings.segments.create(settings.layout, settings.fingerprint)
             began = self._monotonic()
             try:
-                await asyncio.to_thread(self._store.take, digest, segment, _mark(recorded))
+                await asyncio.to_thread(self._store.take, digest, segment, mark_of(recorded))
             except (BadHibernation, OSError) as error:
                 self.counts["hibernation_failures"] += 1
                 logger.warning("a hibernated cache is computed anew: %s", error)
@@ -228,5 +250,6 @@ class Hibernation:
             custody.leases.release(lease)
 
 
-def _mark(recorded: Recorded) -> Mark:
+def mark_of(recorded: Recorded) -> Mark:
+    """Which state of the journal that is."""
     return Mark(recorded.info.epoch, recorded.info.turns)

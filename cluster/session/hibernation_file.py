@@ -24,13 +24,16 @@ from typing import Any, Protocol
 import msgpack
 
 from phi_cluster.cluster.session.segment import Segment
+from phi_cluster.cluster.session.segment_layout import SegmentLayout
 
 MAGIC = b"phiKVhib"
 VERSION = 1
 PIECE_NBYTES = 2**20
-_MAX_PIECE_NBYTES = 2**24
+MAX_PIECE_NBYTES = 2**24
 TAG_NBYTES = 16
 _HEADER_LENGTH = struct.Struct("<I")
+# What stands in front of the header.
+START_NBYTES = len(MAGIC) + _HEADER_LENGTH.size
 # Far beyond any that is written.
 _MAX_HEADER_NBYTES = 4096
 
@@ -137,6 +140,31 @@ class PieceCipher:
         return hashlib.blake2b(piece, digest_size=TAG_NBYTES, key=key, person=person).digest()
 
 
+def payload_nbytes(layout: SegmentLayout, header: HibernationHeader) -> int:
+    """The used ranges of a segment, joined."""
+    return sum(length for _, length in layout.used_ranges(header.num_tokens, header.num_computed_tokens))
+
+
+def check_header(header: HibernationHeader, layout: SegmentLayout, identity: bytes, digest: str) -> None:
+    """Whether what it is about is this session's, and can be. Raises BadHibernation."""
+    if header.digest != digest:
+        raise BadHibernation("it belongs to another session")
+    if header.identity != identity:
+        raise BadHibernation("it belongs to another model or layout")
+    if not 0 <= header.num_computed_tokens <= header.num_tokens <= layout.max_model_len:
+        raise BadHibernation("its numbers of tokens cannot be")
+    if not 1 <= header.piece_nbytes <= MAX_PIECE_NBYTES:
+        raise BadHibernation("its pieces cannot be")
+
+
+def check_kept(header: HibernationHeader, mark: Mark, cipher: PieceCipher) -> None:
+    """Whether it is of this state of the journal, and can be read. Raises BadHibernation."""
+    if header.mark != mark:
+        raise BadHibernation("it is stale: the conversation has gone on")
+    if header.is_encrypted != cipher.is_encrypted:
+        raise BadHibernation("it is encrypted" if header.is_encrypted else "it is not encrypted")
+
+
 def file_nbytes(segment: Segment, num_tokens: int, num_computed_tokens: int | None = None) -> int:
     """About how long a file of so many of the segment's tokens is (its header taken for the longest)."""
     num_computed = _num_computed(segment, num_tokens, num_computed_tokens)
@@ -179,7 +207,7 @@ def write_file(
 
 def read_header(file: BinaryFile) -> tuple[HibernationHeader, bytes]:
     """The header, checked as far as it can be by itself, and its bytes. Raises BadHibernation and OSError."""
-    start = _read(file, len(MAGIC) + _HEADER_LENGTH.size)
+    start = _read(file, START_NBYTES)
     if start[: len(MAGIC)] != MAGIC:
         raise BadHibernation("it is another kind of file")
     (length,) = _HEADER_LENGTH.unpack_from(start, len(MAGIC))
@@ -192,18 +220,8 @@ def read_header(file: BinaryFile) -> tuple[HibernationHeader, bytes]:
 def read_file(file: BinaryFile, segment: Segment, digest: str, mark: Mark, cipher: PieceCipher) -> None:
     """Fill a new segment from the file. Raises BadHibernation and OSError: the segment must be thrown away then."""
     header, packed = read_header(file)
-    if header.digest != digest:
-        raise BadHibernation("it belongs to another session")
-    if header.identity != segment.identity:
-        raise BadHibernation("it belongs to another model or layout")
-    if header.mark != mark:
-        raise BadHibernation("it is stale: the conversation has gone on")
-    if header.is_encrypted != cipher.is_encrypted:
-        raise BadHibernation("it is encrypted" if header.is_encrypted else "it is not encrypted")
-    if not 0 <= header.num_computed_tokens <= header.num_tokens <= segment.layout.max_model_len:
-        raise BadHibernation("its numbers of tokens cannot be")
-    if not 1 <= header.piece_nbytes <= _MAX_PIECE_NBYTES:
-        raise BadHibernation("its pieces cannot be")
+    check_header(header, segment.layout, segment.identity, digest)
+    check_kept(header, mark, cipher)
     ranges = segment.layout.used_ranges(header.num_tokens, header.num_computed_tokens)
     total = sum(length for _, length in ranges)
     number = 0

@@ -20,6 +20,7 @@ from typing import Protocol
 
 from phi_cluster.cluster.errors import PhiError, StartError
 from phi_cluster.cluster.secret_file import read_secret
+from phi_cluster.cluster.session.hibernated_payload import HibernatedPayload
 from phi_cluster.cluster.session.hibernation_file import (
     BadHibernation,
     Mark,
@@ -30,6 +31,7 @@ from phi_cluster.cluster.session.hibernation_file import (
     write_file,
 )
 from phi_cluster.cluster.session.segment import Segment
+from phi_cluster.cluster.session.segment_layout import SegmentLayout
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +75,10 @@ class HibernationStore(Protocol):
     def take(self, digest: str, segment: Segment, mark: Mark) -> None:
         """Fill a new segment with what was kept; whatever comes of it, it is not kept any more. Raises BadHibernation
         and OSError: the segment must be thrown away then."""
+        ...
+
+    def open(self, digest: str, layout: SegmentLayout, fingerprint: str, mark: Mark) -> HibernatedPayload:
+        """What was kept, to be read while it stays where it is. Raises BadHibernation and OSError."""
         ...
 
     def delete(self, digest: str) -> None:
@@ -155,6 +161,14 @@ class FileHibernationStore:
                 os.close(fd)
         finally:
             path.unlink(missing_ok=True)
+
+    def open(self, digest: str, layout: SegmentLayout, fingerprint: str, mark: Mark) -> HibernatedPayload:
+        fd = os.open(self._path(digest), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        try:
+            return HibernatedPayload(fd, layout, fingerprint, digest, mark, self._cipher)
+        except BaseException:
+            os.close(fd)
+            raise
 
     def delete(self, digest: str) -> None:
         self._path(digest).unlink(missing_ok=True)

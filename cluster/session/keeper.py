@@ -15,12 +15,13 @@ import contextlib
 import logging
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
 
+from phi_cluster.cluster.actors import NAMESPACE, keeper_name
 from phi_cluster.cluster.config import KVConfig, SessionsConfig
 from phi_cluster.cluster.errors import Overloaded, PhiError
 from phi_cluster.cluster.events import EventKind
@@ -32,9 +33,11 @@ from phi_cluster.cluster.messages import (
     BeginTurn,
     CommitTurn,
     Moved,
+    ProcessId,
     SegmentRef,
     SessionKey,
     Stretch,
+    TenantLimits,
     TurnGrant,
     TurnUsage,
 )
@@ -44,16 +47,21 @@ from phi_cluster.cluster.session.actor import session_settings
 from phi_cluster.cluster.session.actor_pool import RayActors
 from phi_cluster.cluster.session.administration import Administration
 from phi_cluster.cluster.session.cache_export import SECRET_NBYTES, CacheExports, ExportSecret, split
-from phi_cluster.cluster.session.catalog import Catalog
+from phi_cluster.cluster.session.catalog import Catalog, Known
 from phi_cluster.cluster.session.conversation import name_digest
 from phi_cluster.cluster.session.custody import Custody
 from phi_cluster.cluster.session.elsewhere import Elsewhere
+from phi_cluster.cluster.session.evacuation import Evacuation, Evacuations
 from phi_cluster.cluster.session.forks import Forks
 from phi_cluster.cluster.session.glances import Glances
 from phi_cluster.cluster.session.hibernation import Hibernation
 from phi_cluster.cluster.session.hibernation_store import FileHibernationStore, HibernationStore, read_key
-from phi_cluster.cluster.session.journal import Journals, JournalUnavailable
+from phi_cluster.cluster.session.journal import Glance, Journals, JournalUnavailable
 from phi_cluster.cluster.session.journals import JournalPlace, open_journals
+from phi_cluster.cluster.session.moving import MoveResult, Moves
+from phi_cluster.cluster.session.moving_memory import Piece
+from phi_cluster.cluster.session.node_processes import NodeProcesses
+from phi_cluster.cluster.session.offers import Offer, Offers
 from phi_cluster.cluster.session.recycler import RecycleReason
 from phi_cluster.cluster.session.reports import (
     KeeperReport,
@@ -78,7 +86,11 @@ _REST_SECONDS = 30.0
 # Between two looks at how much disk the journals take.
 _JOURNALS_SECONDS = 20.0
 # Why the keeper takes sessions back from their actors.
-_DEACTIVATION_REASONS = (RecycleReason.IDLE.value, RecycleReason.MEMORY_PRESSURE.value)
+_DEACTIVATION_REASONS = (
+    RecycleReason.IDLE.value,
+    RecycleReason.MEMORY_PRESSURE.value,
+    RecycleReason.MIGRATING.value,
+)
 
 
 @dataclass(frozen=True)
@@ -103,17 +115,22 @@ class NodeSessions:
         store: HibernationStore | None,
         usage: UsageStore | None = None,
         export_secret: Callable[[], bytes] | None = None,
+        peers: Callable[[str], Any] | None = None,
     ):
         """`store` None: no session hibernates; `usage` None: the tenants' totals end with this object; `export_secret`:
-        see cache_export.py (None: one that nobody else will ever know). Raises OSError if totals cannot be read."""
+        see cache_export.py (None: one that nobody else will ever know); `peers`: see moving.py (None: there is no other
+        node). Raises OSError if totals cannot be read."""
         self._layout = settings.layout
         self._clock = settings.clock
         self._node_id = node_id
         self._process = process_id()
-        self._metrics = SessionMetrics(_DEACTIVATION_REASONS)
+        self._metrics = SessionMetrics(_DEACTIVATION_REASONS, [result.value for result in MoveResult])
         self._custody = Custody(settings, journals, actors, sessions, kv, budget_nbytes, self._metrics)
         self._roster = self._custody.roster
         self._hibernation = Hibernation(self._custody, store)
+        self._offers = Offers(self._custody, self._hibernation)
+        self._moves = Moves(self._custody, self._hibernation, peers or _no_peers)
+        self._evacuations = Evacuations(self._custody, self._hibernation, peers or _no_peers, node_id)
         secret = os.urandom(SECRET_NBYTES)
         caches = CacheExports(self._custody, export_secret or (lambda: secret))
         self._administration = Administration(self._custody, self._hibernation, caches, node_id)
@@ -122,7 +139,8 @@ class NodeSessions:
         self._catalog = Catalog(self._custody, self._hibernation, self._administration, glances, node_id)
         self._forks = Forks(self._custody)
         self._retention = Retention(self._custody, self._administration, self._hibernation, glances, sessions.retention)
-        self._accounts = Accounts(usage or ForgetfulStore(), settings.clock, settings.is_alive)
+        self._accounts = Accounts(usage or ForgetfulStore(), settings.clock, settings.is_alive, node_id)
+        self._processes = NodeProcesses(self._accounts, _keeper_of)
         self._memory = TenantMemory(
             self._custody, lambda tenant: self._accounts.limits_of(tenant).kv_bytes, kv.reserve_wait
         )
@@ -172,6 +190,7 @@ class NodeSessions:
 
     async def _open(self, key: SessionKey) -> tuple[Entry, tuple[Stretch, ...]]:
         """The session in memory, and what that took if it was not there."""
+        await self._moves.arrived(key)
         if (entry := self._roster.find(key)) is not None:
             return entry, ()
         began = self._clock()
@@ -270,6 +289,14 @@ class NodeSessions:
         """After it, however it ended."""
         self._accounts.charge(usage)
 
+    async def learn_limits(self, tenant: str, limits: TenantLimits) -> None:
+        """Another node's keeper keeps the accounts of all."""
+        self._accounts.learn(tenant, limits)
+
+    async def are_alive(self, processes: list[ProcessId]) -> list[bool]:
+        """Processes of this node."""
+        return [self._custody.settings.is_alive(process) for process in processes]
+
     async def usage(self, tenant: str | None) -> list[dict[str, Any]]:
         """Under the names of the HTTP API; None: of all tenants that have used anything."""
         await self.start()
@@ -282,6 +309,55 @@ class NodeSessions:
             )
             for totals in self._accounts.totals(tenant)
         ]
+
+    # Between nodes.
+
+    async def move_here(self, key: SessionKey, source_node_id: str, always: bool = False) -> bool:
+        """See `Moves.move_here`."""
+        await self.start()
+        return await self._moves.move_here(key, source_node_id, always=always)
+
+    async def evacuate(self, targets: Sequence[str], seconds: float = 60.0) -> Evacuation:
+        """See `Evacuations.evacuate`."""
+        await self.start()
+        return await self._evacuations.evacuate(targets, seconds)
+
+    async def offer(self, key: SessionKey) -> Offer | None:
+        """See `Offers.offer`; then `piece`, and `let_go` at the end."""
+        await self.start()
+        return await self._offers.offer(key)
+
+    async def piece(self, move_id: str, number: int) -> Piece | None:
+        return await self._offers.piece(move_id, number)
+
+    async def let_go(self, move_id: str, taken: bool) -> bool:
+        return await self._offers.let_go(move_id, taken=taken)
+
+    async def room(self) -> int:
+        """Bytes of KV memory that are not leased."""
+        await self.start()
+        return self._custody.ledger.available
+
+    # Where sessions are, where there are several nodes.
+
+    async def locate(self, key: SessionKey) -> Glance | None:
+        """What the journal tells at a glance, its seat too; without one, nothing of the session is kept here either.
+        Raises the journal's errors."""
+        await self.start()
+        seen = await asyncio.to_thread(self._custody.journals.glance, key)
+        if seen is None and self._custody.journals.shared and self._roster.is_known(key):
+            await self._elsewhere.check(key)
+        return seen
+
+    async def survey(self, query: SessionQuery, only_held: bool) -> list[Known]:
+        """See `Catalog.survey`."""
+        await self.start()
+        return await self._catalog.survey(query, only_held=only_held)
+
+    async def described(self, keys: list[SessionKey]) -> list[dict[str, Any] | None]:
+        """See `Catalog.described`."""
+        await self.start()
+        return await self._catalog.described(keys)
 
     # Administration.
 
@@ -367,6 +443,7 @@ class NodeSessions:
             if entry.session is not None and not entry.session.in_turn and s.idle_seconds > _REST_SECONDS:
                 entry.session.rest()
         await self._save_usage()
+        await self._processes.look()
         await self._look_at_journals()
         in_memory = {entry.key.digest for entry in entries}
         on_disk = [key for key in self._roster.stored_keys() if key.digest not in in_memory]
@@ -388,6 +465,8 @@ class NodeSessions:
             snapshot=self._metrics.snapshot(),
             usage=self._accounts.totals(),
             events=self._custody.events.after(events_after),
+            move_bytes_per_second=self._moves.speed.bytes_per_second,
+            compute_tokens_per_second=self._hibernation.policy.tokens_per_second,
             counts={"forks": self._forks.made, "deletions": self._retention.deleted, **self._hibernation.counts},
         )
 
@@ -406,7 +485,7 @@ class NodeSessions:
 
     def _is_busy(self) -> bool:
         in_turn = any(entry.session is not None and entry.session.in_turn for entry in self._roster)
-        return in_turn or self._custody.leases.num_waiting > 0
+        return in_turn or self._custody.leases.num_waiting > 0 or self._moves.num_coming > 0
 
     async def close(self) -> int:
         """Ends all actors; conversations stay in their journals. Returns how many named sessions there are."""
@@ -445,6 +524,14 @@ class NodeSessions:
         return SessionReport(stats, pid, private_or_zero(pid), entry.private_baseline)
 
 
+def _no_peers(node_id: str) -> Any:
+    raise ValueError(f"no other nodes are known, nor {node_id}")
+
+
+def _keeper_of(node_id: str) -> Any:
+    return ray.get_actor(keeper_name(node_id), namespace=NAMESPACE)
+
+
 # Whoever waits here, for a turn or for memory, must not take the place of the commit that it waits for: Ray's default
 # is 1000.
 @ray.remote(num_cpus=0, max_concurrency=15_000)  # type: ignore[call-overload]
@@ -464,7 +551,7 @@ class Keeper(NodeSessions):
         settings = session_settings(layout, fingerprint)
         node_id = ray.get_runtime_context().get_node_id()
         actors = RayActors(layout, fingerprint, place, node_id)
-        journals = open_journals(place, fingerprint, settings.clock)
+        journals = open_journals(place, fingerprint, settings.clock, node_id)
         state_path = place.state_path
         usage = UsageFile(state_path / "usage.sqlite")
         store = None
@@ -472,4 +559,6 @@ class Keeper(NodeSessions):
             key = read_key(kv.hibernate_key_file) if kv.hibernate_key_file else None
             store = FileHibernationStore(state_path, kv.hibernate_quota, key)
         secret = ExportSecret(state_path / "export.key")
-        super().__init__(settings, journals, actors, node_id, sessions, kv, budget_nbytes, store, usage, secret)
+        super().__init__(
+            settings, journals, actors, node_id, sessions, kv, budget_nbytes, store, usage, secret, _keeper_of
+        )

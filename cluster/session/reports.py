@@ -38,7 +38,8 @@ class SessionReport:
 @dataclass(frozen=True)
 class KeeperReport:
     """What the controller collects. Bytes; counters since this keeper started; `counts` are those that the metrics
-    declare, `snapshot` what it measures (see monitoring/session_metrics.py)."""
+    declare, `snapshot` what it measures (see monitoring/session_metrics.py). The speeds are those with which sessions
+    come from other nodes and prompts are computed, as measured: for moving_policy.is_worth_moving."""
 
     node_id: str
     process: ProcessId
@@ -58,6 +59,8 @@ class KeeperReport:
     usage: list[UsageTotals] = field(default_factory=list)
     # Since the controller asked last.
     events: list[Event] = field(default_factory=list)
+    move_bytes_per_second: float = 0.0
+    compute_tokens_per_second: float = 0.0
 
 
 def public_usage(totals: UsageTotals, *, num_turns: int, num_sessions: int, kv_cache_nbytes: int) -> dict[str, Any]:

@@ -102,11 +102,13 @@ class Session:
         self.key = conversation.key
         self._conversation = conversation
         self._settings = settings
-        self._gate = Gate(self._reap, poll_seconds=settings.poll_seconds, max_waiting=settings.max_waiting)
+        self._gate = Gate(self._look, poll_seconds=settings.poll_seconds, max_waiting=settings.max_waiting)
         self._turn: _Turn | None = None
         self._state = "active"
         self._activated_at = self._last_used = settings.clock()
         self._activation_turns = 0
+        # While the session is handed over: told of whoever wants it meanwhile.
+        self._on_wanted: Callable[[], None] | None = None
 
     @classmethod
     def create(cls, journal: Journal, settings: SessionSettings, *, activate: bool = True) -> Session:
@@ -167,11 +169,16 @@ class Session:
         return session
 
     @classmethod
-    def adopt(cls, segment: Segment, journal: Journal, settings: SessionSettings) -> Session:
+    def adopt(
+        cls, segment: Segment, journal: Journal, settings: SessionSettings, *, last_used: float | None = None
+    ) -> Session:
         """The conversation as the journal has it, in memory that holds keys and values of its beginning already: a
-        copy, which nobody else has. Takes the segment over. No incarnation is counted. Raises the journal's errors."""
+        copy, which nobody else has. Takes the segment over. No incarnation is counted; `last_used` as in `take_over`.
+        Raises the journal's errors."""
         try:
             session = cls._built(segment, journal, settings, journal.info())
+            if last_used is not None:
+                session._last_used = last_used
             session._conversation.lay_tokens()
         except BaseException:
             segment.close()
@@ -367,6 +374,10 @@ class Session:
             activation_age_seconds=max(0.0, now - self._activated_at),
         )
 
+    def record(self) -> tuple[JournalInfo, list[CommitTurn]]:
+        """What its own journal says: nobody else has that of an unnamed conversation."""
+        return self._conversation.journal.info(), self._conversation.journal.load()
+
     def rest(self) -> None:
         """Close the journal's file until the next turn (for hosts, when a session has been idle for a
         while)."""
@@ -374,9 +385,12 @@ class Session:
 
     # The end of an incarnation.
 
-    async def begin_hand_over(self, wait_seconds: float = 30.0) -> SegmentRef | Moved:
+    async def begin_hand_over(
+        self, wait_seconds: float = 30.0, *, on_wanted: Callable[[], None] | None = None
+    ) -> SegmentRef | Moved:
         """Wait for the turn under way (before all others who wait), let no other begin, and name the memory
-        for the successor. Then `complete_hand_over` or `cancel_hand_over`. Raises SessionBusy."""
+        for the successor. Then `complete_hand_over` or `cancel_hand_over`, which `on_wanted` may do: it is called when
+        somebody comes for the session meanwhile, who then need not wait. Raises SessionBusy."""
         if not await self._enter("hand over", wait_seconds, first=True):
             return Moved(self.key)
         try:
@@ -385,7 +399,7 @@ class Session:
         except BaseException:
             self._gate.release()
             raise
-        self._state = "handing_over"
+        self._state, self._on_wanted = "handing_over", on_wanted
         return ref
 
     def complete_hand_over(self) -> None:
@@ -398,7 +412,7 @@ class Session:
         """No successor came: go on as before."""
         if self._state != "handing_over":
             raise ValueError("no hand-over is under way")
-        self._state = "active"
+        self._state, self._on_wanted = "active", None
         self._gate.release()
 
     async def deactivate(self, wait_seconds: float = 0.0) -> None:
@@ -435,6 +449,12 @@ class Session:
             raise SessionBusy("the request was withdrawn while it waited for the session")
         return entry is Entry.ENTERED
 
+    def _look(self) -> None:
+        """Somebody has come, or still waits."""
+        if self._on_wanted is not None:
+            self._on_wanted()
+        self._reap()
+
     def _reap(self) -> None:
         """End the turn under way if all who may write are dead, also an engine that came into it later."""
         turn = self._turn
@@ -464,7 +484,7 @@ class Session:
         self._gate.release()
 
     def _leave(self) -> None:
-        self._state = "moved"
+        self._state, self._on_wanted = "moved", None
         # First those who wait: closing a file may fail.
         self._gate.close()
         self._conversation.close()

@@ -10,7 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from phi_cluster.cluster.config import Config, EngineConfig, KVConfig, ServerConfig, SessionsConfig, TracingConfig
+from phi_cluster.cluster.config import (
+    Config,
+    EngineConfig,
+    KVConfig,
+    NodesConfig,
+    ServerConfig,
+    SessionsConfig,
+    TracingConfig,
+)
 from phi_cluster.cluster.errors import StartError
 from phi_cluster.cluster.preflight import (
     ENGINE_NBYTES,
@@ -20,6 +28,7 @@ from phi_cluster.cluster.preflight import (
     Machine,
     check_config,
     check_folder,
+    check_node,
     check_platform,
     check_port,
     check_ports,
@@ -362,3 +371,24 @@ def test_no_engine_stands_by_on_a_gpu() -> None:
     assert standby_engines(Config(device="cuda"), machine, 0, 0) == 0
     with pytest.raises(StartError, match="the GPU's memory"):
         standby_engines(Config(device="cuda", engine=EngineConfig(standby_engines=1)), machine, 0, 0)
+
+
+# Several machines.
+
+
+def test_several_machines_reach_each_others_replicas(config: Config, tmp_path: Path) -> None:
+    nodes = config.model_copy(update={"nodes": NodesConfig(ray_address="auto")})
+    assert refusal(nodes).endswith("set server.keys, and server.host: 0.0.0.0")
+    keys = tmp_path / "keys.yaml"
+    keys.write_text("keys: []")
+    check_config(with_server(nodes, host="0.0.0.0", keys=keys), MACHINE)
+
+
+def test_a_machine_that_joins_is_looked_at_first(config: Config, listener: socket.socket, tmp_path: Path) -> None:
+    check_node(config, 0)
+    with pytest.raises(StartError, match=r"server\.port: cannot listen"):
+        check_node(with_server(config, port=listener.getsockname()[1]), 0)
+    with pytest.raises(StartError, match=r"the weights needs \d+ MB there"):
+        check_node(config, 5 * 10**17)
+    with pytest.raises(StartError, match="cannot read the keys"):
+        check_node(with_server(config, keys=tmp_path / "none"), 0)

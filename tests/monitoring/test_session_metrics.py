@@ -79,7 +79,9 @@ def test_what_keepers_count(exported):
 
 
 def test_what_keepers_measure(exported):
-    metrics = SessionMetrics(["idle"])
+    metrics = SessionMetrics(["idle"], ["moved", "failed"])
+    metrics.on_move("moved")
+    metrics.on_arrived(1000, 0.5)
     metrics.on_deactivated("memory_pressure")
     metrics.on_hibernated(0.2)
     metrics.on_restored(0.01)
@@ -88,6 +90,9 @@ def test_what_keepers_measure(exported):
     metrics.recoveries.recovered("session_actor", 0.05)
     out = exported(merge_snapshots([metrics.snapshot()]))
     assert out.values("phi_session_deactivations_total") == {("idle",): 0, ("memory_pressure",): 1}
+    assert out.values("phi_session_moves_total") == {("moved",): 1, ("failed",): 0}
+    assert out.value("phi_session_move_bytes_total") == 1000
+    assert out.value("phi_session_move_seconds_sum") == 0.5
     assert out.value("phi_session_hibernation_seconds_sum") == 0.2
     assert out.value("phi_session_restore_seconds_count") == 2
     assert out.value("phi_recoveries_total", component="session_actor", reason="hang") == 1

@@ -7,6 +7,7 @@ import contextlib
 import gc
 import itertools
 import os
+import pickle
 import subprocess
 import sys
 from array import array
@@ -278,7 +279,7 @@ class Node:
         self.layout = settings.layout
 
         class Journals:
-            shared = False
+            shared = options.pop("shared", False)
 
             def __init__(self) -> None:
                 # Whose journals were looked into.
@@ -297,15 +298,19 @@ class Node:
                 self.looked_at.append(key)
                 return glance(state_dir, key)
 
-        self.journals = Journals()
+        self.node_id = options.pop("node_id", "node")
+        self.journals = options.pop("journals", None) or Journals()
         self.actors = LocalActors(settings, self.journals.open, processes)
         budget = options.pop("budget", 2**30)
         store = options.pop("store", FileHibernationStore(state_dir, 2**30, reserve_nbytes=0))
         secret = options.pop("export_secret", None)
         kv = KVConfig(reserve_wait=options.pop("reserve_wait", 0.2))
-        sessions = SessionsConfig(**{"warm_actors": 0, "turn_wait": 0.2, "spawn_interval": 3600, **options})
         actors = cast(Any, self.actors)
-        self.keeper = NodeSessions(settings, self.journals, actors, "node", sessions, kv, budget, store, None, secret)
+        peers = options.pop("peers", None)
+        sessions = SessionsConfig(**{"warm_actors": 0, "turn_wait": 0.2, "spawn_interval": 3600, **options})
+        self.keeper = NodeSessions(
+            settings, self.journals, actors, self.node_id, sessions, kv, budget, store, None, secret, peers
+        )
 
     async def listed(self, tenant: str) -> list[dict[str, Any]]:
         """Descriptions of the tenant's sessions, in order of their ids."""
@@ -336,6 +341,15 @@ class Node:
         await self.keeper.settle(key, stats.kv_cache_bytes)
         return grant
 
+    async def turn_unnamed(self, text: str, token_ids: Sequence[int], value: int = 1) -> TurnGrant:
+        """The same in a conversation that nobody named; the grant tells which."""
+        grant, commit = await self.begin(SessionKey("tenant", "", ephemeral=True), text)
+        await self.keeper.reserve(grant.key, grant.num_kept_tokens + len(token_ids))
+        Turns(self.settings).write(grant, token_ids, value)
+        kept = (grant.num_kept_chars, grant.num_kept_tokens)
+        await commit(commit_turn(grant.key, grant.epoch, text[grant.num_kept_chars :], token_ids, kept=kept))
+        return grant
+
     async def memory(self, key: SessionKey) -> bytes:
         """All bytes of the session's segment behind its header's page."""
         described = self.keeper._roster.find(key)
@@ -362,6 +376,32 @@ class Node:
             actor.die()
 
 
+class Link:
+    """A keeper as another node's sees it. `between[method](answer)` stands between its answer and who asked; what it
+    returns is the answer then."""
+
+    def __init__(self, keeper: NodeSessions) -> None:
+        self._keeper = keeper
+        self.calls: list[str] = []
+        self.between: dict[str, Any] = {}
+        self.is_dead = False
+
+    def __getattr__(self, method: str) -> SimpleNamespace:
+        async def call(*arguments: object) -> object:
+            if self.is_dead:
+                raise RayActorError
+            self.calls.append(method)
+            answer = await getattr(self._keeper, method)(*arguments)
+            if method in self.between:
+                answer = await self.between[method](answer)
+            if self.is_dead:
+                raise RayActorError
+            # As through Ray: what comes is a copy, and cannot be written to.
+            return pickle.loads(pickle.dumps(answer, protocol=5))
+
+        return SimpleNamespace(remote=lambda *arguments: asyncio.ensure_future(call(*arguments)))
+
+
 @pytest.fixture
 async def make_node(
     settings: SessionSettings, tmp_path: Path, processes: Processes
@@ -376,6 +416,37 @@ async def make_node(
     yield make
     for node in made:
         await node.close()
+
+
+@pytest.fixture
+def links() -> dict[str, Link]:
+    """Keepers by node, as others see them."""
+    return {}
+
+
+@pytest.fixture
+def make_nodes(make_node: Callable[..., Node], links: dict[str, Link], tmp_path: Path) -> Callable[..., list[Node]]:
+    """Nodes that share journals, and nothing else."""
+
+    def make(*names: str, **options: Any) -> list[Node]:
+        def peers(node_id: str) -> Link:
+            if node_id not in links:
+                raise ValueError(node_id)
+            return links[node_id]
+
+        nodes = []
+        for name in names:
+            disk = tmp_path / name
+            store = FileHibernationStore(disk, 2**30, options.get("key"), reserve_nbytes=0)
+            some = {k: v for k, v in options.items() if k != "key"}
+            node = make_node(store=store, shared=True, node_id=name, peers=peers, **some)
+            # A thousand tokens a second: small sessions are worth moving.
+            node.keeper._hibernation.policy.tokens_per_second = 1000.0
+            links[name] = Link(node.keeper)
+            nodes.append(node)
+        return nodes
+
+    return make
 
 
 class Kit:
