@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import shlex
 import sys
 import threading
 import time
@@ -92,7 +93,8 @@ def run_environment(parsed: argparse.Namespace) -> int:
     config = load_config(parsed.config, {"nodes": {"ray_address": "auto"}})
     for name, value in environment(config, parsed.runtime_dir, "").items():
         if name != "RAY_AUTH_TOKEN":
-            print(f"{name}={value}")
+            # For a shell: one value has several lines.
+            print(f"{name}={shlex.quote(value)}")
     return 0
 
 

@@ -18,6 +18,7 @@ import yaml
 from phi_cluster.cluster import cli
 from phi_cluster.cluster.config import Config, load_config
 from phi_cluster.cluster.preflight import object_store_nbytes
+from phi_cluster.cluster.ray_environment import environment
 
 FOLDER = Path(__file__).parent.parent.parent / "configs/k8s"
 SCHEMA = json.loads(Path(__file__).with_name("kuberay_schema.json").read_text())
@@ -209,15 +210,15 @@ def test_commands_are_the_servers(cluster: dict[str, Any]) -> None:
         assert container(pod)["args"][0].startswith('set -ae; settings="$(phi-cluster environment ')
 
 
-def test_the_settings_are_read_by_a_shell(config: Config, tmp_path: Path) -> None:
-    """What the containers' first line does, with the program's real output."""
-    from phi_cluster.cluster.ray_environment import environment
-
+def test_the_settings_are_read_by_a_shell(config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What the containers' first line does, with what the program really prints."""
     wanted = environment(config, Path("/tmp/phi"), "")
     del wanted["RAY_AUTH_TOKEN"]
+    (tmp_path / "config.yaml").write_text(of_kind("phi-cluster.yaml", "ConfigMap")["data"]["config.yaml"])
+    assert cli.main(["environment", str(tmp_path / "config.yaml")]) == 0
     (tmp_path / "phi-cluster").write_text('#!/bin/sh\ncat "$(dirname "$0")/printed"\n')
     (tmp_path / "phi-cluster").chmod(0o755)
-    (tmp_path / "printed").write_text("".join(f"{name}={value}\n" for name, value in wanted.items()))
+    (tmp_path / "printed").write_text(capsys.readouterr().out)
     line = CLUSTERS["rayservice"]["headGroupSpec"]["template"]["spec"]["containers"][0]["args"][0]
     done = subprocess.run(
         # As KubeRay puts it together.
