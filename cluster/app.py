@@ -21,9 +21,10 @@ from ray.exceptions import RayError
 
 from phi_cluster.cluster import ray_cluster
 from phi_cluster.cluster.actors import CONTROLLER, NAMESPACE, end_actors, keeper_name
+from phi_cluster.cluster.cluster_record import withdraw
 from phi_cluster.cluster.config import Config
 from phi_cluster.cluster.errors import StartError
-from phi_cluster.cluster.head import publish_record, start_head
+from phi_cluster.cluster.head import claim, start_head, start_head_again
 from phi_cluster.cluster.node_tasks import check_nodes
 from phi_cluster.cluster.preflight import object_store_nbytes
 from phi_cluster.cluster.preparation import Prepared
@@ -44,6 +45,8 @@ class Server:
         self._runtime_dir = runtime_dir
         self._node_id = ""
         self._owns_ray = prepared.config.nodes.ray_address is None
+        # Of a Ray that runs already only what this server has started is ended, and another's is not.
+        self._owns_actors = self._owns_ray
         self._drain = prepared.config.server.drain
         self.timeline: dict[str, float] = {}
         try:
@@ -68,23 +71,31 @@ class Server:
         """Drains streams, ends all processes and removes the runtime folder. Returns how many sessions are kept."""
         kept = 0
         if ray.is_initialized():
-            try:
-                self._end_event_streams()
-                deadline = time.monotonic() + self._drain
-                has_ended = _load_serve()[0].stop_serve(self._drain)
-                # What was reported last may be told for some seconds more: it is asked only where there may be streams.
-                while not has_ended and self.num_streams() and time.monotonic() < deadline:
-                    time.sleep(0.2)
-                if self._node_id:
-                    kept = ray.get(self.keeper.close.remote(), timeout=10)
-            except Exception:
-                # Parts may be dead already; the rest is ended all the same.
-                kept = 0
-            if not self._owns_ray:
-                end_actors()
+            if self._owns_actors:
+                kept = self._end_actors()
             ray_cluster.stop_ray()
         remove_runtime_dir(self._runtime_dir)
         self._lock.close()
+        return kept
+
+    def _end_actors(self) -> int:
+        kept = 0
+        try:
+            self._end_event_streams()
+            deadline = time.monotonic() + self._drain
+            has_ended = _load_serve()[0].stop_serve(self._drain)
+            # What was reported last may be told for some seconds more: it is asked only where there may be streams.
+            while not has_ended and self.num_streams() and time.monotonic() < deadline:
+                time.sleep(0.2)
+            if self._node_id:
+                kept = ray.get(self.keeper.close.remote(), timeout=10)
+        except Exception:
+            # Parts may be dead already; the rest is ended all the same.
+            kept = 0
+        if not self._owns_ray:
+            with contextlib.suppress(RayError):
+                end_actors()
+                withdraw()
         return kept
 
     def _end_event_streams(self) -> None:
@@ -102,7 +113,8 @@ class Server:
                 self._start_ray(prepared)
             self._node_id = ray.get_runtime_context().get_node_id()
             if config.has_nodes:
-                publish_record(prepared)
+                claim(prepared)
+            self._owns_actors = True
             parts = [
                 pool.submit(self._start_actors, prepared, report),
                 pool.submit(self._start_edge, config, loading, report),
@@ -128,7 +140,8 @@ class Server:
 
     def _start_actors(self, prepared: Prepared, report: Report) -> None:
         with self._timed("weights", report):
-            start_head(prepared, self._node_id, self._runtime_dir)
+            start = start_head if self._owns_ray else start_head_again
+            start(prepared, self._node_id, self._runtime_dir)
 
     def _start_edge(self, config: Config, loading: Future[tuple[ModuleType, Any]], report: Report) -> None:
         with self._timed("edge", report):

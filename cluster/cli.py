@@ -1,4 +1,4 @@
-"""The command line: `phi-cluster serve | join | environment | check | chat | sessions | top | events | keys`.
+"""The command line: `phi-cluster serve | join | drain | environment | check | chat | sessions | top | events | keys`.
 
 Owns: arguments, what is printed, exit statuses, and signals. Knows nothing of how serving is done: `app` does it.
 """
@@ -19,7 +19,7 @@ from phi_cluster.cluster.client import ChatAnswer, Client
 from phi_cluster.cluster.config import Config, describe_config, load_config
 from phi_cluster.cluster.errors import PhiError
 from phi_cluster.cluster.keys import KeyFile, append_entry, entry_text, new_key
-from phi_cluster.cluster.node_commands import run_environment, run_join
+from phi_cluster.cluster.node_commands import run_drain, run_environment, run_join
 from phi_cluster.cluster.processes import forbid_core_dumps
 from phi_cluster.cluster.ray_environment import set_environment, token_of
 from phi_cluster.cluster.runtime_dir import create_runtime_dir, remove_runtime_dir
@@ -65,6 +65,10 @@ def _parser() -> argparse.ArgumentParser:
     join.add_argument("--token-file", type=Path, help="the head's nodes.token_file (default: RAY_AUTH_TOKEN)")
     join.add_argument("--node-address", metavar="IP", help="this machine's, as others reach it (default: found out)")
     join.set_defaults(run=run_join)
+
+    drain = commands.add_parser("drain", help="drain this machine, whose Ray somebody else has started and will end")
+    drain.add_argument("--address", default="auto", metavar="auto|HOST:PORT", help="of its Ray (default: auto)")
+    drain.set_defaults(run=run_drain)
 
     environment = commands.add_parser("environment", help="print what a Ray of your own must have in its environment")
     environment.add_argument("config", nargs="?", type=Path, default=_DEFAULT_CONFIG, help="a YAML file")
@@ -220,6 +224,7 @@ def _check(parsed: argparse.Namespace) -> int:
         f"model        {served.names[0]}, {served.dtype}, {prepared.weights_nbytes / 1e6:.0f} MB of weights, "
         f"KV cache {served.kv_cache_dtype}, up to {served.max_model_len} tokens"
     )
+    print(f"/dev/shm     {prepared.shm_nbytes / 1e6:.0f} MB: docker run --shm-size {prepared.shm_nbytes}")
     budget = prepared.plan.budget_nbytes
     print(f"memory       {budget / 1e9:.1f} GB for KV caches, {prepared.num_threads} threads an engine")
     print("ok: phi-cluster serve would start")

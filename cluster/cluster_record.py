@@ -70,6 +70,13 @@ def published() -> ClusterRecord | None:
     return None if data is None else ClusterRecord(**json.loads(data))
 
 
+def withdraw() -> None:
+    """The cluster is no more; this process is connected to Ray."""
+    from ray.experimental import internal_kv
+
+    internal_kv._internal_kv_del(_KEY, namespace=_NAMESPACE)
+
+
 def read(head: str, token: str) -> ClusterRecord:
     """Of the cluster whose head is at HOST:PORT. Raises StartError."""
     command = [sys.executable, "-P", "-m", __name__, head]

@@ -258,6 +258,11 @@ class NodesConfig(_Section):
         description="replicas that a machine has room for, which share its CPU threads and memory; unset: all that "
         "there may be on one machine, and one on each of several",
     )
+    idle_timeout: Seconds | None = Field(
+        None,
+        description="a machine, but the head, that has had no replica for so long gives its keeper and weights back, "
+        "and the memory of its sessions, so that an autoscaler of machines may take it away; unset: never",
+    )
     drain: Seconds = Field(
         60.0, description="how long a machine that leaves may take to move its sessions and to end its streams"
     )

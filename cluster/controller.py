@@ -24,10 +24,11 @@ from prometheus_client.core import Metric
 from prometheus_client.registry import CollectorRegistry
 from ray.exceptions import RayError
 
-from phi_cluster.cluster.actors import NAMESPACE, keeper_name
+from phi_cluster.cluster.actors import NAMESPACE, keeper_name, weight_store_name
 from phi_cluster.cluster.cluster_news import ClusterNews
 from phi_cluster.cluster.cluster_view import ClusterView
 from phi_cluster.cluster.config import Config
+from phi_cluster.cluster.draining_nodes import DrainingNodes
 from phi_cluster.cluster.engine_recycler import EnginePolicy, EngineRecycles
 from phi_cluster.cluster.errors import PhiError
 from phi_cluster.cluster.events import EventKind
@@ -35,7 +36,7 @@ from phi_cluster.cluster.growth import GrowthWatch
 from phi_cluster.cluster.kv_load import KVLoad, KVLoads
 from phi_cluster.cluster.logs import log_as
 from phi_cluster.cluster.messages import ProcessId
-from phi_cluster.cluster.node_drains import NodeDrains
+from phi_cluster.cluster.node_rest import NodeRests
 from phi_cluster.cluster.node_starts import NodeStarts
 from phi_cluster.cluster.node_tasks import end_process
 from phi_cluster.cluster.peers import PeerBook, ReplicaOrders
@@ -103,8 +104,9 @@ class Controller:
         self._hung_keepers: set[str] = set()
         self._news = ClusterNews(weights_nbytes)
         self._kv_loads = KVLoads()
+        self._rests = NodeRests(config.nodes.idle_timeout, time.monotonic)
         self._node_starts = NodeStarts(served, config, self._news) if config.has_nodes else None
-        self._node_drains = NodeDrains(self._news, _keeper_of) if config.has_nodes else None
+        self._draining = DrainingNodes(self._news, _keeper_of) if config.has_nodes else None
         self._peers = PeerBook()
         self._logs = logs_folder(runtime_dir)
         self._logs_pruned_at = -math.inf
@@ -125,6 +127,8 @@ class Controller:
         await self.start()
         self._view.take_replica(report)
         self._news.take_replica(report)
+        # It may have come while its node was about to rest.
+        self._rests.wake(report.node_id)
         self._peers.take_replica(report)
         reason = self._engine_recycles.take(report.replica_id, report.engine, time.monotonic())
         return ReplicaOrders(reason, ray.get_runtime_context().get_node_id(), self._peers.news())
@@ -147,12 +151,16 @@ class Controller:
 
     async def is_drained(self, node_id: str) -> bool:
         """Whether neither a replica nor a session's memory is left on a node that leaves."""
-        assert self._node_drains is not None
-        return not self._news.num_replicas(node_id) and self._node_drains.is_empty(node_id)
+        assert self._draining is not None
+        return not self._news.num_replicas(node_id) and self._draining.is_empty(node_id)
 
     async def num_replicas(self) -> int:
         """Replicas that have reported lately."""
         return self._news.num_replicas()
+
+    async def want_node(self, node_id: str) -> None:
+        """A replica has come to a node that has no keeper."""
+        self._rests.wake(node_id)
 
     async def kv_load(self, node_id: str) -> KVLoad:
         """What a replica of the node tells Serve's autoscaling of the node's memory."""
@@ -187,16 +195,19 @@ class Controller:
         self._news.look(ray.get_runtime_context().get_node_id(), self._view.snapshots())
         await self._prune_logs()
         nodes = ray.nodes()
-        if self._node_drains is not None:
+        if self._draining is not None:
             draining = await asyncio.to_thread(ray._private.state.state.get_draining_nodes)
             self._peers.drain(draining)
-            self._node_drains.look(draining, [n["NodeID"] for n in nodes if n["Alive"] and n["NodeID"] not in draining])
+            self._draining.look(draining, [n["NodeID"] for n in nodes if n["Alive"] and n["NodeID"] not in draining])
         for node in nodes:
             if not node["Alive"]:
                 self._peers.forget_node(node["NodeID"])
                 self._view.forget_node(node["NodeID"])
                 self._news.forget_node(node["NodeID"])
                 self._kv_loads.forget(node["NodeID"])
+                self._rests.forget(node["NodeID"])
+                continue
+            if self._rests.rests(node["NodeID"]):
                 continue
             try:
                 keeper = _keeper_of(node["NodeID"])
@@ -218,6 +229,8 @@ class Controller:
             self._news.take_keeper(report)
             self._kv_loads.take(report)
             self._peers.take_keeper(report)
+            if await self._let_rest(keeper, report.node_id):
+                continue
             await self._recycle(keeper, report)
             await self._sweep(keeper, report.node_id)
             await self._renew_keeper(keeper, report)
@@ -225,6 +238,26 @@ class Controller:
             # Ray starts another, which collects all of this again.
             logger.warning("the controller has grown too much and is renewed")
             await kill_for_sure(process_id())
+
+    async def _let_rest(self, keeper: Any, node_id: str) -> bool:
+        """Whether the node's actors were ended, since it has had no replica for long."""
+        is_here = node_id == ray.get_runtime_context().get_node_id()
+        if is_here or not self._rests.should_rest(node_id, self._news.num_replicas(node_id)):
+            return False
+        others = [n["NodeID"] for n in ray.nodes() if n["Alive"] and not self._rests.rests(n["NodeID"])]
+        with suppress(PhiError, RayError, asyncio.TimeoutError):
+            targets = [other for other in others if other != node_id]
+            await asyncio.wait_for(keeper.evacuate.remote(targets, _RECYCLE_SECONDS / 2), _RECYCLE_SECONDS)
+            await asyncio.wait_for(keeper.close.remote(), _RECYCLE_SECONDS)
+        self._rests.rest(node_id)
+        for name in (keeper_name(node_id), weight_store_name(node_id)):
+            with suppress(ValueError):
+                ray.kill(ray.get_actor(name, namespace=NAMESPACE))
+        self._peers.forget_node(node_id)
+        self._view.forget_node(node_id)
+        self._kv_loads.forget(node_id)
+        self._news.add(EventKind.NODE_RESTS, reason=node_id[:12])
+        return True
 
     async def _renew_keeper(self, keeper: Any, report: KeeperReport) -> None:
         """If it has grown too much. Ray starts another one; whoever asks meanwhile asks again."""

@@ -28,6 +28,7 @@ class EventKind(str, Enum):
     NODE_JOINED = "node_joined"
     NODE_REFUSED = "node_refused"
     NODE_DRAINING = "node_draining"
+    NODE_RESTS = "node_rests"
     NODE_LOST = "node_lost"
     REPLICA_STARTED = "replica_started"
     REPLICA_LOST = "replica_lost"
@@ -60,6 +61,7 @@ _TEXTS = {
     EventKind.NODE_JOINED: "a node joined",
     EventKind.NODE_REFUSED: "a node could not be started",
     EventKind.NODE_DRAINING: "a node is leaving",
+    EventKind.NODE_RESTS: "a node without replicas gave its keeper and weights back",
     EventKind.NODE_LOST: "a node is gone",
     EventKind.REPLICA_STARTED: "a replica started",
     EventKind.REPLICA_LOST: "a replica has fallen silent",

@@ -24,9 +24,16 @@ _START_SECONDS = 300.0
 _END_SECONDS = 20.0
 
 
-def publish_record(prepared: Prepared) -> None:
-    """For machines that join."""
-    publish(_record(prepared))
+def claim(prepared: Prepared) -> None:
+    """Leaves the cluster's record with Ray, for machines that join. Raises StartError if this Ray serves with another
+    configuration already."""
+    record = _record(prepared)
+    if (before := published()) is not None and before.config != record.config and _answers(CONTROLLER):
+        raise StartError(
+            "this Ray serves with another configuration already: end that server first, or start this one on a cluster "
+            "of its own (a RayService makes one when its rayClusterConfig changes)"
+        )
+    publish(record)
 
 
 def start_head(prepared: Prepared, node_id: str, runtime_dir: Path) -> None:
@@ -45,14 +52,8 @@ def start_head(prepared: Prepared, node_id: str, runtime_dir: Path) -> None:
 
 
 def start_head_again(prepared: Prepared, node_id: str, runtime_dir: Path) -> None:
-    """Like `start_head`, where Ray may have all or some of them already: what lives on this node is kept, what was on a
-    head that is gone is replaced. Raises StartError if they were started with another configuration."""
-    if (before := published()) is not None and before.config != _record(prepared).config:
-        raise StartError(
-            "this Ray serves with another configuration already: start the new one on a new cluster beside it (a "
-            "RayService does so when its rayClusterConfig changes), or end this one first"
-        )
-    publish_record(prepared)
+    """Like `start_head`, on a Ray that may have had them before: where all of them live they are kept, else what is
+    left of a head or a server that is gone is replaced."""
     names = (CONTROLLER, keeper_name(node_id), weight_store_name(node_id))
     if all(_answers(name) for name in names):
         return

@@ -1,5 +1,5 @@
-"""`phi-cluster join` and `phi-cluster environment`: a machine joins a cluster, or a Ray that others start is told
-what it needs.
+"""`phi-cluster join`, `drain` and `environment`: a machine joins a cluster, or a Ray that others start is told what it
+needs, and that one of its machines leaves.
 
 Owns: what is printed, and joining again when the cluster was away. Knows nothing of how a machine joins (join.py).
 """
@@ -21,7 +21,7 @@ from phi_cluster.cluster.config import NodesConfig, load_config
 from phi_cluster.cluster.errors import StartError
 from phi_cluster.cluster.processes import forbid_core_dumps
 from phi_cluster.cluster.ray_environment import environment, set_environment, shared_token
-from phi_cluster.cluster.runtime_dir import create_runtime_dir, remove_runtime_dir
+from phi_cluster.cluster.runtime_dir import RUNTIME_DIR_VARIABLE, create_runtime_dir, remove_runtime_dir
 from phi_cluster.cluster.session.redis_server import PASSWORD_VARIABLE
 from phi_cluster.cluster.stop_signals import at_once, on_signals
 
@@ -94,3 +94,13 @@ def run_environment(parsed: argparse.Namespace) -> int:
         if name != "RAY_AUTH_TOKEN":
             print(f"{name}={value}")
     return 0
+
+
+def run_drain(parsed: argparse.Namespace) -> int:
+    os.environ.setdefault(RUNTIME_DIR_VARIABLE, os.getcwd())
+    # Only now: Ray reads its environment when it is imported.
+    from phi_cluster.cluster.node_drain import drain_here
+
+    node_id, is_drained = drain_here(parsed.address)
+    print(f"node {node_id[:12]} is drained" if is_drained else f"node {node_id[:12]} is not drained, its time is over")
+    return 0 if is_drained else 1

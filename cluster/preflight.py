@@ -184,7 +184,7 @@ def check_shm(weights_nbytes: int, shm: Path = Path("/dev/shm")) -> None:
     if needed > free:
         raise StartError(
             f"{shm} has {free // 10**6} MB free, the object store with the weights needs {needed // 10**6} MB "
-            "there; enlarge it (docker run --shm-size) or choose a smaller model or dtype"
+            f"there; enlarge it (docker run --shm-size {needed}) or choose a smaller model or dtype"
         )
 
 

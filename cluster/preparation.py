@@ -45,6 +45,11 @@ class Prepared:
     plan: NodePlan
 
     @property
+    def shm_nbytes(self) -> int:
+        """What Ray's object store takes of /dev/shm."""
+        return object_store_nbytes(self.weights_nbytes)
+
+    @property
     def num_threads(self) -> int:
         return self.config.engine.num_threads or max(self.machine.cores // self.config.replicas_per_node, 1)
 

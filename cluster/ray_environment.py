@@ -82,6 +82,9 @@ def environment(config: Config, runtime_dir: Path, token: str) -> dict[str, str]
         "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": INGRESS_PATH,
         # See http/ingress.py.
         "PHI_CLUSTER_MAY_SLEEP": "0" if config.replicas else "1",
+        # By default 5 s: where the machine is busy with something else a proxy takes longer, and Serve would kill it,
+        # which ends our start.
+        "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
         "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
         "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "1",
         # Workers at the priority of everybody else: engines must not wait for idle processes. Session actors

@@ -413,6 +413,8 @@ async def _of_this_node(node_id: str) -> tuple[ServedModel, int]:
         except (ValueError, RayError):
             if time.monotonic() > deadline:
                 raise
+        with contextlib.suppress(ValueError, RayError):
+            await ray.get_actor(CONTROLLER, namespace=NAMESPACE).want_node.remote(node_id)
         await asyncio.sleep(0.2)
 
 

@@ -15,7 +15,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from phi_cluster.cluster.config import Config, load_config
 from phi_cluster.cluster.errors import StartError
-from phi_cluster.cluster.head import start_head_again
+from phi_cluster.cluster.head import claim, start_head_again
 from phi_cluster.cluster.node_tasks import check_nodes
 from phi_cluster.cluster.preparation import Prepared, prepare
 from phi_cluster.cluster.replica import Replica
@@ -45,6 +45,7 @@ def build(args: dict[str, Any]) -> Any:
 def _start(config: Config) -> Prepared:
     prepared = prepare(config, Report(), serves=True)
     check_nodes(config, prepared.weights_nbytes)
+    claim(prepared)
     start_head_again(prepared, ray.get_runtime_context().get_node_id(), current_runtime_dir())
     return prepared
 

@@ -76,12 +76,15 @@ def run_app(app: Any, *, waits: bool) -> None:
 
 
 def stop_serve(drain: float) -> bool:
-    """Drains the replicas (streams may go on for `drain` seconds), then ends Serve's processes. Whether they have
-    ended: Serve waits for them for half a minute at most."""
+    """Drains the replicas (streams may go on for `drain` seconds), then ends Serve's processes, unless somebody else
+    has applications there. Whether they have ended: Serve waits for them for half a minute at most."""
 
     def shut_down() -> None:
         with contextlib.suppress(Exception):
-            serve.shutdown()
+            if set(serve.status().applications) - {APPLICATION}:
+                serve.delete(APPLICATION)
+            else:
+                serve.shutdown()
 
     # Not waited for beyond the time: replicas are given longer where one more than needed is drained.
     thread = threading.Thread(target=shut_down, daemon=True)

@@ -25,7 +25,7 @@ _ROUND_SECONDS = 10.0
 _AGAIN_SECONDS = 1.0
 
 
-class NodeDrains:
+class DrainingNodes:
     """For the controller's event loop. `keeper_of` raises ValueError for a node without one."""
 
     def __init__(self, news: ClusterNews, keeper_of: Callable[[str], Any], again_seconds: float = _AGAIN_SECONDS):

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Sequence
 
 from phi_cluster.cluster.cluster_news import ClusterNews
-from phi_cluster.cluster.node_drains import NodeDrains
+from phi_cluster.cluster.draining_nodes import DrainingNodes
 from phi_cluster.cluster.session.evacuation import Evacuation
 
 
@@ -34,7 +34,7 @@ async def events(news: ClusterNews) -> list[str]:
 
 async def test_a_node_is_empty_once_a_round_has_left_nothing() -> None:
     news, keeper = ClusterNews(0), Keeper(Evacuation(3, 0, 1), Evacuation(1, 0, 0))
-    drains = NodeDrains(news, {"a": keeper}.__getitem__, again_seconds=0.0)
+    drains = DrainingNodes(news, {"a": keeper}.__getitem__, again_seconds=0.0)
     drains.look(["a"], ["b", "c"])
     drains.look(["a"], ["b", "c"])
     assert not drains.is_empty("a")
@@ -50,7 +50,7 @@ async def test_one_without_a_keeper_is_not_taken_for_empty() -> None:
     def none(node_id: str) -> Keeper:
         raise ValueError(node_id)
 
-    drains = NodeDrains(ClusterNews(0), none)
+    drains = DrainingNodes(ClusterNews(0), none)
     drains.look(["a"], ["b"])
     await asyncio.sleep(0.01)
     assert not drains.is_empty("a")
