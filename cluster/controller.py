@@ -28,6 +28,7 @@ from phi_cluster.cluster.actors import NAMESPACE, keeper_name, weight_store_name
 from phi_cluster.cluster.cluster_news import ClusterNews
 from phi_cluster.cluster.cluster_view import ClusterView
 from phi_cluster.cluster.config import Config
+from phi_cluster.cluster.draining_nodes import DrainingNodes
 from phi_cluster.cluster.engine_recycler import EnginePolicy, EngineRecycles
 from phi_cluster.cluster.errors import PhiError
 from phi_cluster.cluster.events import EventKind
@@ -105,6 +106,7 @@ class Controller:
         self._kv_loads = KVLoads()
         self._rests = NodeRests(config.nodes.idle_timeout, time.monotonic)
         self._node_starts = NodeStarts(served, config, self._news) if config.has_nodes else None
+        self._draining = DrainingNodes(self._news, _keeper_of) if config.has_nodes else None
         self._peers = PeerBook()
         self._logs = logs_folder(runtime_dir)
         self._logs_pruned_at = -math.inf
@@ -148,8 +150,9 @@ class Controller:
         self._news.close()
 
     async def is_drained(self, node_id: str) -> bool:
-        """Whether no replica is left on the node."""
-        return not self._news.num_replicas(node_id)
+        """Whether neither a replica nor a session's memory is left on a node that leaves."""
+        assert self._draining is not None
+        return not self._news.num_replicas(node_id) and self._draining.is_empty(node_id)
 
     async def num_replicas(self) -> int:
         """Replicas that have reported lately."""
@@ -191,9 +194,12 @@ class Controller:
         self._view.forget_silent()
         self._news.look(ray.get_runtime_context().get_node_id(), self._view.snapshots())
         await self._prune_logs()
-        if self._peers.has_several_nodes:
-            self._peers.drain(await asyncio.to_thread(ray._private.state.state.get_draining_nodes))
-        for node in ray.nodes():
+        nodes = ray.nodes()
+        if self._draining is not None:
+            draining = await asyncio.to_thread(ray._private.state.state.get_draining_nodes)
+            self._peers.drain(draining)
+            self._draining.look(draining, [n["NodeID"] for n in nodes if n["Alive"] and n["NodeID"] not in draining])
+        for node in nodes:
             if not node["Alive"]:
                 self._peers.forget_node(node["NodeID"])
                 self._view.forget_node(node["NodeID"])
@@ -204,7 +210,7 @@ class Controller:
             if self._rests.rests(node["NodeID"]):
                 continue
             try:
-                keeper = ray.get_actor(keeper_name(node["NodeID"]), namespace=NAMESPACE)
+                keeper = _keeper_of(node["NodeID"])
                 told = self._news.events_of(node["NodeID"])
                 report = await asyncio.wait_for(keeper.report.remote(told), _KEEPER_SECONDS)
             except (ValueError, RayError) as error:
@@ -325,6 +331,11 @@ class Controller:
             except (PhiError, RayError, asyncio.TimeoutError) as error:
                 # In a long turn, deleted meanwhile, or its actor died: the next round looks again.
                 logger.info("a session was not recycled (%s): %s", order.reason.value, error)
+
+
+def _keeper_of(node_id: str) -> Any:
+    """Raises ValueError."""
+    return ray.get_actor(keeper_name(node_id), namespace=NAMESPACE)
 
 
 def _snapshot(s: SessionReport, now: float) -> SessionSnapshot:
