@@ -27,10 +27,11 @@ from phi_cluster.cluster.config import Config
 from phi_cluster.cluster.engine_client import EngineClient
 from phi_cluster.cluster.engine_link import start_engine
 from phi_cluster.cluster.engine_recycler import EngineReport
-from phi_cluster.cluster.errors import Unavailable
+from phi_cluster.cluster.errors import StartError, Unavailable
 from phi_cluster.cluster.events import EventKind, EventLog
 from phi_cluster.cluster.forwarding import ForwardedTurns
 from phi_cluster.cluster.head_relay import HeadClient, HeadRelay
+from phi_cluster.cluster.head_start import HeadWatch, start_on_head
 from phi_cluster.cluster.http.edge import EdgeSettings
 from phi_cluster.cluster.http.schemas import MAX_CHOICES
 from phi_cluster.cluster.http.server import build_app
@@ -95,9 +96,9 @@ class Replica:
     """One replica with its engine. Serve builds it, asks for its ASGI app, and watches `check_health`."""
 
     async def __init__(  # type: ignore[misc]
-        self, served: ServedModel, config: Config, num_threads: int, num_standbys: int
+        self, served: ServedModel, config: Config, num_threads: int, num_standbys: int, starts_head: bool = False
     ):
-        """`served` and `num_standbys` are the head's; another machine has its own."""
+        """`served` and `num_standbys` are the head's; another machine has its own. `starts_head`: see head_start.py."""
         log_as("replica")
         self._node_id = ray.get_runtime_context().get_node_id()
         if config.has_nodes:
@@ -115,6 +116,7 @@ class Replica:
         self._address = ""
         self._engine_baseline = (0, 0)
         self._kv_load = KVLoad(0, 0)
+        self._head_watch = HeadWatch() if starts_head else None
         self._weights = MappedWeights()
         self._recycling: asyncio.Task[None] | None = None
         self._keys = None if config.keys_path is None else KeyFile(config.keys_path)
@@ -327,9 +329,15 @@ class Replica:
                 self._told.set()
                 if orders.recycle is not None and self._recycling is None:
                     self._recycling = asyncio.get_running_loop().create_task(self._recycle_engine(orders.recycle))
+                if self._head_watch is not None:
+                    self._head_watch.seen()
             except (ValueError, RayError):
                 # It is being replaced: its successor is told all that is still known.
                 self._events_told = 0
+                if self._head_watch is not None and self._head_watch.should_start():
+                    logger.error("there is no controller; starting the head's part again")
+                    with contextlib.suppress(StartError, RayError):
+                        start_on_head(self._config)
             await asyncio.sleep(1.0)
 
     async def _look_at_weights(self) -> Mapped:

@@ -11,47 +11,24 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from phi_cluster.cluster.config import Config, load_config
+from phi_cluster.cluster.config import load_config
 from phi_cluster.cluster.errors import StartError
-from phi_cluster.cluster.head import claim, start_head_again
-from phi_cluster.cluster.node_tasks import check_nodes
-from phi_cluster.cluster.preparation import Prepared, prepare
+from phi_cluster.cluster.head_start import start_on_head
+from phi_cluster.cluster.preparation import Prepared
 from phi_cluster.cluster.replica import Replica
-from phi_cluster.cluster.report import Report
-from phi_cluster.cluster.runtime_dir import current_runtime_dir
 from phi_cluster.cluster.serve_cluster import application
-
-_HEAD_RESOURCE = "node:__internal_head__"
 
 
 def build(args: dict[str, Any]) -> Any:
     """The application, once the head has all that it needs. `args`: `config`, a YAML file that is on the head and here.
 
-    Idempotent: Serve builds again when it is told of a change. Raises StartError.
+    Idempotent: Serve builds again when it is told of a change. Raises StartError, also as RayTaskError.
     """
     if set(args) != {"config"}:
         raise StartError(f"args: expected config: /path/of/config.yaml, not {', '.join(sorted(args)) or 'nothing'}")
     config = load_config(Path(args["config"]), {"nodes": {"ray_address": "auto"}})
-    head = _head_node_id()
-    on_head = NodeAffinitySchedulingStrategy(head, soft=False)
-    prepared: Prepared = ray.get(_start.options(num_cpus=0, max_retries=0, scheduling_strategy=on_head).remote(config))
-    arguments = (prepared.served, config, prepared.num_threads, prepared.plan.num_standbys)
+    prepared: Prepared = ray.get(start_on_head(config))
+    # Nobody stays who would start the head's part again after a head that was lost: the replicas do.
+    arguments = (prepared.served, config, prepared.num_threads, prepared.plan.num_standbys, True)
     return application(Replica, config, prepared.num_threads, *arguments)
-
-
-@ray.remote
-def _start(config: Config) -> Prepared:
-    prepared = prepare(config, Report(), serves=True)
-    check_nodes(config, prepared.weights_nbytes)
-    claim(prepared)
-    start_head_again(prepared, ray.get_runtime_context().get_node_id(), current_runtime_dir())
-    return prepared
-
-
-def _head_node_id() -> str:
-    for node in ray.nodes():
-        if node["Alive"] and _HEAD_RESOURCE in node["Resources"]:
-            return str(node["NodeID"])
-    raise StartError("this Ray has no head")

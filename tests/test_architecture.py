@@ -66,6 +66,7 @@ MAY_IMPORT_RAY = {
     "cluster.cluster_record",
     "cluster.node_driver",
     "cluster.head",
+    "cluster.head_start",
     "cluster.draining_nodes",
     "cluster.node_keepers",
     "cluster.node_drain",

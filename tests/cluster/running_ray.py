@@ -76,6 +76,11 @@ class RunningRay:
         assert done.returncode == 0, done.stderr
         return done.stdout.split()
 
+    def kill_actor(self, name: str) -> None:
+        """For good: Ray starts no other one."""
+        done = self._asked(f"ray.kill(ray.get_actor({name!r}, namespace='phi-cluster'), no_restart=True)")
+        assert done.returncode == 0, done.stderr
+
     def serve(self, config_path: Path) -> subprocess.Popen[str]:
         """`phi-cluster serve --address`."""
         return subprocess.Popen(

@@ -162,4 +162,9 @@ def test_serve_builds_it_by_itself(
         assert say("stays", "My name is Odalys.")["usage"]["completion_tokens"] > 0
         assert httpx.get(f"http://127.0.0.1:{server['metrics_port']}/metrics", timeout=10).status_code == 200
         assert len([name for name in running.actors() if name.startswith("keeper-")]) == 1
+        # A head that is lost takes the controller with it, and nobody but the replicas is there to start another one.
+        running.kill_actor("controller")
+        until(lambda: "controller" in running.actors(), "another controller", 120)
+        metrics = f"http://127.0.0.1:{server['metrics_port']}/metrics"
+        until(lambda: "phi_num_requests_running" in httpx.get(metrics, timeout=10).text, "metrics", 60)
         assert dashboard.delete("/api/serve/applications/").status_code == 200
