@@ -152,7 +152,8 @@ class Controller:
     async def is_drained(self, node_id: str) -> bool:
         """Whether neither a replica nor a session's memory is left on a node that leaves."""
         assert self._draining is not None
-        return not self._news.num_replicas(node_id) and self._draining.is_empty(node_id)
+        is_empty = self._rests.rests(node_id) or self._draining.is_empty(node_id)
+        return not self._news.num_replicas(node_id) and is_empty
 
     async def num_replicas(self) -> int:
         """Replicas that have reported lately."""

@@ -21,12 +21,12 @@ import yaml
 from tests.redis_process import RedisProcess
 
 _BIN = Path(sys.executable).parent
-_START_SECONDS = 180.0
+_START_SECONDS = 400.0
 
 
 class RunningRay:
     """`config` is what will be served; `env` what its processes, and ours, have in their environment; `first_port` of
-    three free ones for Ray."""
+    five free ones for Ray."""
 
     def __init__(self, folder: Path, config: dict[str, Any], first_port: int):
         self.folder = folder
@@ -44,6 +44,8 @@ class RunningRay:
         ).stdout  # fmt: skip
         settings = dict(one.split("=", 1) for one in shlex.split(printed))
         self.env = os.environ | settings | {"RAY_AUTH_TOKEN": self.token, "RAY_TMPDIR": str(folder)}
+        # What has nothing to do with us, but may meet another Ray's, or a busy machine.
+        self.env |= {"DASHBOARD_METRIC_PORT": str(first_port + 4), "RAY_DASHBOARD_STARTUP_TIMEOUT_S": "300"}
         options = {
             "--port": first_port,
             "--dashboard-host": "127.0.0.1",
@@ -51,6 +53,9 @@ class RunningRay:
             "--dashboard-agent-listen-port": first_port + 2,
             "--ray-client-server-port": first_port + 3,
             "--node-ip-address": "127.0.0.1",
+            # As Ray does by itself, but not in the range of which tests take theirs.
+            "--min-worker-port": 0,
+            "--max-worker-port": 0,
             "--num-cpus": 2,
             "--object-store-memory": 500_000_000,
             "--temp-dir": folder / "ray",
