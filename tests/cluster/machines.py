@@ -89,7 +89,12 @@ class Cluster:
         config = {
             "journal": self.redis.url,
             **settings,
-            "nodes": {"address": head.address, "token_file": str(folder / "token"), "drain": f"{DRAIN_SECONDS}s"},
+            "nodes": {
+                **settings.get("nodes", {}),
+                "address": head.address,
+                "token_file": str(folder / "token"),
+                "drain": f"{DRAIN_SECONDS}s",
+            },
             "server": {"host": "0.0.0.0", "keys": str(folder / "keys.yaml"), "port": PORT},
         }
         (folder / "cluster.yaml").write_text(yaml.safe_dump(config))
