@@ -213,7 +213,7 @@ def inside(asked: dict[str, Any]) -> None:
     from phi_cluster.cluster.actors import NAMESPACE
     from phi_cluster.cluster.session.segment_layout import SegmentLayout
     from phi_cluster.model.kv_layout import KVCacheLayout
-    from tests.cluster.two_nodes import Node
+    from tests.cluster.moving_nodes import Node
 
     folder = Path(asked["folder"])
     os.chdir(folder)
