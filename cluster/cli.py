@@ -1,4 +1,4 @@
-"""The command line: `phi-cluster serve | check | chat | sessions | top | events | keys`.
+"""The command line: `phi-cluster serve | join | drain | environment | check | chat | sessions | top | events | keys`.
 
 Owns: arguments, what is printed, exit statuses, and signals. Knows nothing of how serving is done: `app` does it.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import signal
 import sys
 import threading
 import time
@@ -20,10 +19,12 @@ from phi_cluster.cluster.client import ChatAnswer, Client
 from phi_cluster.cluster.config import Config, describe_config, load_config
 from phi_cluster.cluster.errors import PhiError
 from phi_cluster.cluster.keys import KeyFile, append_entry, entry_text, new_key
+from phi_cluster.cluster.node_commands import run_drain, run_environment, run_join
 from phi_cluster.cluster.processes import forbid_core_dumps
-from phi_cluster.cluster.ray_environment import set_environment
+from phi_cluster.cluster.ray_environment import set_environment, token_of
 from phi_cluster.cluster.runtime_dir import create_runtime_dir, remove_runtime_dir
 from phi_cluster.cluster.session_commands import add_filters, run_sessions
+from phi_cluster.cluster.stop_signals import at_once, on_signals
 from phi_cluster.cluster.terminal_watch import show_events, show_top
 
 _DEFAULT_CONFIG = Path(__file__).parent.parent / "configs" / "smollm2.yaml"
@@ -56,7 +57,23 @@ def _parser() -> argparse.ArgumentParser:
 
     serve = _with_config(commands.add_parser("serve", help="start a server; Ctrl-C drains and stops it"))
     serve.add_argument("--print-config", action="store_true", help="print every field, its value and meaning, and end")
+    serve.add_argument("--address", metavar="auto|HOST:PORT", help="serve on a Ray that runs already")
     serve.set_defaults(run=_serve)
+
+    join = commands.add_parser("join", help="add this machine to a cluster; Ctrl-C drains it and takes it out again")
+    join.add_argument("head", help="HOST:PORT of the head: its nodes.address and nodes.port")
+    join.add_argument("--token-file", type=Path, help="the head's nodes.token_file (default: RAY_AUTH_TOKEN)")
+    join.add_argument("--node-address", metavar="IP", help="this machine's, as others reach it (default: found out)")
+    join.set_defaults(run=run_join)
+
+    drain = commands.add_parser("drain", help="drain this machine, whose Ray somebody else has started and will end")
+    drain.add_argument("--address", default="auto", metavar="auto|HOST:PORT", help="of its Ray (default: auto)")
+    drain.set_defaults(run=run_drain)
+
+    environment = commands.add_parser("environment", help="print what a Ray of your own must have in its environment")
+    environment.add_argument("config", nargs="?", type=Path, default=_DEFAULT_CONFIG, help="a YAML file")
+    environment.add_argument("--runtime-dir", type=Path, default=Path("/tmp/phi"), help="for sockets, on each machine")
+    environment.set_defaults(run=run_environment)
 
     check = _with_config(commands.add_parser("check", help="find everything that would stop a start, without serving"))
     check.set_defaults(run=_check)
@@ -111,7 +128,12 @@ def _with_url(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
 
 def _config(parsed: argparse.Namespace) -> Config:
-    return load_config(parsed.config, {"model": parsed.model, "server": {"host": parsed.host, "port": parsed.port}})
+    overrides = {
+        "model": parsed.model,
+        "server": {"host": parsed.host, "port": parsed.port},
+        "nodes": {"ray_address": getattr(parsed, "address", None)},
+    }
+    return load_config(parsed.config, overrides)
 
 
 def _serve(parsed: argparse.Namespace) -> int:
@@ -132,19 +154,19 @@ def _serve(parsed: argparse.Namespace) -> int:
 def _run_server(config: Config, runtime_dir: Path, out: TextIO) -> int:
     begin = time.monotonic()
     stop = threading.Event()
-    # Until it serves, a signal ends the start at once.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    set_environment(config, runtime_dir)
+    at_once()
+    set_environment(config, runtime_dir, token_of(config))
     forbid_core_dumps()
     # Only now: Ray reads its environment when it is imported (and the client commands need not wait for it).
-    from phi_cluster.cluster.app import Server, prepare
+    from phi_cluster.cluster.app import Server
+    from phi_cluster.cluster.preparation import prepare
     from phi_cluster.cluster.terminal import TerminalReport
 
     report = TerminalReport(out)
     keys = None if config.keys_path is None else KeyFile(config.keys_path)
     server = Server(prepare(config, report), runtime_dir, report)
     try:
-        _on_signals(stop)
+        on_signals(stop)
         report.ready()
         base = f"http://{_in_url(config.server.host)}"
         metrics = f"http://{_in_url(config.server.metrics_host)}:{config.server.metrics_port}/metrics"
@@ -175,18 +197,6 @@ def _who_may(keys: KeyFile | None) -> str:
     return f"{len(keys.names)} key{'' if len(keys.names) == 1 else 's'}"
 
 
-def _on_signals(stop: threading.Event) -> None:
-    """The first SIGINT or SIGTERM ends the serving, a second one the draining too."""
-
-    def handle(number: int, frame: object) -> None:
-        if stop.is_set():
-            raise KeyboardInterrupt
-        stop.set()
-
-    signal.signal(signal.SIGINT, handle)
-    signal.signal(signal.SIGTERM, handle)
-
-
 def _keys(parsed: argparse.Namespace) -> int:
     key = new_key()
     text = entry_text(parsed.name, key, ("admin",) if parsed.admin else ())
@@ -204,7 +214,7 @@ def _keys(parsed: argparse.Namespace) -> int:
 
 def _check(parsed: argparse.Namespace) -> int:
     config = _config(parsed)
-    from phi_cluster.cluster.app import prepare
+    from phi_cluster.cluster.preparation import prepare
     from phi_cluster.cluster.terminal import TerminalReport
 
     report = TerminalReport()
@@ -214,7 +224,9 @@ def _check(parsed: argparse.Namespace) -> int:
         f"model        {served.names[0]}, {served.dtype}, {prepared.weights_nbytes / 1e6:.0f} MB of weights, "
         f"KV cache {served.kv_cache_dtype}, up to {served.max_model_len} tokens"
     )
-    print(f"memory       {prepared.budget_nbytes / 1e9:.1f} GB for KV caches, {prepared.num_threads} threads an engine")
+    print(f"/dev/shm     {prepared.shm_nbytes / 1e6:.0f} MB: docker run --shm-size {prepared.shm_nbytes}")
+    budget = prepared.plan.budget_nbytes
+    print(f"memory       {budget / 1e9:.1f} GB for KV caches, {prepared.num_threads} threads an engine")
     print("ok: phi-cluster serve would start")
     return 0
 

@@ -76,10 +76,12 @@ class ClusterNews:
         self._speeds.take(time.time(), snapshots)
         self._ring.take("controller", here, self._own.after(self._ring.seen("controller")))
 
-    def num_replicas(self) -> int:
-        """Replicas that have reported lately."""
+    def num_replicas(self, node_id: str | None = None) -> int:
+        """Replicas that have reported lately: of a node, or of all."""
         now = time.monotonic()
-        return sum(now - at <= SILENT_AFTER_SECONDS for at, _ in self._replicas.values())
+        return sum(
+            now - at <= SILENT_AFTER_SECONDS and node_id in (None, one.node_id) for at, one in self._replicas.values()
+        )
 
     def events_of(self, node_id: str) -> int:
         """The last event that the node's keeper has told, by its own count; 0 of another keeper than before."""

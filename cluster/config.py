@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from phi_cluster.cluster.config_values import Bytes, HeaderName, HttpUrl, Origin, RedisUrl, Seconds
+from phi_cluster.cluster.config_values import Bytes, HeaderName, HttpUrl, IPAddress, Origin, RedisUrl, Seconds
 from phi_cluster.cluster.errors import StartError
 
 
@@ -218,9 +218,53 @@ class AutoscalingConfig(_Section):
         description="turns, running and waiting, that a replica is to have; unset: half of engine.max_num_seqs",
     )
     max_wait: Seconds = Field(2.0, description="a turn that waits longer for its first token wants one replica more")
+    kv_target: float = Field(
+        0.8,
+        gt=0,
+        le=1,
+        allow_inf_nan=False,
+        description="with several machines: share of the KV budget that conversations in use may need before one "
+        "replica more is wanted, whose machine brings its own",
+    )
     up_delay: Seconds = Field(3.0, description="a replica is added when more have been wanted for so long")
     down_delay: Seconds = Field(
         120.0, description="a replica is drained when fewer have been wanted for so long; its streams end first"
+    )
+
+
+class NodesConfig(_Section):
+    """Several machines, one cluster: the first one serves, others join it (phi-cluster join)."""
+
+    address: IPAddress | None = Field(
+        None,
+        description="address of the first machine (the head) in the network that the machines share; unset: this "
+        "machine alone, on loopback",
+    )
+    port: int = Field(9480, ge=1, le=65535, description="Ray's port at the head, which the others join")
+    ray_address: str | None = Field(
+        None,
+        description="a running Ray to serve on (auto, or HOST:PORT), whose nodes have the settings that phi-cluster "
+        "environment prints; unset: a Ray of our own",
+    )
+    token_file: Path | None = Field(
+        None,
+        description="a file with the token that the machines share (openssl rand -hex 32, mode 0600); whoever has it "
+        "can run anything on them; unset: the RAY_AUTH_TOKEN variable",
+    )
+    replicas_per_node: int | None = Field(
+        None,
+        ge=1,
+        le=256,
+        description="replicas that a machine has room for, which share its CPU threads and memory; unset: all that "
+        "there may be on one machine, and one on each of several",
+    )
+    idle_timeout: Seconds | None = Field(
+        None,
+        description="a machine, but the head, that has had no replica for so long gives its keeper and weights back, "
+        "and the memory of its sessions, so that an autoscaler of machines may take it away; unset: never",
+    )
+    drain: Seconds = Field(
+        60.0, description="how long a machine that leaves may take to move its sessions and to end its streams"
     )
 
 
@@ -259,7 +303,14 @@ class Config(_Section):
     max_model_len: int | None = Field(
         None, ge=16, le=2**20, description="longest conversation in tokens; unset: what the model was trained for"
     )
-    replicas: int = Field(1, ge=1, le=256, description="replicas, each with an engine of its own")
+    replicas: int = Field(
+        1,
+        ge=0,
+        le=256,
+        description="replicas on all machines, each with an engine of its own; one without room waits; 0, with "
+        "autoscaling.max_replicas: none while nobody asks, and the first request waits until one is up",
+    )
+    nodes: NodesConfig = Field(default_factory=NodesConfig, description="several machines, one cluster")
     autoscaling: AutoscalingConfig = Field(
         default_factory=AutoscalingConfig, description="more replicas while there is more to do"
     )
@@ -290,12 +341,39 @@ class Config(_Section):
         most = self.autoscaling.max_replicas
         if most is not None and most < self.replicas:
             raise ValueError(f"autoscaling.max_replicas: {most} is less than replicas: {self.replicas}")
+        if most is None and not self.replicas:
+            raise ValueError("replicas: 0 would never serve; set autoscaling.max_replicas, or 1")
+        return self
+
+    @model_validator(mode="after")
+    def _shared_journal(self) -> Config:
+        if self.has_nodes and self.journal is None:
+            raise ValueError(
+                "nodes: several machines want one record of the sessions that all of them reach; set "
+                "journal: redis://HOST:6379/0"
+            )
         return self
 
     @property
     def max_replicas(self) -> int:
         """As many there may be at once."""
         return self.autoscaling.max_replicas or self.replicas
+
+    @property
+    def replicas_per_node(self) -> int:
+        """As many there may be at once on one machine."""
+        if self.nodes.replicas_per_node is not None:
+            return self.nodes.replicas_per_node
+        return 1 if self.has_nodes else self.max_replicas
+
+    @property
+    def has_nodes(self) -> bool:
+        """Whether there may be other machines."""
+        return self.nodes.address is not None or self.nodes.ray_address is not None
+
+    @property
+    def token_path(self) -> Path | None:
+        return None if self.nodes.token_file is None else self.nodes.token_file.expanduser().absolute()
 
     @property
     def keys_path(self) -> Path | None:

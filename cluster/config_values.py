@@ -6,6 +6,7 @@ Owns: what is accepted, and what is said of anything else. Knows nothing of the 
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from typing import Annotated
 
@@ -70,6 +71,18 @@ def _redis_url(value: object) -> object:
     return value
 
 
+def _ip_address(value: object) -> object:
+    if value is None:
+        return None
+    try:
+        address = ipaddress.ip_address(str(value))
+    except ValueError:
+        raise ValueError(f"{value!r} is not an IP address; write for example 10.0.0.5") from None
+    if address.is_loopback or address.is_unspecified:
+        raise ValueError(f"{value} is not an address at which other machines reach this one; leave it unset for one")
+    return str(address)
+
+
 _TAKEN_HEADERS = frozenset(
     {"authorization", "connection", "content-encoding", "content-length", "content-type", "cookie", "host", "origin"}
     | {"traceparent", "transfer-encoding", "x-phi-details", "x-request-id", "x-resume-from"}
@@ -79,3 +92,5 @@ Origin = Annotated[str, BeforeValidator(_origin)]
 # With a path, and without secrets in it.
 HttpUrl = Annotated[str, BeforeValidator(_http_url)]
 RedisUrl = Annotated[str, BeforeValidator(_redis_url)]
+# That other machines reach.
+IPAddress = Annotated[str, BeforeValidator(_ip_address)]

@@ -24,18 +24,26 @@ from prometheus_client.core import Metric
 from prometheus_client.registry import CollectorRegistry
 from ray.exceptions import RayError
 
-from phi_cluster.cluster.actors import NAMESPACE, keeper_name
+from phi_cluster.cluster.actors import NAMESPACE, keeper_name, weight_store_name
 from phi_cluster.cluster.cluster_news import ClusterNews
 from phi_cluster.cluster.cluster_view import ClusterView
 from phi_cluster.cluster.config import Config
+from phi_cluster.cluster.draining_nodes import DrainingNodes
 from phi_cluster.cluster.engine_recycler import EnginePolicy, EngineRecycles
 from phi_cluster.cluster.errors import PhiError
 from phi_cluster.cluster.events import EventKind
 from phi_cluster.cluster.growth import GrowthWatch
+from phi_cluster.cluster.kv_load import KVLoad, KVLoads
 from phi_cluster.cluster.logs import log_as
+from phi_cluster.cluster.messages import ProcessId
+from phi_cluster.cluster.node_rest import NodeRests
+from phi_cluster.cluster.node_starts import NodeStarts
+from phi_cluster.cluster.node_tasks import end_process
+from phi_cluster.cluster.peers import PeerBook, ReplicaOrders
 from phi_cluster.cluster.processes import is_running, kill_for_sure, private_bytes, process_id
 from phi_cluster.cluster.replica_report import ReplicaReport
-from phi_cluster.cluster.session.recycler import RecyclePolicy, RecycleReason, SessionSnapshot, decide, sleepers
+from phi_cluster.cluster.served_model import ServedModel
+from phi_cluster.cluster.session.recycler import RecyclePolicy, SessionSnapshot, decide, sleepers
 from phi_cluster.cluster.session.reports import KeeperReport, SessionReport
 from phi_cluster.cluster.watch_api import EventPage
 from phi_cluster.cluster.worker_logs import logs_folder, prune_logs
@@ -60,7 +68,9 @@ class Controller:
     is the server's (runtime_dir.py): one controller leaves its counters there to the next. They go with the server: the
     next one's counters begin anew, and Prometheus takes it so."""
 
-    def __init__(self, config: Config, weights_nbytes: int, build: Mapping[str, str], runtime_dir: Path):
+    def __init__(
+        self, served: ServedModel, config: Config, weights_nbytes: int, build: Mapping[str, str], runtime_dir: Path
+    ):
         log_as("controller")
         sessions, engine = config.sessions, config.engine
         self._policy = RecyclePolicy(
@@ -93,6 +103,11 @@ class Controller:
         self._silent_keepers: Counter[str] = Counter()
         self._hung_keepers: set[str] = set()
         self._news = ClusterNews(weights_nbytes)
+        self._kv_loads = KVLoads()
+        self._rests = NodeRests(config.nodes.idle_timeout, time.monotonic)
+        self._node_starts = NodeStarts(served, config, self._news) if config.has_nodes else None
+        self._draining = DrainingNodes(self._news, _keeper_of) if config.has_nodes else None
+        self._peers = PeerBook()
         self._logs = logs_folder(runtime_dir)
         self._logs_pruned_at = -math.inf
         self._running: asyncio.Task[None] | None = None
@@ -107,12 +122,16 @@ class Controller:
             self._running = asyncio.create_task(self._run())
         return os.getpid()
 
-    async def report_replica(self, report: ReplicaReport) -> RecycleReason | None:
-        """About once a second. The answer: why the replica's engine is to be renewed now, if it is."""
+    async def report_replica(self, report: ReplicaReport) -> ReplicaOrders:
+        """About once a second."""
         await self.start()
         self._view.take_replica(report)
         self._news.take_replica(report)
-        return self._engine_recycles.take(report.replica_id, report.engine, time.monotonic())
+        # It may have come while its node was about to rest.
+        self._rests.wake(report.node_id)
+        self._peers.take_replica(report)
+        reason = self._engine_recycles.take(report.replica_id, report.engine, time.monotonic())
+        return ReplicaOrders(reason, ray.get_runtime_context().get_node_id(), self._peers.news())
 
     async def request_engine_recycles(self) -> int:
         """Has the engines of all replicas renewed, one after the other; returns how many."""
@@ -130,9 +149,22 @@ class Controller:
         """The server is about to stop."""
         self._news.close()
 
+    async def is_drained(self, node_id: str) -> bool:
+        """Whether neither a replica nor a session's memory is left on a node that leaves."""
+        assert self._draining is not None
+        return not self._news.num_replicas(node_id) and self._draining.is_empty(node_id)
+
     async def num_replicas(self) -> int:
         """Replicas that have reported lately."""
         return self._news.num_replicas()
+
+    async def want_node(self, node_id: str) -> None:
+        """A replica has come to a node that has no keeper."""
+        self._rests.wake(node_id)
+
+    async def kv_load(self, node_id: str) -> KVLoad:
+        """What a replica of the node tells Serve's autoscaling of the node's memory."""
+        return self._kv_loads.share(node_id, self._news.num_replicas(node_id))
 
     async def num_open_requests(self) -> int:
         """Requests running or waiting in all replicas, as last reported."""
@@ -162,17 +194,29 @@ class Controller:
         self._view.forget_silent()
         self._news.look(ray.get_runtime_context().get_node_id(), self._view.snapshots())
         await self._prune_logs()
-        for node in ray.nodes():
+        nodes = ray.nodes()
+        if self._draining is not None:
+            draining = await asyncio.to_thread(ray._private.state.state.get_draining_nodes)
+            self._peers.drain(draining)
+            self._draining.look(draining, [n["NodeID"] for n in nodes if n["Alive"] and n["NodeID"] not in draining])
+        for node in nodes:
             if not node["Alive"]:
+                self._peers.forget_node(node["NodeID"])
                 self._view.forget_node(node["NodeID"])
                 self._news.forget_node(node["NodeID"])
+                self._kv_loads.forget(node["NodeID"])
+                self._rests.forget(node["NodeID"])
+                continue
+            if self._rests.rests(node["NodeID"]):
                 continue
             try:
-                keeper = ray.get_actor(keeper_name(node["NodeID"]), namespace=NAMESPACE)
+                keeper = _keeper_of(node["NodeID"])
                 told = self._news.events_of(node["NodeID"])
                 report = await asyncio.wait_for(keeper.report.remote(told), _KEEPER_SECONDS)
             except (ValueError, RayError) as error:
                 # No keeper there (yet), or it is being restarted.
+                if isinstance(error, ValueError) and self._node_starts is not None:
+                    self._node_starts.wanted(node["NodeID"])
                 logger.info("no report of node %s: %s", node["NodeID"], type(error).__name__)
                 self._silent_keepers.pop(node["NodeID"], None)
                 continue
@@ -183,6 +227,10 @@ class Controller:
             self._view.take_keeper(report, hung=report.node_id in self._hung_keepers)
             self._hung_keepers.discard(report.node_id)
             self._news.take_keeper(report)
+            self._kv_loads.take(report)
+            self._peers.take_keeper(report)
+            if await self._let_rest(keeper, report.node_id):
+                continue
             await self._recycle(keeper, report)
             await self._sweep(keeper, report.node_id)
             await self._renew_keeper(keeper, report)
@@ -191,12 +239,29 @@ class Controller:
             logger.warning("the controller has grown too much and is renewed")
             await kill_for_sure(process_id())
 
+    async def _let_rest(self, keeper: Any, node_id: str) -> bool:
+        """Whether the node's actors were ended, since it has had no replica for long."""
+        is_here = node_id == ray.get_runtime_context().get_node_id()
+        if is_here or not self._rests.should_rest(node_id, self._news.num_replicas(node_id)):
+            return False
+        others = [n["NodeID"] for n in ray.nodes() if n["Alive"] and not self._rests.rests(n["NodeID"])]
+        with suppress(PhiError, RayError, asyncio.TimeoutError):
+            targets = [other for other in others if other != node_id]
+            await asyncio.wait_for(keeper.evacuate.remote(targets, _RECYCLE_SECONDS / 2), _RECYCLE_SECONDS)
+            await asyncio.wait_for(keeper.close.remote(), _RECYCLE_SECONDS)
+        self._rests.rest(node_id)
+        for name in (keeper_name(node_id), weight_store_name(node_id)):
+            with suppress(ValueError):
+                ray.kill(ray.get_actor(name, namespace=NAMESPACE))
+        self._peers.forget_node(node_id)
+        self._view.forget_node(node_id)
+        self._kv_loads.forget(node_id)
+        self._news.add(EventKind.NODE_RESTS, reason=node_id[:12])
+        return True
+
     async def _renew_keeper(self, keeper: Any, report: KeeperReport) -> None:
         """If it has grown too much. Ray starts another one; whoever asks meanwhile asks again."""
         if not self._keeper_growth.exceeds(report.node_id, report.process, report.private_nbytes, time.monotonic()):
-            return
-        # A process is killed where it runs.
-        if report.node_id != ray.get_runtime_context().get_node_id():
             return
         try:
             is_ready = await asyncio.wait_for(keeper.prepare_end.remote(), _RECYCLE_SECONDS)
@@ -205,7 +270,7 @@ class Controller:
             return
         if is_ready:
             logger.warning("the keeper (pid %d) has grown too much and is renewed", report.process.pid)
-            await kill_for_sure(report.process)
+            await self._end_process(report.node_id, report.process)
 
     async def _prune_logs(self) -> None:
         now = time.monotonic()
@@ -231,13 +296,21 @@ class Controller:
         logger.warning("the keeper of node %s does not answer", node_id)
         if self._silent_keepers[node_id] < _KEEPER_SILENCES or process is None:
             return
-        # A process is killed where it runs.
+        logger.error("the keeper (pid %d) hangs and is replaced", process.pid)
+        self._news.add(EventKind.KEEPER_HUNG)
+        await self._end_process(node_id, process)
+        self._hung_keepers.add(node_id)
+        del self._silent_keepers[node_id]
+
+    async def _end_process(self, node_id: str, process: ProcessId) -> None:
+        """A process is killed where it runs."""
         if node_id == ray.get_runtime_context().get_node_id():
-            logger.error("the keeper (pid %d) hangs and is replaced", process.pid)
-            self._news.add(EventKind.KEEPER_HUNG)
             await kill_for_sure(process)
-            self._hung_keepers.add(node_id)
-            del self._silent_keepers[node_id]
+            return
+        try:
+            await asyncio.wait_for(end_process(node_id, process), _RECYCLE_SECONDS)
+        except (RayError, asyncio.TimeoutError) as error:
+            logger.warning("process %d of node %s was not ended: %s", process.pid, node_id[:12], error)
 
     async def _recycle(self, keeper: Any, report: KeeperReport) -> None:
         now = time.time()
@@ -258,6 +331,11 @@ class Controller:
             except (PhiError, RayError, asyncio.TimeoutError) as error:
                 # In a long turn, deleted meanwhile, or its actor died: the next round looks again.
                 logger.info("a session was not recycled (%s): %s", order.reason.value, error)
+
+
+def _keeper_of(node_id: str) -> Any:
+    """Raises ValueError."""
+    return ray.get_actor(keeper_name(node_id), namespace=NAMESPACE)
 
 
 def _snapshot(s: SessionReport, now: float) -> SessionSnapshot:

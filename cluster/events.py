@@ -25,6 +25,10 @@ class EventKind(str, Enum):
     KEEPER_STARTED = "keeper_started"
     KEEPER_REPLACED = "keeper_replaced"
     KEEPER_HUNG = "keeper_hung"
+    NODE_JOINED = "node_joined"
+    NODE_REFUSED = "node_refused"
+    NODE_DRAINING = "node_draining"
+    NODE_RESTS = "node_rests"
     NODE_LOST = "node_lost"
     REPLICA_STARTED = "replica_started"
     REPLICA_LOST = "replica_lost"
@@ -54,6 +58,10 @@ _TEXTS = {
     EventKind.KEEPER_STARTED: "a keeper started",
     EventKind.KEEPER_REPLACED: "a keeper was replaced",
     EventKind.KEEPER_HUNG: "a keeper did not answer and was ended",
+    EventKind.NODE_JOINED: "a node joined",
+    EventKind.NODE_REFUSED: "a node could not be started",
+    EventKind.NODE_DRAINING: "a node is leaving",
+    EventKind.NODE_RESTS: "a node without replicas gave its keeper and weights back",
     EventKind.NODE_LOST: "a node is gone",
     EventKind.REPLICA_STARTED: "a replica started",
     EventKind.REPLICA_LOST: "a replica has fallen silent",

@@ -109,6 +109,8 @@ class AdmitTurn:
     claim: str
     process: ProcessId
     num_tokens: int
+    # Where the process runs; "": where it is asked.
+    node_id: str = ""
 
 
 @dataclass(frozen=True)

@@ -68,6 +68,11 @@ class _Recorded:
         self._tracer = tracer
         self._span = span
 
+    @property
+    def traceparent(self) -> str | None:
+        context = self._span.get_span_context()
+        return f"00-{context.trace_id:032x}-{context.span_id:016x}-{int(context.trace_flags):02x}"
+
     def begin(self, name: str, attributes: Attributes = NO_ATTRIBUTES, *, at: float | None = None) -> Span:
         context = trace.set_span_in_context(self._span)
         span = self._tracer.start_span(name, context, attributes=dict(attributes), start_time=_nanoseconds(at))

@@ -29,7 +29,7 @@ SESSION_ACTOR_NBYTES = 60 * 10**6
 _LEAST_DISK_NBYTES = 500 * 10**6
 # Room for large messages, and Ray's own limit (80 %) with a distance.
 _OBJECT_STORE_EXTRA_NBYTES = 200 * 10**6
-_SPILL_SHARE = 0.7
+SPILL_SHARE = 0.7
 
 
 @dataclass(frozen=True)
@@ -78,10 +78,15 @@ def check_config(
     has_package: Callable[[str], bool] = has_package,
 ) -> None:
     """Raises StartError for what can be known from the configuration and the machine alone."""
-    if os.environ.get("RAY_ADDRESS"):
+    if os.environ.get("RAY_ADDRESS") and config.nodes.ray_address is None:
         raise StartError(
             f"RAY_ADDRESS is {os.environ['RAY_ADDRESS']}: phi-cluster starts a Ray of its own, since Serve's settings "
-            "must be in all of its processes, and cannot join one that was started otherwise; unset RAY_ADDRESS"
+            "must be in all of its processes; unset RAY_ADDRESS, or say --address auto to serve on that one"
+        )
+    if config.has_nodes and config.server.host in LOOPBACK:
+        raise StartError(
+            f"server.host: {config.server.host} is not reached by the HAProxys of the other machines; "
+            "make keys (phi-cluster keys new), set server.keys, and server.host: 0.0.0.0"
         )
     if config.server.host not in LOOPBACK and config.server.keys is None:
         raise StartError(
@@ -95,16 +100,29 @@ def check_config(
         raise StartError("tracing.endpoint wants OpenTelemetry's exporter: pip install 'phi-cluster[otel]'")
     if config.server.port == config.server.metrics_port:
         raise StartError(f"server.metrics_port: {config.server.metrics_port} is server.port too; choose another port")
-    server = config.server
-    for name, host, port in (
-        ("server.port", server.host, server.port),
-        ("server.metrics_port", server.metrics_host, server.metrics_port),
-    ):
-        check_port(name, host, port)
     for name, path in (("state_dir", config.state_path), ("cache_dir", config.cache_path)):
         check_folder(name, path)
     if not shm.is_dir():
         raise StartError(f"{shm} is missing: Ray's object store needs it; in a container, mount a tmpfs there")
+
+
+def check_ports(config: Config) -> None:
+    """Raises StartError if something listens already where the server will."""
+    server, nodes = config.server, config.nodes
+    if nodes.address is not None:
+        check_port("nodes.port", nodes.address, nodes.port)
+    check_port("server.port", server.host, server.port)
+    check_port("server.metrics_port", server.metrics_host, server.metrics_port)
+
+
+def check_node(config: Config, weights_nbytes: int, shm: Path = Path("/dev/shm")) -> None:
+    """Of a machine that joins: what can be known before it has. Raises StartError."""
+    check_port("server.port", config.server.host, config.server.port)
+    for name, path in (("state_dir", config.state_path), ("cache_dir", config.cache_path)):
+        check_folder(name, path)
+    if config.keys_path is not None:
+        KeyFile(config.keys_path)
+    check_shm(weights_nbytes, shm)
 
 
 def check_port(name: str, host: str, port: int) -> None:
@@ -140,7 +158,7 @@ def check_folder(name: str, path: Path) -> None:
         )
 
 
-def kv_budget(config: Config, machine: Machine, weights_nbytes: int, shm: Path = Path("/dev/shm")) -> int:
+def kv_budget(config: Config, machine: Machine, weights_nbytes: int) -> int:
     """Bytes of KV cache for the node. Raises StartError if weights, processes and a least budget do not fit.
 
     Unset, it is half of what is left: the rest is for activations, page cache and neighbours. KV segments are shared
@@ -148,13 +166,6 @@ def kv_budget(config: Config, machine: Machine, weights_nbytes: int, shm: Path =
     """
     fixed = fixed_nbytes(config, weights_nbytes)
     room = machine.available_nbytes - fixed
-    free_shm = shutil.disk_usage(shm).free
-    needed_shm = object_store_nbytes(weights_nbytes)
-    if needed_shm > free_shm:
-        raise StartError(
-            f"{shm} has {free_shm // 10**6} MB free, the object store with the weights needs {needed_shm // 10**6} MB "
-            "there; enlarge it (docker run --shm-size) or choose a smaller model or dtype"
-        )
     wanted = config.kv.budget if config.kv.budget is not None else max(room // 2, 0)
     if room < wanted or wanted < 32 * 2**20:
         raise StartError(
@@ -163,6 +174,18 @@ def kv_budget(config: Config, machine: Machine, weights_nbytes: int, shm: Path =
             "free memory, lower kv.budget or choose a smaller model or dtype"
         )
     return wanted
+
+
+def check_shm(weights_nbytes: int, shm: Path = Path("/dev/shm")) -> None:
+    """Before Ray has its object store there. Raises StartError if there is no room for it."""
+    if not shm.is_dir():
+        raise StartError(f"{shm} is missing: Ray's object store needs it; in a container, mount a tmpfs there")
+    free, needed = shutil.disk_usage(shm).free, object_store_nbytes(weights_nbytes)
+    if needed > free:
+        raise StartError(
+            f"{shm} has {free // 10**6} MB free, the object store with the weights needs {needed // 10**6} MB "
+            f"there; enlarge it (docker run --shm-size {needed}) or choose a smaller model or dtype"
+        )
 
 
 def standby_engines(config: Config, machine: Machine, weights_nbytes: int, kv_nbytes: int) -> int:
@@ -178,7 +201,7 @@ def standby_engines(config: Config, machine: Machine, weights_nbytes: int, kv_nb
         return 0
     fixed = fixed_nbytes(config, weights_nbytes) + kv_nbytes
     left = machine.available_nbytes - fixed
-    needed = config.max_replicas * STANDBY_ENGINE_NBYTES
+    needed = config.replicas_per_node * STANDBY_ENGINE_NBYTES
     if wanted is None:
         return 1 if left >= needed else 0
     if wanted and left < wanted * needed:
@@ -195,19 +218,19 @@ def session_actors(config: Config, machine: Machine, weights_nbytes: int, kv_nby
     Sessions without one are held by the keeper, and nothing else is different. A tenth of the machine stays free: for
     the page cache, and for successors that are up before their predecessors have ended.
     """
-    fixed = fixed_nbytes(config, weights_nbytes) + config.max_replicas * num_standbys * STANDBY_ENGINE_NBYTES
+    fixed = fixed_nbytes(config, weights_nbytes) + config.replicas_per_node * num_standbys * STANDBY_ENGINE_NBYTES
     left = machine.available_nbytes - fixed - kv_nbytes - machine.memory_nbytes // 10
     return max(min(config.sessions.max_actors, left // SESSION_ACTOR_NBYTES), 0)
 
 
 def fixed_nbytes(config: Config, weights_nbytes: int) -> int:
     """What the server takes in any case, without KV caches, standby engines and session actors."""
-    return object_store_nbytes(weights_nbytes) + PROCESSES_NBYTES + config.max_replicas * ENGINE_NBYTES
+    return object_store_nbytes(weights_nbytes) + PROCESSES_NBYTES + config.replicas_per_node * ENGINE_NBYTES
 
 
 def object_store_nbytes(weights_nbytes: int) -> int:
     """Size of Ray's object store in bytes: with the weights it stays below the share at which Ray begins to spill."""
-    return int(weights_nbytes / _SPILL_SHARE) + _OBJECT_STORE_EXTRA_NBYTES
+    return int(weights_nbytes / SPILL_SHARE) + _OBJECT_STORE_EXTRA_NBYTES
 
 
 def _cores(proc: Path, cgroup: Path) -> int:

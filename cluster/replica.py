@@ -14,14 +14,14 @@ import time
 import uuid
 from functools import partial
 from importlib.metadata import version
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
 from ray import serve
 from ray.exceptions import RayError
+from starlette.middleware import Middleware
 
-from phi_cluster.cluster.actors import CONTROLLER, NAMESPACE, keeper_name
+from phi_cluster.cluster.actors import CONTROLLER, NAMESPACE, keeper_name, weight_store_name
 from phi_cluster.cluster.admission import AdmittedTurns, UsageOfKeys
 from phi_cluster.cluster.config import Config
 from phi_cluster.cluster.engine_client import EngineClient
@@ -29,13 +29,23 @@ from phi_cluster.cluster.engine_link import start_engine
 from phi_cluster.cluster.engine_recycler import EngineReport
 from phi_cluster.cluster.errors import Unavailable
 from phi_cluster.cluster.events import EventKind, EventLog
+from phi_cluster.cluster.forwarding import ForwardedTurns
+from phi_cluster.cluster.head_relay import HeadClient, HeadRelay
 from phi_cluster.cluster.http.edge import EdgeSettings
 from phi_cluster.cluster.http.schemas import MAX_CHOICES
 from phi_cluster.cluster.http.server import build_app
 from phi_cluster.cluster.keys import KeyFile
+from phi_cluster.cluster.kv_load import KVLoad
 from phi_cluster.cluster.logs import log_as
 from phi_cluster.cluster.managed_sessions import ManagedSessions
 from phi_cluster.cluster.mapped_weights import Mapped, MappedWeights
+from phi_cluster.cluster.node_keepers import NodeKeepers
+from phi_cluster.cluster.own_port import listening_address
+from phi_cluster.cluster.peer_door import PeerDoor
+from phi_cluster.cluster.peer_link import PeerLinks
+from phi_cluster.cluster.peer_proof import ClusterKey, Guard
+from phi_cluster.cluster.peers import PeerTable
+from phi_cluster.cluster.placement import Costs
 from phi_cluster.cluster.poison import PoisonList
 from phi_cluster.cluster.preflight import LOOPBACK
 from phi_cluster.cluster.processes import boot_id, is_alive, process_id
@@ -46,6 +56,7 @@ from phi_cluster.cluster.replica_scaling import scaling_metrics
 from phi_cluster.cluster.responses.assembly import ResponseRoom
 from phi_cluster.cluster.responses.making import MakerLimits
 from phi_cluster.cluster.responses.run import Tools
+from phi_cluster.cluster.runtime_dir import current_runtime_dir
 from phi_cluster.cluster.served_model import ServedModel
 from phi_cluster.cluster.session.directory import SessionDirectory
 from phi_cluster.cluster.session.recycler import RecycleReason
@@ -73,6 +84,8 @@ _START_SECONDS = 300.0
 _UNASKED_SECONDS = 30.0
 _LAST_COMMITS_SECONDS = 5.0
 _SETTLE_SECONDS = 60.0
+# The controller is up by then, or being replaced.
+_TOLD_SECONDS = 10.0
 # Why an engine may be renewed.
 _ENGINE_RECYCLES = (RecycleReason.LEAK, RecycleReason.REQUESTED, RecycleReason.MAX_AGE, RecycleReason.MAX_STEPS)
 
@@ -82,12 +95,16 @@ class Replica:
     """One replica with its engine. Serve builds it, asks for its ASGI app, and watches `check_health`."""
 
     async def __init__(  # type: ignore[misc]
-        self, served: ServedModel, config: Config, runtime_dir: Path, num_threads: int, num_standbys: int
+        self, served: ServedModel, config: Config, num_threads: int, num_standbys: int
     ):
+        """`served` and `num_standbys` are the head's; another machine has its own."""
         log_as("replica")
+        self._node_id = ray.get_runtime_context().get_node_id()
+        if config.has_nodes:
+            served, num_standbys = await _of_this_node(self._node_id)
+        runtime_dir = current_runtime_dir()
         self._served = served
         self._config = config
-        self._node_id = ray.get_runtime_context().get_node_id()
         self._replica_id = uuid.uuid4().hex
         self._started_at = time.monotonic()
         self._events = EventLog(time.time)
@@ -95,11 +112,20 @@ class Replica:
         self._events_told = 0
         self._metrics = ReplicaMetrics(reason.value for reason in _ENGINE_RECYCLES)
         self._last_step = (0, time.monotonic())
+        self._address = ""
         self._engine_baseline = (0, 0)
+        self._kv_load = KVLoad(0, 0)
         self._weights = MappedWeights()
         self._recycling: asyncio.Task[None] | None = None
-        self._sessions = SessionDirectory(self._keeper, self._metrics.journals)
         self._keys = None if config.keys_path is None else KeyFile(config.keys_path)
+        self._peers = PeerTable(self._node_id, lambda: self._turns.num_open)
+        self._told = asyncio.Event()
+        self._sessions = SessionDirectory(
+            self._keeper,
+            self._metrics.journals,
+            NodeKeepers(self._peers),
+            None if self._keys is None else self._keys.limits_of,
+        )
         spawner = EngineSpawner(served, config, runtime_dir, num_threads, self._node_id)
         hang_timeout = config.engine.hang_timeout
         # Set once the server is up: nothing that is not needed for that is started before.
@@ -131,10 +157,27 @@ class Replica:
             process_id(),
             PoisonList(runtime_dir / "poison"),
         )
+        # Without a token (nothing of ours starts without one) a replica has no peers.
+        token = os.environ.get("RAY_AUTH_TOKEN", "")
+        self._cluster_key = ClusterKey(token, version("phi-cluster")) if token else None
+        self._links, self._head, self._forwarded = None, None, None
+        everywhere: ForwardedTurns | Turns = self._turns
+        if self._cluster_key is not None:
+            self._links = PeerLinks(self._cluster_key)
+            self._head = HeadClient(self._cluster_key, self._peers)
+            everywhere = self._forwarded = ForwardedTurns(
+                self._turns,
+                self._peers,
+                self._sessions,
+                self._links,
+                Costs(served.layout.kv.nbytes_used(1024) // 1024),
+                config.engine.max_num_seqs + config.engine.max_waiting,
+                self._metrics.forwards,
+            )
         # What every endpoint runs turns with.
-        self._runner: TurnRunner = self._turns
+        self._runner: TurnRunner = everywhere
         if self._keys is not None:
-            self._runner = AdmittedTurns(self._turns, self._sessions, self._keys.limits_of, process_id())
+            self._runner = AdmittedTurns(everywhere, self._sessions, self._keys.limits_of, process_id())
         self._runner = RefusalsTold(self._runner, self._events)
         self._tracer = self._open_tracer()
         if self._tracer is not None:
@@ -160,6 +203,10 @@ class Replica:
             with contextlib.suppress(Unavailable):
                 await self._engines.wait_ready(_START_SECONDS)
         self._reporting = asyncio.get_running_loop().create_task(self._report())
+        if config.journal is not None:
+            # There may be other nodes: whose accounts and responses count is known before the first request.
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._told.wait(), _TOLD_SECONDS)
 
     def _open_tracer(self) -> OpenTelemetryTracer | None:
         if self._config.tracing.endpoint is None:
@@ -187,7 +234,7 @@ class Replica:
             system_fingerprint=f"fp_{served.fingerprint[:12]}",
         )
         room, keys = self._room, self._keys
-        return build_app(
+        app = build_app(
             settings,
             self._runner,
             Tokenization(self._tokenizer, served.max_model_len),
@@ -200,7 +247,13 @@ class Replica:
             ClusterWatch(),
             keys=keys,
             usage=None if keys is None else UsageOfKeys(self._sessions, keys.limits_of),
+            inside=[Middleware(HeadRelay, self._head, settings, self._metrics.requests.on_error)] if self._head else [],
         )
+        guard = None if self._cluster_key is None else Guard(self._cluster_key, self._replica_id)
+        # What peers send is run here, in their traces.
+        turns = self._turns if self._tracer is None else TracedTurns(self._turns, self._tracer, served.names[0])
+        app.add_middleware(PeerDoor, guard, turns, self._sessions)
+        return app
 
     async def __del__(self) -> None:
         """Serve calls this at the end, when all answers are given: turns whose client had left may still commit."""
@@ -209,6 +262,9 @@ class Replica:
         while self._turns.num_running and time.monotonic() < deadline:  # noqa: ASYNC110 -- for a moment, once
             await asyncio.sleep(0.02)
         await self._engines.close()
+        for one in (self._links, self._head):
+            if one is not None:
+                await one.close()
         if self._tracer is not None:
             # The last spans are sent, if that can be had quickly.
             with contextlib.suppress(asyncio.TimeoutError):
@@ -221,7 +277,7 @@ class Replica:
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """Serve asks for it where `autoscaling` is configured."""
-        return scaling_metrics(self._turns)
+        return scaling_metrics(self._turns, self._room.num_in_background, self._kv_load)
 
     def live(self) -> bool:
         _, silence = self._observe_step()
@@ -263,10 +319,14 @@ class Replica:
             try:
                 controller = ray.get_actor(CONTROLLER, namespace=NAMESPACE)
                 report = self._own_report(await self._look_at_weights())
-                reason = await controller.report_replica.remote(report)
+                orders = await controller.report_replica.remote(report)
+                if self._config.has_nodes and self._config.autoscaling.max_replicas is not None:
+                    self._kv_load = await controller.kv_load.remote(self._node_id)
                 self._events_told = max([self._events_told, *(event.number for event in report.events)])
-                if reason is not None and self._recycling is None:
-                    self._recycling = asyncio.get_running_loop().create_task(self._recycle_engine(reason))
+                self._peers.take(orders, report.num_open_turns)
+                self._told.set()
+                if orders.recycle is not None and self._recycling is None:
+                    self._recycling = asyncio.get_running_loop().create_task(self._recycle_engine(orders.recycle))
             except (ValueError, RayError):
                 # It is being replaced: its successor is told all that is still known.
                 self._events_told = 0
@@ -286,14 +346,26 @@ class Replica:
             node_id=self._node_id,
             pid=os.getpid(),
             age_seconds=time.monotonic() - self._started_at,
-            snapshot=self._metrics.snapshot(engines.last_step.num_running),
+            snapshot=self._metrics.snapshot(
+                engines.last_step.num_running, 0 if self._forwarded is None else self._forwarded.num_forwarded
+            ),
             private_nbytes=private_or_zero(os.getpid()),
             standby_engines=tuple((pid, private_or_zero(pid)) for pid in standby_pids),
             engine=self._engine_report(weights),
             last_step_seconds=self._observe_step()[1],
             queue_seconds=engines.last_step.queue_seconds,
             events=self._events.after(self._events_told),
+            address=self._find_address(),
+            num_open_turns=self._turns.num_open,
+            max_running_turns=self._config.engine.max_num_seqs,
         )
+
+    def _find_address(self) -> str:
+        """Where Serve lets this replica listen; "" before it does, and for whoever nobody may ask anything."""
+        if not self._address and self._cluster_key is not None and self._engines.ready:
+            first, last = (int(os.environ[f"RAY_SERVE_DIRECT_INGRESS_{name}_HTTP_PORT"]) for name in ("MIN", "MAX"))
+            self._address = listening_address(first, last, ray.util.get_node_ip_address())
+        return self._address
 
     def _engine_report(self, weights: Mapped) -> EngineReport | None:
         engine = self._engines.engine
@@ -327,6 +399,23 @@ class Replica:
 
     def _keeper(self) -> Any:
         return ray.get_actor(keeper_name(self._node_id), namespace=NAMESPACE)
+
+
+async def _of_this_node(node_id: str) -> tuple[ServedModel, int]:
+    """The model as it is on this node, and how many engines may stand by: once the node's actors are up."""
+    deadline = time.monotonic() + _START_SECONDS
+    while True:
+        try:
+            keeper = ray.get_actor(keeper_name(node_id), namespace=NAMESPACE)
+            store = ray.get_actor(weight_store_name(node_id), namespace=NAMESPACE)
+            await keeper.start.remote()
+            return await store.served.remote()
+        except (ValueError, RayError):
+            if time.monotonic() > deadline:
+                raise
+        with contextlib.suppress(ValueError, RayError):
+            await ray.get_actor(CONTROLLER, namespace=NAMESPACE).want_node.remote(node_id)
+        await asyncio.sleep(0.2)
 
 
 async def _others_serve() -> bool:

@@ -22,7 +22,8 @@ class ReplicaReport:
     """`replica_id` is its own, no later one has it. `snapshot`: all it has counted (monitoring/replica_metrics.py).
     Private memory in bytes; of each standby engine with its pid. `engine` None: none serves. `last_step_seconds`: how
     long ago the engine's last step was; `queue_seconds`: how long the oldest sequence has waited in it. `events`: what
-    happened since it was heard last."""
+    happened since it was heard last. `address`: host:port where peers reach it ("": nowhere); `num_open_turns` run or
+    wait in it, `max_running_turns` are computed at once."""
 
     replica_id: str
     node_id: str
@@ -35,3 +36,6 @@ class ReplicaReport:
     last_step_seconds: float
     queue_seconds: float
     events: list[Event] = field(default_factory=list)
+    address: str = ""
+    num_open_turns: int = 0
+    max_running_turns: int = 0

@@ -10,10 +10,12 @@ import contextlib
 import os
 import shutil
 import signal
+import stat
 import tempfile
 import time
 from pathlib import Path
 
+from phi_cluster.cluster.errors import StartError
 from phi_cluster.cluster.messages import ProcessId
 from phi_cluster.cluster.processes import is_alive, process_id
 
@@ -33,12 +35,35 @@ def base_dir() -> Path:
     return Path(base if len(os.fsencode(base)) + 1 + _MAX_NAME_NBYTES <= MAX_PATH_NBYTES else "/tmp")
 
 
+def current_runtime_dir() -> Path:
+    """Of the server, or the node of a cluster, that this process belongs to."""
+    return Path(os.environ[RUNTIME_DIR_VARIABLE])
+
+
 def create_runtime_dir(base: Path | None = None) -> Path:
     """A new folder (0700) in `base` (the system's temporary folder) that names this process."""
     me = process_id()
     path = (base or base_dir()) / f"{_PREFIX}{me.pid}-{me.start_ticks}"
     path.mkdir(mode=0o700)
     return path
+
+
+def open_runtime_dir(path: Path) -> None:
+    """The folder of a node that others have started: makes it, or makes it private (0700). Raises StartError if it is
+    somebody else's, or may be."""
+    if len(os.fsencode(path)) > MAX_PATH_NBYTES:
+        raise StartError(
+            f"{path} is too long for sockets: name one of at most {MAX_PATH_NBYTES} bytes "
+            "(phi-cluster environment --runtime-dir)"
+        )
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    status = path.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
+        raise StartError(
+            f"{path} is not a folder of the user who runs Ray: remove it, or name another one "
+            "(phi-cluster environment --runtime-dir)"
+        )
+    path.chmod(0o700)
 
 
 def remove_runtime_dir(path: Path) -> None:

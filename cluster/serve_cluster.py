@@ -21,6 +21,7 @@ from phi_cluster.cluster.config import Config
 from phi_cluster.cluster.errors import StartError
 from phi_cluster.cluster.ray_environment import LONGEST_STREAM_SECONDS
 
+APPLICATION = "phi-cluster"
 # After the drain, for what turns leave.
 _LAST_COMMITS_SECONDS = 6.0
 # `serve.shutdown` returns after so long, whatever still drains.
@@ -33,7 +34,7 @@ def start_serve(config: Config) -> None:
     """Serve's controller and HAProxy, on our port."""
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     serve.start(
-        proxy_location="HeadOnly",
+        proxy_location="EveryNode" if config.has_nodes else "HeadOnly",
         http_options=serve.HTTPOptions(host=config.server.host, port=config.server.port),
         logging_config=_quiet(),
     )
@@ -50,8 +51,8 @@ def wait_serve_controller(timeout: float = 60.0) -> None:
     raise StartError("Ray Serve's controller did not start")
 
 
-def run_app(deployment: Any, config: Config, num_threads: int, *arguments: Any) -> None:
-    """Deploys the replicas, each with room for its engine in one placement group, and waits until they are healthy."""
+def application(deployment: Any, config: Config, num_threads: int, *arguments: Any) -> Any:
+    """Of the replicas, each with room for its engine in one placement group."""
     bundle: dict[str, float] = {"CPU": num_threads}
     if config.device == "cuda":
         bundle["GPU"] = 1
@@ -65,16 +66,25 @@ def run_app(deployment: Any, config: Config, num_threads: int, *arguments: Any) 
         health_check_timeout_s=10,
         logging_config=_quiet(),
     )
-    serve.run(configured(deployment).bind(*arguments), name="phi-cluster", route_prefix="/", blocking=False)
+    return configured(deployment).bind(*arguments)
+
+
+def run_app(app: Any, *, waits: bool) -> None:
+    """Deploys an application; `waits` until its replicas are healthy."""
+    target = serve.RunTarget(app, name=APPLICATION, route_prefix="/")
+    serve.run_many([target], wait_for_applications_running=waits)
 
 
 def stop_serve(drain: float) -> bool:
-    """Drains the replicas (streams may go on for `drain` seconds), then ends Serve's processes. Whether they have
-    ended: Serve waits for them for half a minute at most."""
+    """Drains the replicas (streams may go on for `drain` seconds), then ends Serve's processes, unless somebody else
+    has applications there. Whether they have ended: Serve waits for them for half a minute at most."""
 
     def shut_down() -> None:
         with contextlib.suppress(Exception):
-            serve.shutdown()
+            if set(serve.status().applications) - {APPLICATION}:
+                serve.delete(APPLICATION)
+            else:
+                serve.shutdown()
 
     # Not waited for beyond the time: replicas are given longer where one more than needed is drained.
     thread = threading.Thread(target=shut_down, daemon=True)
@@ -94,6 +104,8 @@ def _number_of_replicas(config: Config) -> dict[str, Any]:
         policy_kwargs={
             "target_turns": scaling.target_turns or max(config.engine.max_num_seqs / 2, 1),
             "max_wait": scaling.max_wait,
+            # On one machine, a replica more has no more memory.
+            "kv_target": scaling.kv_target if config.has_nodes else None,
         },
     )
     with warnings.catch_warnings():
@@ -101,7 +113,8 @@ def _number_of_replicas(config: Config) -> dict[str, Any]:
         warnings.simplefilter("ignore", DeprecationWarning)
         autoscaling = AutoscalingConfig(
             min_replicas=config.replicas,
-            initial_replicas=config.replicas,
+            # Whoever starts the server wants to see it serve.
+            initial_replicas=max(config.replicas, 1),
             max_replicas=scaling.max_replicas,
             metrics_interval_s=_LOAD_SECONDS,
             look_back_period_s=5 * _LOAD_SECONDS,

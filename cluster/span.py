@@ -22,6 +22,11 @@ NO_ATTRIBUTES: Attributes = MappingProxyType({})
 class Span(Protocol):
     """Something that takes time. `at` is wall clock in seconds, None: now."""
 
+    @property
+    def traceparent(self) -> str | None:
+        """As W3C has it: for whoever goes on with it elsewhere; None: nobody looks at it."""
+        ...
+
     def begin(self, name: str, attributes: Attributes = NO_ATTRIBUTES, *, at: float | None = None) -> Span:
         """A part of it begins."""
         ...
@@ -47,6 +52,8 @@ class Tracer(Protocol):
 
 class _Untraced:
     """Nothing is measured, of its parts neither."""
+
+    traceparent = None
 
     def begin(self, name: str, attributes: Attributes = NO_ATTRIBUTES, *, at: float | None = None) -> Span:
         return self

@@ -9,8 +9,8 @@ import sys
 import time
 from typing import TextIO
 
-from phi_cluster.cluster.app import Report
 from phi_cluster.cluster.preflight import Machine
+from phi_cluster.cluster.report import Report
 from phi_cluster.model.model_cache import ProgressEvent
 
 _BAR = 24

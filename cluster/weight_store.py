@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ import ray
 
 from phi_cluster.cluster.errors import StartError
 from phi_cluster.cluster.logs import log_as
+from phi_cluster.cluster.model_transfer import small_files
 from phi_cluster.cluster.served_model import ServedModel
 
 # Raise it when model/quantize.py packs other bytes than before, or means others by them, so that older files are not
@@ -68,12 +70,14 @@ def ensure_packed(
 
 @ray.remote(num_cpus=0)
 class WeightStore:
-    """Publishes on first use and hands out the reference from then on."""
+    """Publishes on first use and hands out the reference from then on. `num_standbys`: engines that each replica of the
+    node may keep ready."""
 
-    def __init__(self, model: ServedModel, cache_path: Path):
+    def __init__(self, model: ServedModel, cache_path: Path, num_standbys: int):
         log_as("weight_store")
         self._model = model
         self._cache_path = cache_path
+        self._num_standbys = num_standbys
         self._published: tuple[dict[str, Any], list[ray.ObjectRef]] | None = None
         self._lock = asyncio.Lock()
 
@@ -83,6 +87,25 @@ class WeightStore:
             if self._published is None:
                 self._published = await asyncio.to_thread(self._publish)
         return self._published
+
+    def served(self) -> tuple[ServedModel, int]:
+        """The model, its folder as it is on this node, and how many engines may stand by for each replica."""
+        return self._model, self._num_standbys
+
+    def files(self) -> dict[str, bytes]:
+        """For another node: what the model's folder holds besides weights, by name."""
+        return small_files(self._model.folder)
+
+    def sizes(self) -> tuple[int, int]:
+        """For another node: bytes of the packed weights, and of their index."""
+        weights, index = ensure_packed(self._model, self._cache_path)
+        return weights.stat().st_size, index.stat().st_size
+
+    def piece(self, of_index: bool, offset: int, nbytes: int) -> tuple[np.ndarray, int]:
+        """For another node: a part of either file (uint8), and its CRC-32."""
+        path = packed_paths(self._model, self._cache_path)[of_index]
+        piece = np.fromfile(path, np.uint8, nbytes, offset=offset)
+        return piece, zlib.crc32(piece.data)
 
     def pid(self) -> int:
         return os.getpid()

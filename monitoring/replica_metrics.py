@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from prometheus_client import CollectorRegistry
 
 from phi_cluster.monitoring.engine_metrics import EngineMetrics
+from phi_cluster.monitoring.forward_metrics import ForwardMetrics
 from phi_cluster.monitoring.request_metrics import RequestMetrics
 from phi_cluster.monitoring.session_metrics import JournalMetrics
 from phi_cluster.monitoring.snapshots import FamilySnapshot, snapshot_of
@@ -23,8 +24,10 @@ class ReplicaMetrics:
         self.requests = RequestMetrics(self.registry)
         self.engines = EngineMetrics(self.registry, engine_recycle_reasons)
         self.journals = JournalMetrics(self.registry)
+        self.forwards = ForwardMetrics(self.registry)
 
-    def snapshot(self, num_running: int) -> list[FamilySnapshot]:
-        """All families with their samples, picklable; the engine runs so many sequences now."""
-        self.requests.on_running(num_running)
+    def snapshot(self, num_running: int, num_elsewhere: int = 0) -> list[FamilySnapshot]:
+        """All families with their samples, picklable; the engine runs so many sequences now, and so many replies are
+        made by other replicas."""
+        self.requests.on_running(num_running, num_elsewhere)
         return snapshot_of(self.registry.collect())

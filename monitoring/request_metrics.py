@@ -110,7 +110,8 @@ class RequestMetrics:
         self._codes.add(labels)
         self._errors.labels(*labels).inc()
 
-    def on_running(self, num_running: int) -> None:
-        """The engine's sequences now; all other requests that are open wait for something."""
+    def on_running(self, num_running: int, num_elsewhere: int = 0) -> None:
+        """The engine's sequences now; all other requests that are open wait for something, unless they are another
+        replica's to count."""
         self._running.set(num_running)
-        self._waiting.set(max(self._open - num_running, 0))
+        self._waiting.set(max(self._open - num_elsewhere - num_running, 0))

@@ -7,6 +7,8 @@ listens (RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH); what HAProxy says on its ow
 
 from __future__ import annotations
 
+import os
+
 from starlette.datastructures import MutableHeaders
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -14,14 +16,21 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from phi_cluster.cluster.errors import PhiError, Unavailable
 from phi_cluster.cluster.http.caller import REQUEST_ID_HEADER
 from phi_cluster.cluster.http.errors import error_response, internal_error
+from phi_cluster.cluster.http.no_replica import NoReplica
 
 # With these a client would switch Serve's handling of disconnects and time limits off.
 _SWITCHES = (b"x-request-disconnect-disabled", b"x-request-timeout-seconds")
 
 
+# In the environment of Serve's processes, see ray_environment.py.
+FALLBACK_PORT_VARIABLE = "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT"
+MAY_SLEEP_VARIABLE = "PHI_CLUSTER_MAY_SLEEP"
+
+
 def middlewares() -> list[Middleware]:
     """For Serve: outermost last."""
-    return [Middleware(Ingress)]
+    port = int(os.environ.get(FALLBACK_PORT_VARIABLE) or 0)
+    return [Middleware(Ingress), Middleware(NoReplica, port=port, may_sleep=os.environ.get(MAY_SLEEP_VARIABLE) == "1")]
 
 
 class Ingress:

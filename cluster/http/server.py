@@ -7,10 +7,12 @@ of that is injected.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi import APIRouter, FastAPI
 from pydantic import BaseModel
+from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
@@ -78,8 +80,10 @@ def build_app(
     clock: Clock = time,
     keys: Keys | None = None,
     usage: UsageBook | None = None,
+    inside: Sequence[Middleware] = (),
 ) -> FastAPI:
-    """A new app over these objects; several may live in one process. Without `keys` everybody may come in."""
+    """A new app over these objects; several may live in one process. Without `keys` everybody may come in. `inside`:
+    what is between the door and the routes, the first one innermost."""
     edge = Edge(
         settings, turns, tokens, responses, conversations, sessions, engines, health, observer, watch, clock, usage
     )
@@ -108,6 +112,8 @@ def build_app(
     ):
         app.include_router(router)
     # The first is the innermost.
+    for one in inside:
+        app.add_middleware(one.cls, *one.args, **one.kwargs)
     app.add_middleware(Door, keys, settings, observer.on_error)
     if settings.cors_origins:
         _allow_origins(app, settings)

@@ -52,6 +52,11 @@ class ResponseRoom:
         conversations = SQLiteConversations(self._database)
         self.conversations = ConversationKeeper(conversations, tools.clock, self._thread, forgetter)
 
+    @property
+    def num_in_background(self) -> int:
+        """Responses in the background that are not over, running or not."""
+        return self._workshop.num_in_background
+
     def start(self) -> None:
         """Begins to save and to tend."""
         self._tender.start()

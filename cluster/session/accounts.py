@@ -91,6 +91,7 @@ class _Turn:
     key: SessionKey
     process: ProcessId
     num_tokens: int
+    node_id: str
 
 
 @dataclass
@@ -105,8 +106,11 @@ class _Account:
 class Accounts:
     """For one event loop. `clock` is wall time in seconds; a clock that is set back lets buckets wait, no more."""
 
-    def __init__(self, store: UsageStore, clock: Callable[[], float], is_alive: Callable[[ProcessId], bool]):
-        """Raises OSError if the totals cannot be read."""
+    def __init__(
+        self, store: UsageStore, clock: Callable[[], float], is_alive: Callable[[ProcessId], bool], node_id: str = ""
+    ):
+        """`is_alive` tells of processes of this node. Raises OSError if the totals cannot be read."""
+        self._node_id = node_id
         self._store = store
         self._clock = clock
         self._is_alive = is_alive
@@ -136,7 +140,7 @@ class Accounts:
             # A full bucket is always enough, whatever a turn may take.
             num_tokens = min(ask.num_tokens, account.tokens.rate[0])
             account.tokens.take(num_tokens)
-        account.turns[ask.claim] = _Turn(ask.key, ask.process, num_tokens)
+        account.turns[ask.claim] = _Turn(ask.key, ask.process, num_tokens, ask.node_id)
         self._count(account, requests=1)
         return _rates(account)
 
@@ -165,6 +169,22 @@ class Accounts:
         """As its last turn brought them."""
         account = self._accounts.get(tenant)
         return TenantLimits() if account is None else account.limits
+
+    def learn(self, tenant: str, limits: TenantLimits) -> None:
+        """Another keeper keeps the tenant's account: what memory it may have here is to be known all the same."""
+        self._account(tenant).limits = limits
+
+    def elsewhere(self) -> set[tuple[str, ProcessId]]:
+        """The processes, with their nodes, that have turns and are not on this node."""
+        turns = (turn for account in self._accounts.values() for turn in account.turns.values())
+        return {(turn.node_id, turn.process) for turn in turns if turn.node_id not in ("", self._node_id)}
+
+    def ended(self, node_id: str, process: ProcessId) -> None:
+        """A process on another node is dead, and nobody will say that its turns are over."""
+        for account in self._accounts.values():
+            for claim, turn in list(account.turns.items()):
+                if (turn.node_id, turn.process) == (node_id, process):
+                    del account.turns[claim]
 
     def num_turns(self, tenant: str) -> int:
         account = self._accounts.get(tenant)
@@ -238,7 +258,8 @@ class Accounts:
     def _forget_dead(self, account: _Account) -> None:
         """Turns whose replica died: nobody will say that they are over."""
         for claim, turn in list(account.turns.items()):
-            if not self._is_alive(turn.process):
+            # Of others it is found out apart (see `ended`).
+            if turn.node_id in ("", self._node_id) and not self._is_alive(turn.process):
                 del account.turns[claim]
 
     def _count(self, account: _Account, **more: int) -> None:

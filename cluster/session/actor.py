@@ -122,4 +122,5 @@ class SessionActor(SessionHost):
     def __init__(self, layout: SegmentLayout, fingerprint: str, place: JournalPlace):
         log_as("session_actor")
         settings = session_settings(layout, fingerprint)
-        super().__init__(settings, open_journals(place, fingerprint, settings.clock).open, process_id())
+        journals = open_journals(place, fingerprint, settings.clock, ray.get_runtime_context().get_node_id())
+        super().__init__(settings, journals.open, process_id())

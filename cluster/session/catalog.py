@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from phi_cluster.cluster.errors import InvalidRequest, PhiError
 from phi_cluster.cluster.messages import SessionKey
@@ -39,6 +39,39 @@ class _Row:
         return 0 if self.stats is None else self.stats.kv_cache_bytes
 
 
+@dataclass(frozen=True)
+class Known:
+    """What a node knows of a session without describing it. `measure`: what the list is sorted by; `last_used`: of
+    memory, wall clock in seconds (0: there is none here)."""
+
+    key: SessionKey
+    state: str
+    kv_nbytes: int
+    disk_nbytes: int | None
+    measure: Any
+    last_used: float
+
+    @property
+    def is_in_memory(self) -> bool:
+        return self.state in ("active", "held")
+
+
+class Row(Protocol):
+    """What pages are made of."""
+
+    @property
+    def key(self) -> SessionKey: ...
+
+    @property
+    def state(self) -> str: ...
+
+    @property
+    def kv_nbytes(self) -> int: ...
+
+    @property
+    def disk_nbytes(self) -> int | None: ...
+
+
 class Catalog:
     """For one event loop."""
 
@@ -63,19 +96,41 @@ class Catalog:
             await self._look_at(rows)
         now = self._custody.settings.clock()
         # Python's sort is stable: equal ones stay in order of their ids, whichever way they go.
-        rows.sort(key=_identity, reverse=query.is_descending and query.sort == "id")
+        rows.sort(key=identity, reverse=query.is_descending and query.sort == "id")
         if query.sort != "id":
             measure = _MEASURES[query.sort]
             rows.sort(key=lambda row: measure(row, now), reverse=query.is_descending)
-        begin = _place(rows, query)
+        begin = place_of(rows, query)
         page = rows[begin : begin + query.limit]
         await self._look_at(page)
         return SessionPage(
             sessions=[one for row in page if (one := await self._described(row)) is not None],
-            totals=_totals(rows),
+            totals=totals_of(rows),
             has_more=begin + query.limit < len(rows),
-            last=_cursor(page[-1], query) if page else None,
+            last=cursor_of(page[-1], query) if page else None,
         )
+
+    async def survey(self, query: SessionQuery, *, only_held: bool) -> list[Known]:
+        """All that the query finds, whatever page is asked for. `only_held`: that this node has in memory or on its
+        disk; others know of the rest."""
+        rows = [row for row in self._rows(query) if not only_held or row.entry or row.disk_nbytes is not None]
+        if query.sort in _BY_JOURNAL:
+            await self._look_at(rows)
+        now = self._custody.settings.clock()
+        measure = _MEASURES.get(query.sort, _none)
+        return [
+            Known(
+                *(row.key, row.state, row.kv_nbytes, row.disk_nbytes, measure(row, now)),
+                last_used=0.0 if row.stats is None else now - row.stats.idle_seconds,
+            )
+            for row in rows
+        ]
+
+    async def described(self, keys: Sequence[SessionKey]) -> list[dict[str, Any] | None]:
+        """Each session as it is here; None: deleted meanwhile, or it cannot be read."""
+        rows = [self._row(key) for key in keys]
+        await self._look_at(rows)
+        return [await self._described(row) for row in rows]
 
     def _rows(self, query: SessionQuery) -> list[_Row]:
         roster = self._custody.roster
@@ -116,7 +171,11 @@ class Catalog:
         return described | {"tenant": row.key.tenant}
 
 
-def _identity(row: _Row) -> tuple[str, str]:
+def _none(row: _Row, now: float) -> int:
+    return 0
+
+
+def identity(row: Row) -> tuple[str, str]:
     return row.key.session_id, row.key.tenant
 
 
@@ -154,12 +213,12 @@ _MEASURES: dict[SessionSort, Callable[[_Row, float], Any]] = {
 _BY_JOURNAL = ("age", "idle", "tokens", "turns")
 
 
-def _cursor(row: _Row, query: SessionQuery) -> str:
+def cursor_of(row: Row, query: SessionQuery) -> str:
     """A session's id; of all tenants, with its tenant before it: ids are unique within one."""
     return row.key.session_id if query.tenant is not None else f"{row.key.tenant}/{row.key.session_id}"
 
 
-def _place(rows: Sequence[_Row], query: SessionQuery) -> int:
+def place_of(rows: Sequence[Row], query: SessionQuery) -> int:
     """Where the page begins."""
     if query.after is None:
         return 0
@@ -167,16 +226,16 @@ def _place(rows: Sequence[_Row], query: SessionQuery) -> int:
         tenant, _, session_id = query.after.rpartition("/")
         here = session_id, tenant or query.tenant or ""
         for number, row in enumerate(rows):
-            if _identity(row) < here if query.is_descending else _identity(row) > here:
+            if identity(row) < here if query.is_descending else identity(row) > here:
                 return number
         return len(rows)
     for number, row in enumerate(rows):
-        if _cursor(row, query) == query.after:
+        if cursor_of(row, query) == query.after:
             return number + 1
     raise InvalidRequest("after: that session is not in this list any more; begin with the first page", param="after")
 
 
-def _totals(rows: Sequence[_Row]) -> dict[str, Any]:
+def totals_of(rows: Sequence[Row]) -> dict[str, Any]:
     states = Counter(row.state for row in rows)
     return {
         "sessions": len(rows),

@@ -1,17 +1,20 @@
-"""Where a session is: a replica's view of the sessions of its node.
+"""Where a session is: a replica's view of the sessions of its node, and through their keepers of other nodes'.
 
 Owns: the way from a session's key to whoever holds it (an actor, called directly, or the keeper), following it when
-it moves and when a holder dies. Implements what `turn` and the HTTP edge ask of sessions. Knows nothing of text,
-engines or HTTP.
+it moves and when a holder dies. A turn is run with this node's keeper; what an administrator asks goes to the keeper
+that has the session in memory. Implements what `turn` and the HTTP edge ask of sessions. Knows nothing of text, engines
+or HTTP, and where a turn should be run.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import uuid
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
+from dataclasses import replace
 from typing import Any, Protocol, TypeVar
 
 from ray.exceptions import RayActorError, RayError, RayTaskError
@@ -26,10 +29,13 @@ from phi_cluster.cluster.messages import (
     SegmentRef,
     SessionKey,
     Stretch,
+    TenantLimits,
     TurnGrant,
     TurnUsage,
 )
+from phi_cluster.cluster.session.journal import Glance
 from phi_cluster.cluster.session.keeper import HeldBy
+from phi_cluster.cluster.session.merged_pages import merged_page, survey_query
 from phi_cluster.cluster.session.recycler import RecycleReason
 from phi_cluster.cluster.session.session import SessionStats
 from phi_cluster.cluster.session_api import SessionPage, SessionQuery
@@ -43,6 +49,11 @@ _RETRIES = 300
 _RETRY_SECONDS = 0.1
 # So many hops are made at once; who needs more goes round in circles, because something is about to change.
 _QUICK_HOPS = 3
+# Another node's keeper that is being started again is asked again for so long (tenths of a second); then the session is
+# looked after from its journal.
+_PATIENCE = 30
+# So often a keeper is told what a tenant may use: it may be another one by now.
+_TELL_LIMITS_SECONDS = 30.0
 
 
 class JournalObserver(Protocol):
@@ -57,12 +68,44 @@ class JournalObserver(Protocol):
         ...
 
 
-class SessionDirectory:
-    """For one event loop. `keeper()` finds the keeper's handle (it may be a new one after a restart)."""
+class OtherNodes(Protocol):
+    """The nodes beside this one, as far as they are known to live."""
 
-    def __init__(self, keeper: Callable[[], Any], journals: JournalObserver | None = None):
+    @property
+    def own_id(self) -> str: ...
+
+    @property
+    def ids(self) -> Collection[str]:
+        """Of the others."""
+        ...
+
+    @property
+    def head_id(self) -> str:
+        """Of the node that keeps the accounts, which may be this one."""
+        ...
+
+    def keeper(self, node_id: str) -> Any:
+        """Raises ValueError if there is none (yet, or any more)."""
+        ...
+
+
+class SessionDirectory:
+    """For one event loop. `keeper()` finds the keeper's handle (it may be a new one after a restart). `others` None:
+    this node is alone. `limits_of`: what tenants may use, where that is limited."""
+
+    def __init__(
+        self,
+        keeper: Callable[[], Any],
+        journals: JournalObserver | None = None,
+        others: OtherNodes | None = None,
+        limits_of: Callable[[str], TenantLimits] | None = None,
+    ):
         self._keeper = keeper
         self._journals = journals
+        self._others = others
+        self._limits_of = limits_of
+        # By tenant: what this node's keeper was told, and when (the loop's seconds).
+        self._limits_told: dict[str, tuple[TenantLimits, float]] = {}
         self._holders: OrderedDict[str, Any] = OrderedDict()
         self._background: set[asyncio.Future[Any]] = set()
         # By session: the memory of its last turn is being settled with the keeper.
@@ -74,6 +117,7 @@ class SessionDirectory:
 
     async def begin_turn(self, request: BeginTurn) -> TurnGrant:
         """Raises SessionBusy, and Unavailable if no holder answers."""
+        await self._tell_limits(request.key.tenant)
         begin = asyncio.ensure_future(self._call(request.key, "begin_turn", request))
         try:
             grant: TurnGrant = await asyncio.shield(begin)
@@ -123,10 +167,12 @@ class SessionDirectory:
 
     async def admit(self, ask: AdmitTurn) -> Rates:
         """Raises LimitReached."""
-        return await self._ask_keeper("admit", ask)
+        if self._others is not None:
+            ask = replace(ask, node_id=self._others.own_id)
+        return await self._ask_head("admit", ask)
 
     async def charge(self, usage: TurnUsage) -> None:
-        await self._ask_keeper("charge", usage)
+        await self._ask_head("charge", usage)
 
     async def give_way(self, key: SessionKey) -> None:
         # What its turn held is settled before, not after the next one has leased.
@@ -135,36 +181,76 @@ class SessionDirectory:
             await asyncio.wait((settling,))
         await self._ask_keeper("drop_cache", key)
 
+    # What asks where a turn should be run.
+
+    async def locate(self, key: SessionKey) -> Glance | None:
+        """See forwarding.SessionsOfNodes."""
+        return await self._ask_keeper("locate", key)
+
+    async def move_here(self, key: SessionKey, source_node_id: str) -> bool:
+        """See forwarding.SessionsOfNodes. Never raises: what cannot be had is computed."""
+        try:
+            return await self._ask_keeper("move_here", key, source_node_id)
+        except (PhiError, RayError, AttributeError):
+            # Also a keeper that cannot do it.
+            return False
+
     # What an administrator asks.
 
     async def usage(self, tenant: str | None) -> list[dict[str, Any]]:
         """See turn_api.UsageBook."""
-        return await self._ask_keeper("usage", tenant)
+        book: list[dict[str, Any]] = await self._ask_head("usage", tenant)
+        others = () if self._others is None else {self._others.own_id, *self._others.ids} - {self._others.head_id}
+        for told in await asyncio.gather(*(self._ask_node(one, "usage", tenant) for one in others)):
+            memory = {one["name"]: one["kv_cache_bytes"] for one in told or ()}
+            for one in book:
+                one["kv_cache_bytes"] += memory.get(one["name"], 0)
+        return book
 
     async def browse(self, query: SessionQuery) -> SessionPage:
-        return await self._ask_keeper("browse", query)
+        if self._others is None or not self._others.ids:
+            return await self._ask_keeper("browse", query)
+        nodes = [self._others.own_id, *self._others.ids]
+        asked = survey_query(query)
+        # What only the journals know is the same everywhere.
+        surveys = await asyncio.gather(
+            *(self._ask_node(one, "survey", asked, one != self._others.own_id) for one in nodes)
+        )
+        page = merged_page(query, [(one, known) for one, known in zip(nodes, surveys, strict=True) if known])
+        by_node: dict[str, list[SessionKey]] = {}
+        for node_id, key in page.rows:
+            by_node.setdefault(node_id, []).append(key)
+        told = await asyncio.gather(*(self._ask_node(one, "described", keys) for one, keys in by_node.items()))
+        found = {
+            key.digest: one
+            for keys, some in zip(by_node.values(), told, strict=True)
+            for key, one in zip(keys, some or [None] * len(keys), strict=True)
+        }
+        # Those that were deleted meanwhile, or whose node has just gone, are told of no more.
+        sessions = [one for _, key in page.rows if (one := found[key.digest]) is not None]
+        return SessionPage(sessions, page.totals, page.has_more, page.last)
 
     async def get(self, tenant: str, session_id: str) -> dict[str, Any]:
-        return await self._ask_keeper("describe", SessionKey(tenant, session_id))
+        return await self._ask_holder("describe", SessionKey(tenant, session_id))
 
     async def delete(self, tenant: str, session_id: str) -> None:
-        await self._ask_keeper("delete", SessionKey(tenant, session_id))
+        await self._ask_holder("delete", SessionKey(tenant, session_id))
 
     async def clear(self, tenant: str, session_id: str) -> dict[str, Any]:
-        return await self._ask_keeper("clear", SessionKey(tenant, session_id))
+        return await self._ask_holder("clear", SessionKey(tenant, session_id))
 
     async def recycle(self, tenant: str, session_id: str) -> dict[str, Any]:
-        return await self._ask_keeper("recycle", SessionKey(tenant, session_id), RecycleReason.REQUESTED)
+        return await self._ask_holder("recycle", SessionKey(tenant, session_id), RecycleReason.REQUESTED)
 
     async def hibernate(self, tenant: str, session_id: str) -> dict[str, Any]:
-        return await self._ask_keeper("hibernate", SessionKey(tenant, session_id))
+        return await self._ask_holder("hibernate", SessionKey(tenant, session_id))
 
     async def said(self, tenant: str, session_id: str) -> str:
         """What the conversation's text is (see Transcript.text)."""
-        return await self._ask_keeper("said", SessionKey(tenant, session_id))
+        return await self._ask_holder("said", SessionKey(tenant, session_id))
 
     async def export(self, tenant: str, session_id: str, cache_up_to: int | None = None) -> bytes:
-        return await self._ask_keeper("export", SessionKey(tenant, session_id), cache_up_to)
+        return await self._ask_holder("export", SessionKey(tenant, session_id), cache_up_to)
 
     async def import_session(
         self, tenant: str, new_session_id: str | None, data: bytes, vocab_size: int
@@ -181,7 +267,7 @@ class SessionDirectory:
     async def fork(self, tenant: str, session_id: str, new_session_id: str | None, turn: int | None) -> dict[str, Any]:
         new = SessionKey(tenant, new_session_id or uuid.uuid4().hex)
         try:
-            return await self._ask_keeper("fork", SessionKey(tenant, session_id), new, turn)
+            return await self._ask_holder("fork", SessionKey(tenant, session_id), new, turn)
         except SessionExists:
             if new_session_id is not None:
                 raise
@@ -226,6 +312,53 @@ class SessionDirectory:
             except RayActorError:
                 await asyncio.sleep(_RETRY_SECONDS)
         raise Unavailable("the keeper of this node does not answer; try again", retry_after=2)
+
+    async def _ask_holder(self, method: str, key: SessionKey, *arguments: Any) -> Any:
+        """The keeper of the node where the session's memory is, if that is another one that lives; else this node's."""
+        if self._others is not None and self._others.ids:
+            seen: Glance | None = await self._ask_keeper("locate", key)
+            seat = None if seen is None else seen.seat
+            if seat is not None and seat in self._others.ids:
+                for _ in range(_PATIENCE):
+                    try:
+                        return await _unwrapped(getattr(self._others.keeper(seat), method).remote(key, *arguments))
+                    except (ValueError, RayActorError):
+                        await asyncio.sleep(_RETRY_SECONDS)
+                    if seat not in self._others.ids:
+                        break
+        return await self._ask_keeper(method, key, *arguments)
+
+    async def _ask_head(self, method: str, *arguments: Any) -> Any:
+        """The keeper that keeps the accounts of all nodes."""
+        others = self._others
+        if others is None or others.head_id == others.own_id:
+            return await self._ask_keeper(method, *arguments)
+        for _ in range(_RETRIES):
+            try:
+                return await _unwrapped(getattr(others.keeper(others.head_id), method).remote(*arguments))
+            except (ValueError, RayActorError):
+                await asyncio.sleep(_RETRY_SECONDS)
+        raise Unavailable("the keeper of the accounts does not answer; try again", retry_after=2)
+
+    async def _ask_node(self, node_id: str, method: str, *arguments: Any) -> Any:
+        """That node's keeper; None if it is gone."""
+        assert self._others is not None
+        if node_id == self._others.own_id:
+            return await self._ask_keeper(method, *arguments)
+        try:
+            return await _unwrapped(getattr(self._others.keeper(node_id), method).remote(*arguments))
+        except (ValueError, RayActorError):
+            return None
+
+    async def _tell_limits(self, tenant: str) -> None:
+        """This node's keeper, where another one keeps the accounts: memory is its own to limit."""
+        if self._limits_of is None or self._others is None or self._others.head_id == self._others.own_id:
+            return
+        limits, now = self._limits_of(tenant), asyncio.get_running_loop().time()
+        told, at = self._limits_told.get(tenant, (None, -math.inf))
+        if limits != told or now - at > _TELL_LIMITS_SECONDS:
+            await self._ask_keeper("learn_limits", tenant, limits)
+            self._limits_told[tenant] = limits, now
 
     def _find_keeper(self) -> Any:
         """Raises RayActorError while there is none."""

@@ -12,6 +12,7 @@ import logging
 from ray.exceptions import RayError
 
 from phi_cluster.cluster.errors import NotFound, PhiError, SessionBusy
+from phi_cluster.cluster.messages import SessionKey
 from phi_cluster.cluster.session.administration import Administration
 from phi_cluster.cluster.session.custody import Custody
 
@@ -33,13 +34,17 @@ class Elsewhere:
         for key in stored:
             roster.add_stored(key)
         for key in before - stored:
-            # Asked again: it may have been made anew while they were listed. A turn that begins from here on makes the
-            # journal before it gets anything, and keeps the session: it is not waited for.
-            if journals.glance(key) is not None:
-                continue
-            try:
-                await self._administration.delete(key, wait=0.0)
-            except (SessionBusy, NotFound):
-                continue
-            except (PhiError, RayError, OSError) as error:
-                logger.warning("a session that was deleted elsewhere is still here: %s", error)
+            await self.check(key)
+
+    async def check(self, key: SessionKey) -> None:
+        """Lets go of the session if it has been deleted. Raises JournalUnavailable."""
+        # It may have been made anew since it was missed. A turn that begins from here on makes the journal before it
+        # gets anything, and keeps the session: it is not waited for.
+        if self._custody.journals.glance(key) is not None:
+            return
+        try:
+            await self._administration.delete(key, wait=0.0)
+        except (SessionBusy, NotFound):
+            return
+        except (PhiError, RayError, OSError) as error:
+            logger.warning("a session that was deleted elsewhere is still here: %s", error)

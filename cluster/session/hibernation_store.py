@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Protocol
 
 from phi_cluster.cluster.errors import PhiError, StartError
+from phi_cluster.cluster.secret_file import read_secret
 from phi_cluster.cluster.session.hibernated_payload import HibernatedPayload
 from phi_cluster.cluster.session.hibernation_file import (
     BadHibernation,
@@ -199,20 +200,8 @@ class FileHibernationStore:
 
 
 def read_key(path: Path) -> bytes:
-    """The key that files are encrypted with: 64 hexadecimal digits in a file that only its owner may read. Raises
-    StartError."""
-    try:
-        if path.stat().st_mode & 0o077:
-            raise StartError(f"kv.hibernate_key_file {path} may be read by others: chmod 600 it")
-        text = path.read_text(encoding="ascii").strip()
-        key = bytes.fromhex(text)
-    except OSError as error:
-        raise StartError(f"cannot read kv.hibernate_key_file {path}: {error.strerror}") from None
-    except ValueError:
-        key = b""
-    if len(key) != 32:
-        raise StartError(f"kv.hibernate_key_file {path} must hold 64 hexadecimal digits (openssl rand -hex 32)")
-    return key
+    """The key that files are encrypted with. Raises StartError."""
+    return read_secret(path, "kv.hibernate_key_file")
 
 
 def check_key(path: Path) -> None:

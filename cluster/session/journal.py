@@ -57,7 +57,8 @@ class JournalInfo:
 
     `turns` counts all commits ever made (also those since superseded; `clear` resets it); `activation` and
     `recycles` count the session's incarnations, and those of them that succeeded a living one by policy;
-    `fingerprint` is the model whose ids the turns hold; `created_at` is wall clock in seconds.
+    `fingerprint` is the model whose ids the turns hold; `created_at` is wall clock in seconds. `seat`: the node that
+    began the last turn (of `take_epoch`: the one before that), where several share the journal; None: not known.
     """
 
     epoch: int
@@ -66,6 +67,7 @@ class JournalInfo:
     recycles: int
     fingerprint: str
     created_at: float
+    seat: str | None = None
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,7 @@ class Glance:
     recycles: int
     created_at: float
     last_used: float
+    seat: str | None = None
 
 
 class Journal(Protocol):

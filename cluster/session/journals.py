@@ -45,12 +45,12 @@ class SQLiteJournals:
         return glance(self._state_path, key)
 
 
-def open_journals(place: JournalPlace, fingerprint: str, clock: Callable[[], float]) -> Journals:
-    """`clock`: wall time in seconds."""
+def open_journals(place: JournalPlace, fingerprint: str, clock: Callable[[], float], node_id: str = "") -> Journals:
+    """`clock`: wall time in seconds. `node_id`: where the turns begin that are begun in them."""
     if place.url is None:
         return SQLiteJournals(place.state_path, fingerprint, clock)
     # A quarter of a small process's memory, which most servers need not have.
     from phi_cluster.cluster.session.redis_journal import RedisJournals
     from phi_cluster.cluster.session.redis_server import RedisServer
 
-    return RedisJournals(RedisServer(place.url), fingerprint, clock)
+    return RedisJournals(RedisServer(place.url), fingerprint, clock, node_id)

@@ -33,9 +33,11 @@ from phi_cluster.cluster.messages import (
     BeginTurn,
     CommitTurn,
     Moved,
+    ProcessId,
     SegmentRef,
     SessionKey,
     Stretch,
+    TenantLimits,
     TurnGrant,
     TurnUsage,
 )
@@ -45,7 +47,7 @@ from phi_cluster.cluster.session.actor import session_settings
 from phi_cluster.cluster.session.actor_pool import RayActors
 from phi_cluster.cluster.session.administration import Administration
 from phi_cluster.cluster.session.cache_export import SECRET_NBYTES, CacheExports, ExportSecret, split
-from phi_cluster.cluster.session.catalog import Catalog
+from phi_cluster.cluster.session.catalog import Catalog, Known
 from phi_cluster.cluster.session.conversation import name_digest
 from phi_cluster.cluster.session.custody import Custody
 from phi_cluster.cluster.session.elsewhere import Elsewhere
@@ -54,10 +56,11 @@ from phi_cluster.cluster.session.forks import Forks
 from phi_cluster.cluster.session.glances import Glances
 from phi_cluster.cluster.session.hibernation import Hibernation
 from phi_cluster.cluster.session.hibernation_store import FileHibernationStore, HibernationStore, read_key
-from phi_cluster.cluster.session.journal import Journals, JournalUnavailable
+from phi_cluster.cluster.session.journal import Glance, Journals, JournalUnavailable
 from phi_cluster.cluster.session.journals import JournalPlace, open_journals
 from phi_cluster.cluster.session.moving import MoveResult, Moves
 from phi_cluster.cluster.session.moving_memory import Piece
+from phi_cluster.cluster.session.node_processes import NodeProcesses
 from phi_cluster.cluster.session.offers import Offer, Offers
 from phi_cluster.cluster.session.recycler import RecycleReason
 from phi_cluster.cluster.session.reports import (
@@ -136,7 +139,8 @@ class NodeSessions:
         self._catalog = Catalog(self._custody, self._hibernation, self._administration, glances, node_id)
         self._forks = Forks(self._custody)
         self._retention = Retention(self._custody, self._administration, self._hibernation, glances, sessions.retention)
-        self._accounts = Accounts(usage or ForgetfulStore(), settings.clock, settings.is_alive)
+        self._accounts = Accounts(usage or ForgetfulStore(), settings.clock, settings.is_alive, node_id)
+        self._processes = NodeProcesses(self._accounts, _keeper_of)
         self._memory = TenantMemory(
             self._custody, lambda tenant: self._accounts.limits_of(tenant).kv_bytes, kv.reserve_wait
         )
@@ -285,6 +289,14 @@ class NodeSessions:
         """After it, however it ended."""
         self._accounts.charge(usage)
 
+    async def learn_limits(self, tenant: str, limits: TenantLimits) -> None:
+        """Another node's keeper keeps the accounts of all."""
+        self._accounts.learn(tenant, limits)
+
+    async def are_alive(self, processes: list[ProcessId]) -> list[bool]:
+        """Processes of this node."""
+        return [self._custody.settings.is_alive(process) for process in processes]
+
     async def usage(self, tenant: str | None) -> list[dict[str, Any]]:
         """Under the names of the HTTP API; None: of all tenants that have used anything."""
         await self.start()
@@ -325,6 +337,27 @@ class NodeSessions:
         """Bytes of KV memory that are not leased."""
         await self.start()
         return self._custody.ledger.available
+
+    # Where sessions are, where there are several nodes.
+
+    async def locate(self, key: SessionKey) -> Glance | None:
+        """What the journal tells at a glance, its seat too; without one, nothing of the session is kept here either.
+        Raises the journal's errors."""
+        await self.start()
+        seen = await asyncio.to_thread(self._custody.journals.glance, key)
+        if seen is None and self._custody.journals.shared and self._roster.is_known(key):
+            await self._elsewhere.check(key)
+        return seen
+
+    async def survey(self, query: SessionQuery, only_held: bool) -> list[Known]:
+        """See `Catalog.survey`."""
+        await self.start()
+        return await self._catalog.survey(query, only_held=only_held)
+
+    async def described(self, keys: list[SessionKey]) -> list[dict[str, Any] | None]:
+        """See `Catalog.described`."""
+        await self.start()
+        return await self._catalog.described(keys)
 
     # Administration.
 
@@ -410,6 +443,7 @@ class NodeSessions:
             if entry.session is not None and not entry.session.in_turn and s.idle_seconds > _REST_SECONDS:
                 entry.session.rest()
         await self._save_usage()
+        await self._processes.look()
         await self._look_at_journals()
         in_memory = {entry.key.digest for entry in entries}
         on_disk = [key for key in self._roster.stored_keys() if key.digest not in in_memory]
@@ -494,6 +528,10 @@ def _no_peers(node_id: str) -> Any:
     raise ValueError(f"no other nodes are known, nor {node_id}")
 
 
+def _keeper_of(node_id: str) -> Any:
+    return ray.get_actor(keeper_name(node_id), namespace=NAMESPACE)
+
+
 # Whoever waits here, for a turn or for memory, must not take the place of the commit that it waits for: Ray's default
 # is 1000.
 @ray.remote(num_cpus=0, max_concurrency=15_000)  # type: ignore[call-overload]
@@ -513,7 +551,7 @@ class Keeper(NodeSessions):
         settings = session_settings(layout, fingerprint)
         node_id = ray.get_runtime_context().get_node_id()
         actors = RayActors(layout, fingerprint, place, node_id)
-        journals = open_journals(place, fingerprint, settings.clock)
+        journals = open_journals(place, fingerprint, settings.clock, node_id)
         state_path = place.state_path
         usage = UsageFile(state_path / "usage.sqlite")
         store = None
@@ -521,8 +559,6 @@ class Keeper(NodeSessions):
             key = read_key(kv.hibernate_key_file) if kv.hibernate_key_file else None
             store = FileHibernationStore(state_path, kv.hibernate_quota, key)
         secret = ExportSecret(state_path / "export.key")
-
-        def peers(node_id: str) -> Any:
-            return ray.get_actor(keeper_name(node_id), namespace=NAMESPACE)
-
-        super().__init__(settings, journals, actors, node_id, sessions, kv, budget_nbytes, store, usage, secret, peers)
+        super().__init__(
+            settings, journals, actors, node_id, sessions, kv, budget_nbytes, store, usage, secret, _keeper_of
+        )

@@ -3,7 +3,8 @@
 Owns: what is stored there under which names, and how a turn is packed. Knows nothing of segments, actors or
 transcripts; the connection, and what Redis's errors mean, are redis_server.py's.
 
-Of a session there are three hashes, whose names hold only its digest: `session` (see _FIELDS), `turns` (by epoch: a
+Of a session there are three hashes, whose names hold only its digest: `session` (see _FIELDS; and `seat`, the node
+that began its last turn: a journal that was written before there were nodes has none), `turns` (by epoch: a
 row of journal_rows.py behind its checksum) and `index` (by epoch: what a commit must know of earlier turns, without
 reading these). Scripts (redis_scripts.py) run on the server, so that each change is made whole or not at all, and no
 two writers' mix. As durable as the server is: `appendonly yes` and `appendfsync always` for what a commit promises.
@@ -60,8 +61,12 @@ def _names(digest: str) -> tuple[str, str, str]:
 class RedisJournal:
     """See `Journal`."""
 
-    def __init__(self, server: RedisServer, key: SessionKey, fingerprint: str, clock: Callable[[], float]):
+    def __init__(
+        self, server: RedisServer, key: SessionKey, fingerprint: str, clock: Callable[[], float], node_id: str = ""
+    ):
+        """`node_id`: the seat of the turns that begin here ("": of none)."""
         self.key = key
+        self._node_id = node_id
         self._server = server
         self._keys = _names(key.digest)
         self._fingerprint = fingerprint
@@ -74,7 +79,7 @@ class RedisJournal:
         return self._raise("activation", 1, "recycles", int(recycled))
 
     def take_epoch(self) -> JournalInfo:
-        return self._raise("epoch", 1)
+        return self._raise("epoch", 1, seat=self._node_id)
 
     def commit(self, turn: CommitTurn) -> bool:
         row = turn_to_row(turn)
@@ -142,10 +147,10 @@ class RedisJournal:
     def _name(self) -> str:
         return f"of session {self.key.digest[:12]}"
 
-    def _raise(self, *by: Any) -> JournalInfo:
+    def _raise(self, *by: Any, seat: str = "") -> JournalInfo:
         now = float(self._clock())
         new = JournalInfo(first_epoch(now), 0, 0, 0, self._fingerprint, now)
-        flat = self._run(redis_scripts.RAISE, *_flat(self._fields(new)), *by)[1]
+        _, flat, before = self._run(redis_scripts.RAISE, *_flat(self._fields(new)), seat, *by)
         stored = dict(zip(flat[::2], flat[1::2], strict=True))
         names = (stored[b"tenant"].decode(), stored[b"session_id"].decode(), stored[b"ephemeral"] == b"1")
         if names != (self.key.tenant, self.key.session_id, self.key.ephemeral):
@@ -154,7 +159,7 @@ class RedisJournal:
             int(stored[name]) for name in (b"epoch", b"turns", b"activation", b"recycles")
         )
         fingerprint, created_at = stored[b"fingerprint"].decode(), float(stored[b"created_at"])
-        return JournalInfo(epoch, turns, activation, recycles, fingerprint, created_at)
+        return JournalInfo(epoch, turns, activation, recycles, fingerprint, created_at, before.decode() or None)
 
     def _fields(self, info: JournalInfo) -> dict[str, Any]:
         names = (self.key.tenant, self.key.session_id, int(self.key.ephemeral))
@@ -201,13 +206,15 @@ class RedisJournals:
     # Other servers write there, too.
     shared = True
 
-    def __init__(self, server: RedisServer, fingerprint: str, clock: Callable[[], float]):
+    def __init__(self, server: RedisServer, fingerprint: str, clock: Callable[[], float], node_id: str = ""):
+        """`node_id`: see RedisJournal."""
         self._server = server
         self._fingerprint = fingerprint
         self._clock = clock
+        self._node_id = node_id
 
     def open(self, key: SessionKey) -> RedisJournal:
-        return RedisJournal(self._server, key, self._fingerprint, self._clock)
+        return RedisJournal(self._server, key, self._fingerprint, self._clock, self._node_id)
 
     def keys(self) -> list[SessionKey]:
         """Raises JournalUnavailable."""
@@ -226,11 +233,16 @@ class RedisJournals:
 
     def glance(self, key: SessionKey) -> Glance | None:
         fields = ("num_tokens", "turns", "activation", "recycles", "created_at", "last_used")
-        row = self._asked([_names(key.digest)[0]], "HMGET", *fields)[0]
+        *row, seat = self._asked([_names(key.digest)[0]], "HMGET", *fields, "seat")[0]
         if None in row:
             return None
-        tokens, turns, activation, recycles, *times = row
-        return Glance(int(tokens), int(turns), int(activation), int(recycles), *map(float, times))
+        tokens, turns, activation, recycles, created_at, last_used = row
+        return Glance(
+            *(int(tokens), int(turns), int(activation), int(recycles)),
+            created_at=float(created_at),
+            last_used=float(last_used),
+            seat=seat and seat.decode(),
+        )
 
     def _batches(self, kind: str) -> Iterator[list[Any]]:
         with self._server.translated("of all sessions") as client:

@@ -18,14 +18,17 @@ _REFUSE_NEWER = f"""
 local version = tonumber(redis.call('HGET', KEYS[1], 'version') or '0')
 if version > {VERSION} then return {{'newer', tostring(version)}} end
 """
-# ARGV: how many of the rest are a new session's fields and values, these, and then fields and by how much they rise.
+# ARGV: how many of the rest are a new session's fields and values, these, then the node that begins a turn ('': none
+# does), and then fields and by how much they rise. The answer ends with the node that began the turn before.
 RAISE = (
     _REFUSE_NEWER
     + """
 local first = tonumber(ARGV[1]) + 2
 if version == 0 then redis.call('HSET', KEYS[1], unpack(ARGV, 2, first - 1)) end
-for i = first, #ARGV, 2 do redis.call('HINCRBY', KEYS[1], ARGV[i], ARGV[i + 1]) end
-return {'ok', redis.call('HGETALL', KEYS[1])}
+local seat = redis.call('HGET', KEYS[1], 'seat') or ''
+if ARGV[first] ~= '' then redis.call('HSET', KEYS[1], 'seat', ARGV[first]) end
+for i = first + 1, #ARGV, 2 do redis.call('HINCRBY', KEYS[1], ARGV[i], ARGV[i + 1]) end
+return {'ok', redis.call('HGETALL', KEYS[1]), seat}
 """
 )
 # ARGV: the epoch that a new session would have; the turn's epoch, request, kept tokens, kept chars, checksum, row,

@@ -89,6 +89,7 @@ def test_unknown_fields_name_the_nearest(tmp_path: Path) -> None:
         ("dtype: int3", "dtype: Input should be 'auto', 'float32', 'bfloat16', 'int8' or 'int4'"),
         ("kv_cache_dtype: float32", "kv_cache_dtype: Input should be 'auto', 'bfloat16' or 'int8'"),
         ("{replicas: 3, autoscaling: {max_replicas: 2}}", "FILE: autoscaling.max_replicas: 2 is less than replicas: 3"),
+        ("replicas: 0", "FILE: replicas: 0 would never serve; set autoscaling.max_replicas, or 1"),
         (
             "tracing: {endpoint: 'localhost:4318'}",
             "tracing.endpoint: 'localhost:4318' is not the address of a collector",
@@ -110,6 +111,7 @@ def test_replicas_come_and_go_only_where_it_is_asked_for(tmp_path: Path) -> None
     assert load_config(write(tmp_path, "replicas: 3"), {}).max_replicas == 3
     assert load_config(write(tmp_path, "{replicas: 3, autoscaling: {target_turns: 4}}"), {}).max_replicas == 3
     assert load_config(write(tmp_path, "autoscaling: {max_replicas: 4}"), {}).max_replicas == 4
+    assert load_config(write(tmp_path, "{replicas: 0, autoscaling: {max_replicas: 2}}"), {}).max_replicas == 2
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
@@ -239,3 +241,26 @@ def test_headers_are_lower_case(tmp_path: Path) -> None:
     )
     assert config.server.session_headers == ("x-session-id", "session-id")
     assert config.keys_path is None
+
+
+# Several machines.
+
+
+def test_several_machines_want_one_journal(tmp_path: Path) -> None:
+    told = refusal(tmp_path, "nodes: {address: 10.0.0.5}")
+    assert "several machines want one record" in told
+    assert told.endswith("set journal: redis://HOST:6379/0")
+    text = "{journal: 'redis://10.0.0.9/0', nodes: {address: 10.0.0.5}}"
+    config = load_config(write(tmp_path, text), {})
+    assert config.has_nodes
+    # One on each machine, unless it is said otherwise.
+    assert load_config(write(tmp_path, f"{text[:-1]}, replicas: 3}}"), {}).replicas_per_node == 1
+    assert load_config(write(tmp_path, "replicas: 3"), {}).replicas_per_node == 3
+    assert not load_config(write(tmp_path, "replicas: 3"), {}).has_nodes
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "0.0.0.0", "host", "10.0.0.5:80", "::1"])
+def test_an_address_that_no_other_machine_reaches(tmp_path: Path, address: str) -> None:
+    told = refusal(tmp_path, f"nodes: {{address: '{address}'}}")
+    assert "nodes.address: " in told
+    assert address in told

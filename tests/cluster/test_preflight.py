@@ -10,7 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from phi_cluster.cluster.config import Config, EngineConfig, KVConfig, ServerConfig, SessionsConfig, TracingConfig
+from phi_cluster.cluster.config import (
+    Config,
+    EngineConfig,
+    KVConfig,
+    NodesConfig,
+    ServerConfig,
+    SessionsConfig,
+    TracingConfig,
+)
 from phi_cluster.cluster.errors import StartError
 from phi_cluster.cluster.preflight import (
     ENGINE_NBYTES,
@@ -20,8 +28,11 @@ from phi_cluster.cluster.preflight import (
     Machine,
     check_config,
     check_folder,
+    check_node,
     check_platform,
     check_port,
+    check_ports,
+    check_shm,
     fixed_nbytes,
     has_package,
     inspect_machine,
@@ -247,8 +258,14 @@ def test_with_keys_others_are_served(config: Config, tmp_path: Path) -> None:
 
 def test_a_taken_port_is_named(config: Config, listener: socket.socket) -> None:
     port = listener.getsockname()[1]
-    assert refusal(with_server(config, port=port)).startswith(f"server.port: cannot listen on 127.0.0.1:{port} (Addre")
-    assert refusal(with_server(config, metrics_port=port)).startswith("server.metrics_port: ")
+    check_ports(config)
+    with pytest.raises(StartError, match=re.escape(f"server.port: cannot listen on 127.0.0.1:{port} (Addre")):
+        check_ports(with_server(config, port=port))
+    with pytest.raises(StartError, match=re.escape("server.metrics_port: ")):
+        check_ports(with_server(config, metrics_port=port))
+    nodes = config.nodes.model_copy(update={"address": "127.0.0.1", "port": port})
+    with pytest.raises(StartError, match=re.escape("nodes.port: ")):
+        check_ports(config.model_copy(update={"nodes": nodes}))
     with pytest.raises(StartError, match="name: cannot listen"):
         check_port("name", "127.0.0.1", port)
 
@@ -269,7 +286,7 @@ def test_one_port_for_both_is_refused(config: Config) -> None:
 
 def test_a_ray_that_was_started_otherwise_is_not_joined(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "auto")
-    assert refusal(config).endswith("unset RAY_ADDRESS")
+    assert "unset RAY_ADDRESS, or say --address auto" in refusal(config)
 
 
 def test_shared_memory_must_be_there(config: Config, tmp_path: Path) -> None:
@@ -292,16 +309,16 @@ def test_the_budget_is_half_of_what_is_left() -> None:
     # The object store with the weights, whole.
     assert fixed > GB / 0.7 + PROCESSES_NBYTES + 2 * ENGINE_NBYTES
     machine = Machine(2, 16 * GB, 10 * GB, "AVX2")
-    assert kv_budget(Config(replicas=2), machine, GB, Path("/")) == (10 * GB - fixed) // 2
+    assert kv_budget(Config(replicas=2), machine, GB) == (10 * GB - fixed) // 2
 
 
 def test_a_configured_budget_is_taken_if_it_fits() -> None:
     machine = Machine(2, 16 * GB, 10 * GB, "AVX2")
     fixed = fixed_nbytes(Config(), 0)
     fits = 10 * GB - fixed
-    assert kv_budget(Config(kv=KVConfig(budget=fits)), machine, 0, Path("/")) == fits
+    assert kv_budget(Config(kv=KVConfig(budget=fits)), machine, 0) == fits
     with pytest.raises(StartError, match=r"lower kv\.budget"):
-        kv_budget(Config(kv=KVConfig(budget=fits + 1)), machine, 0, Path("/"))
+        kv_budget(Config(kv=KVConfig(budget=fits + 1)), machine, 0)
 
 
 @pytest.mark.parametrize(
@@ -310,16 +327,15 @@ def test_a_configured_budget_is_taken_if_it_fits() -> None:
 def test_too_little_memory_says_how_much_is_there_and_needed(available: int, budget: int | None) -> None:
     machine = Machine(2, 16 * GB, available, "AVX2")
     with pytest.raises(StartError) as caught:
-        kv_budget(Config(kv=KVConfig(budget=budget)), machine, 0, Path("/"))
+        kv_budget(Config(kv=KVConfig(budget=budget)), machine, 0)
     told = caught.value.message
     assert told.startswith(f"too little memory: {available // 10**6} MB are available")
     assert f"take {fixed_nbytes(Config(), 0) // 10**6} MB and the KV cache 33 MB" in told
 
 
 def test_weights_must_fit_into_shared_memory() -> None:
-    machine = Machine(2, 10**18, 10**18, "AVX2")
     with pytest.raises(StartError, match=r"/dev/shm has \d+ MB free, .*the weights needs? \d{12} MB there; enlarge"):
-        kv_budget(Config(), machine, 5 * 10**17)
+        check_shm(5 * 10**17)
 
 
 @pytest.mark.parametrize("replicas", [1, 3])
@@ -355,3 +371,24 @@ def test_no_engine_stands_by_on_a_gpu() -> None:
     assert standby_engines(Config(device="cuda"), machine, 0, 0) == 0
     with pytest.raises(StartError, match="the GPU's memory"):
         standby_engines(Config(device="cuda", engine=EngineConfig(standby_engines=1)), machine, 0, 0)
+
+
+# Several machines.
+
+
+def test_several_machines_reach_each_others_replicas(config: Config, tmp_path: Path) -> None:
+    nodes = config.model_copy(update={"nodes": NodesConfig(ray_address="auto")})
+    assert refusal(nodes).endswith("set server.keys, and server.host: 0.0.0.0")
+    keys = tmp_path / "keys.yaml"
+    keys.write_text("keys: []")
+    check_config(with_server(nodes, host="0.0.0.0", keys=keys), MACHINE)
+
+
+def test_a_machine_that_joins_is_looked_at_first(config: Config, listener: socket.socket, tmp_path: Path) -> None:
+    check_node(config, 0)
+    with pytest.raises(StartError, match=r"server\.port: cannot listen"):
+        check_node(with_server(config, port=listener.getsockname()[1]), 0)
+    with pytest.raises(StartError, match=r"the weights needs \d+ MB there"):
+        check_node(config, 5 * 10**17)
+    with pytest.raises(StartError, match="cannot read the keys"):
+        check_node(with_server(config, keys=tmp_path / "none"), 0)

@@ -5,17 +5,20 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from phi_cluster.cluster.errors import StartError
 from phi_cluster.cluster.processes import process_id
 from phi_cluster.cluster.runtime_dir import (
     MAX_PATH_NBYTES,
     RUNTIME_DIR_VARIABLE,
     clear_dead_servers,
     create_runtime_dir,
+    open_runtime_dir,
     remove_runtime_dir,
 )
 
@@ -137,3 +140,38 @@ def test_a_link_is_not_followed(tmp_path: Path) -> None:
     clear_dead_servers(base)
     assert (precious / "engine.sock").exists()
     assert (base / "phi-999999999-1").is_symlink()
+
+
+@pytest.fixture
+def short() -> Iterator[Path]:
+    """A folder whose path is short enough for sockets."""
+    with tempfile.TemporaryDirectory(dir="/tmp", prefix="t") as path:
+        yield Path(path)
+
+
+def test_the_folder_of_a_node_that_others_started_is_made_private(short: Path) -> None:
+    path = short / "a" / "b"
+    open_runtime_dir(path)
+    assert path.stat().st_mode & 0o777 == 0o700
+    # HAProxy made it before us, for everybody.
+    path.chmod(0o755)
+    open_runtime_dir(path)
+    assert path.stat().st_mode & 0o777 == 0o700
+
+
+def test_a_folder_that_may_be_somebody_elses_is_refused(short: Path) -> None:
+    (short / "theirs").mkdir()
+    (short / "link").symlink_to(short / "theirs")
+    with pytest.raises(StartError, match="not a folder of the user who runs Ray"):
+        open_runtime_dir(short / "link")
+    (short / "theirs").chmod(0o755)
+    if os.getuid() == 0:
+        os.chown(short / "theirs", 12345, 12345)
+        with pytest.raises(StartError, match="not a folder of the user who runs Ray"):
+            open_runtime_dir(short / "theirs")
+        assert (short / "theirs").stat().st_mode & 0o777 == 0o755
+
+
+def test_a_folder_with_too_long_a_name_for_sockets_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(StartError, match="too long for sockets"):
+        open_runtime_dir(tmp_path / ("x" * MAX_PATH_NBYTES))

@@ -133,7 +133,7 @@ def test_engines_map_the_weights_and_cannot_write_to_them(local_ray: None, tmp_p
     nbytes = {}
     for name, config in (("small", _SMALL), ("large", _LARGE)):
         model = make_model(tmp_path / name, config)
-        store = WeightStore.remote(model, tmp_path / "cache")  # type: ignore[attr-defined]
+        store = WeightStore.remote(model, tmp_path / "cache", 0)  # type: ignore[attr-defined]
         index, buffers = ray.get(store.weights.remote())
         nbytes[name] = index["nbytes"]
         engines, private[name] = [], []

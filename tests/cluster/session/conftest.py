@@ -298,17 +298,18 @@ class Node:
                 self.looked_at.append(key)
                 return glance(state_dir, key)
 
-        self.journals = Journals()
+        self.node_id = options.pop("node_id", "node")
+        self.journals = options.pop("journals", None) or Journals()
         self.actors = LocalActors(settings, self.journals.open, processes)
         budget = options.pop("budget", 2**30)
         store = options.pop("store", FileHibernationStore(state_dir, 2**30, reserve_nbytes=0))
         secret = options.pop("export_secret", None)
         kv = KVConfig(reserve_wait=options.pop("reserve_wait", 0.2))
         actors = cast(Any, self.actors)
-        node_id, peers = options.pop("node_id", "node"), options.pop("peers", None)
+        peers = options.pop("peers", None)
         sessions = SessionsConfig(**{"warm_actors": 0, "turn_wait": 0.2, "spawn_interval": 3600, **options})
         self.keeper = NodeSessions(
-            settings, self.journals, actors, node_id, sessions, kv, budget, store, None, secret, peers
+            settings, self.journals, actors, self.node_id, sessions, kv, budget, store, None, secret, peers
         )
 
     async def listed(self, tenant: str) -> list[dict[str, Any]]:

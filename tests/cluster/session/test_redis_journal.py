@@ -51,6 +51,24 @@ def test_another_servers_turns_and_epochs_are_seen_at_once(journals, redis_proce
     assert [turn.text for turn in here.load()] == ["s" * 10, "more"]
 
 
+def test_who_began_the_last_turn_is_told_with_the_epoch_and_at_a_glance(journals, redis_process, key, kit, clock, raw):
+    one, other = (RedisJournals(RedisServer(redis_process.url), kit.fingerprint, clock, name) for name in ("n1", "n2"))
+    # As an earlier version wrote it, or a server that is alone.
+    assert journals.open(key).take_epoch().seat is None
+    assert raw.hget(f"phi-cluster:{{{key.digest}}}:session", "seat") is None
+    assert journals.glance(key).seat is None
+    first = one.open(key).take_epoch()
+    assert first.seat is None
+    assert journals.glance(key).seat == "n1"
+    # Neither looking, nor another incarnation, nor a commit is a turn.
+    assert other.open(key).info().seat == "n1"
+    assert other.open(key).activate(recycled=False).seat == "n1"
+    assert one.open(key).commit(kit.turn(key, first.epoch, "said", [1]))
+    second = other.open(key).take_epoch()
+    assert (second.epoch, second.seat) == (first.epoch + 1, "n1")
+    assert one.glance(key).seat == one.open(key).info().seat == "n2"
+
+
 def test_of_many_who_take_epochs_at_once_only_the_last_can_commit(journals, redis_process, key, kit, clock):
     taken: list[int] = []
     committed: list[int] = []
