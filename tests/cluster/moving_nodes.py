@@ -3,7 +3,7 @@
 Owns: starting and ending them (in a process of its own: Ray may be started once in each). What stands between them is
 the machine's own loopback. Knows nothing of what is done with the keepers.
 
-    python -m tests.cluster.two_nodes FOLDER REDIS_URL    # moves as test_moving.py wants them; prints what came of it
+    python -m tests.cluster.moving_nodes FOLDER REDIS_URL    # moves as test_moving.py wants; prints what came of it
 """
 
 from __future__ import annotations
