@@ -33,7 +33,7 @@ from phi_cluster.cluster.errors import PhiError
 from phi_cluster.cluster.events import EventKind
 from phi_cluster.cluster.growth import GrowthWatch
 from phi_cluster.cluster.logs import log_as
-from phi_cluster.cluster.peers import PeerBook, ReplicaOrders
+from phi_cluster.cluster.peers import PeerBook, PeerNews, ReplicaOrders
 from phi_cluster.cluster.processes import is_running, kill_for_sure, private_bytes, process_id
 from phi_cluster.cluster.replica_report import ReplicaReport
 from phi_cluster.cluster.session.recycler import RecyclePolicy, SessionSnapshot, decide, sleepers
@@ -117,6 +117,10 @@ class Controller:
         self._peers.take_replica(report)
         reason = self._engine_recycles.take(report.replica_id, report.engine, time.monotonic())
         return ReplicaOrders(reason, ray.get_runtime_context().get_node_id(), self._peers.news())
+
+    async def peers(self) -> PeerNews:
+        """What replicas are told of each other."""
+        return self._peers.news()
 
     async def request_engine_recycles(self) -> int:
         """Has the engines of all replicas renewed, one after the other; returns how many."""
