@@ -12,6 +12,7 @@ import secrets
 from pathlib import Path
 
 from phi_cluster.cluster.config import Config
+from phi_cluster.cluster.first_choice import balance_lines
 from phi_cluster.cluster.logs import FORMAT_VARIABLE, LEVEL_VARIABLE
 from phi_cluster.cluster.runtime_dir import RUNTIME_DIR_VARIABLE
 
@@ -45,6 +46,7 @@ def set_environment(config: Config, runtime_dir: Path) -> None:
             "RAY_SERVE_HAPROXY_METRICS_PORT": str(first_port + 901),
             "RAY_SERVE_HAPROXY_STATS_PORT": str(first_port + 902),
             "RAY_SERVE_HAPROXY_NBTHREAD": "1",
+            "RAY_SERVE_HAPROXY_BALANCE_ALGORITHM": balance_lines(config.session_header),
             # A client that neither sends nor takes anything, when it is its turn to.
             "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": str(math.ceil(config.server.write_timeout) + 60),
             "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(LONGEST_STREAM_SECONDS),
