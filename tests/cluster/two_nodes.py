@@ -8,7 +8,6 @@ words on its standard input. Knows nothing of what is asked.
 from __future__ import annotations
 
 import json
-import os
 import socket
 import subprocess
 import sys
@@ -118,8 +117,6 @@ def main(settings: dict[str, Any]) -> None:
     with tempfile.TemporaryDirectory(prefix="phi-two-") as folder:
         runtime_dir = Path(folder)
         set_environment(config, runtime_dir)
-        # A busy machine is no reason to fail.
-        os.environ["RAY_raylet_start_wait_time_s"] = "120"
         run(config, runtime_dir)
 
 
