@@ -287,6 +287,9 @@ class Node:
             def open(self, key: SessionKey) -> SQLiteJournal:
                 return SQLiteJournal(state_dir, key, settings.fingerprint, settings.clock)
 
+            def take_seat(self, key: SessionKey) -> None:
+                pass
+
             def keys(self) -> list[SessionKey]:
                 return list(list_sessions(state_dir))
 
