@@ -120,7 +120,7 @@ class Replica:
         self._weights = MappedWeights()
         self._recycling: asyncio.Task[None] | None = None
         self._keys = None if config.keys_path is None else KeyFile(config.keys_path)
-        self._peers = PeerTable(self._node_id, lambda: self._turns.num_open)
+        self._peers = PeerTable(self._node_id, lambda: self._turns.num_open, capacity=config.engine.max_num_seqs)
         self._told = asyncio.Event()
         self._sessions = SessionDirectory(
             self._keeper,
@@ -184,7 +184,7 @@ class Replica:
         self._tracer = self._open_tracer()
         if self._tracer is not None:
             self._runner = TracedTurns(self._runner, self._tracer, served.names[0])
-        self._managed = ManagedSessions(self._sessions, self._engines, SpokenReader(self._tokenizer))
+        self._managed = ManagedSessions(self._sessions, self._engines, SpokenReader(self._tokenizer), self._node_id)
         self._room = ResponseRoom(
             config.state_path,
             Tools(self._runner, self._metrics.requests, time),
@@ -371,7 +371,10 @@ class Replica:
     def _find_address(self) -> str:
         """Where Serve lets this replica listen; "" before it does, and for whoever nobody may ask anything."""
         if not self._address and self._cluster_key is not None and self._engines.ready:
-            first, last = (int(os.environ[f"RAY_SERVE_DIRECT_INGRESS_{name}_HTTP_PORT"]) for name in ("MIN", "MAX"))
+            # As this node has them.
+            first, last = (
+                int(os.environ.get(f"RAY_SERVE_DIRECT_INGRESS_{name}_HTTP_PORT", 0)) for name in ("MIN", "MAX")
+            )
             self._address = listening_address(first, last, ray.util.get_node_ip_address())
         return self._address
 
