@@ -127,6 +127,7 @@ class Replica:
                 max_model_len=served.max_model_len,
                 max_turns=config.engine.max_num_seqs + config.engine.max_waiting,
                 turn_wait=config.sessions.turn_wait,
+                regime_tokens=served.regime_tokens,
             ),
             process_id(),
             PoisonList(runtime_dir / "poison"),
