@@ -7,7 +7,7 @@ how sampling works.
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, Field, WithJsonSchema, model_validator
 
@@ -91,9 +91,10 @@ LogitBias = Annotated[
 
 
 class StreamOptions(StrictModel):
-    not_supported: ClassVar[dict[str, tuple[Any, ...]]] = {"continuous_usage_stats": (False,)}
-
     include_usage: bool = Field(False, description="send one more chunk with the usage before the end")
+    continuous_usage_stats: bool = Field(
+        False, description="with include_usage: all chunks have the usage so far of the choice that they tell of, too"
+    )
     include_obfuscation: bool = Field(False, description="accepted, without effect")
 
 
@@ -159,6 +160,10 @@ class GenerationFields(StructuredFields):
     @property
     def include_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
+
+    @property
+    def continuous_usage(self) -> bool:
+        return self.include_usage and self.stream_options is not None and self.stream_options.continuous_usage_stats
 
 
 class ChoiceFields(GenerationFields):
