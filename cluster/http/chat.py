@@ -71,6 +71,7 @@ def chat_router(edge: Edge) -> APIRouter:
             stream=chat.stream,
             include_usage=chat.include_usage,
             continuous_usage=chat.continuous_usage,
+            data_only=chat.data_only,
         )
 
     return router

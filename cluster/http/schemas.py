@@ -92,6 +92,11 @@ LogitBias = Annotated[
 
 class StreamOptions(StrictModel):
     include_usage: bool = Field(False, description="send one more chunk with the usage before the end")
+    data_only: bool = Field(
+        False,
+        description="nothing but data lines: no ids to read on from, no comments in silence. For clients that take "
+        "every line for JSON, as bench clients do",
+    )
     continuous_usage_stats: bool = Field(
         False, description="with include_usage: all chunks have the usage so far of the choice that they tell of, too"
     )
@@ -160,6 +165,10 @@ class GenerationFields(StructuredFields):
     @property
     def include_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
+
+    @property
+    def data_only(self) -> bool:
+        return self.stream_options is not None and self.stream_options.data_only
 
     @property
     def continuous_usage(self) -> bool:

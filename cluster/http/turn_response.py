@@ -91,8 +91,8 @@ class SaidChoice:
 
 class TurnResponse(Response):
     """Runs `requests`, one for each prompt, when it is called as an ASGI app. `include_usage` (in a chunk of its own),
-    `continuous_usage` (in all others) are for streams only, `pick`, which says what is told of all that was said, for
-    whole replies only."""
+    `continuous_usage` (in all others) and `data_only` (see EventStream) are for streams only, `pick`, which says what is
+    told of all that was said, for whole replies only."""
 
     def __init__(
         self,
@@ -104,6 +104,7 @@ class TurnResponse(Response):
         stream: bool,
         include_usage: bool,
         continuous_usage: bool = False,
+        data_only: bool = False,
         pick: Callable[[Sequence[SaidChoice]], Sequence[SaidChoice]] | None = None,
     ) -> None:
         super().__init__()
@@ -117,6 +118,7 @@ class TurnResponse(Response):
         self._pick = pick
         self._stream = stream
         self._include_usage = include_usage
+        self._data_only = data_only
         self._usage = RunningUsage(requests[0].num_choices) if continuous_usage else None
         self._extra_headers = {SESSION_HEADER: caller.session_id} if caller.session_id is not None else {}
 
@@ -124,7 +126,7 @@ class TurnResponse(Response):
         observation = Observation(self._edge.observer, self._format.endpoint, self._edge.clock, self._caller.request_id)
         try:
             if self._stream:
-                stream = EventStream(scope, receive, send, self._extra_headers)
+                stream = EventStream(scope, receive, send, self._extra_headers, data_only=self._data_only)
                 await until_disconnect(
                     receive,
                     self._send_stream(stream, observation),

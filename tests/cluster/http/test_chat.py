@@ -74,6 +74,16 @@ async def test_usage_comes_in_every_chunk_when_asked_for_as_vllm_tells_it(offici
     assert {chunk.usage async for chunk in stream} == {None}
 
 
+async def test_nothing_but_data_for_clients_that_take_every_line_for_json(client, events):
+    body = {"messages": HELLO, "stream": True}
+    whole = await client.post("/v1/chat/completions", json=body)
+    plain = await client.post("/v1/chat/completions", json={**body, "stream_options": {"data_only": True}})
+    assert b"\nid: " in whole.content
+    assert all(block.startswith(b"data: ") and b"\n" not in block for block in plain.content.split(b"\n\n") if block)
+    said = [[c["choices"][0]["delta"] for c in events(r.content) if c["choices"]] for r in (whole, plain)]
+    assert said[0] == said[1]
+
+
 async def test_official_client_sends_its_history_with_our_own_message_in_it(official, turns):
     reply = await official.chat.completions.create(model="phi", messages=HELLO)
     await official.chat.completions.create(
