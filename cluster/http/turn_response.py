@@ -91,8 +91,8 @@ class SaidChoice:
 
 class TurnResponse(Response):
     """Runs `requests`, one for each prompt, when it is called as an ASGI app. `include_usage` (in a chunk of its own),
-    `continuous_usage` (in all others) and `data_only` (see EventStream) are for streams only, `pick`, which says what is
-    told of all that was said, for whole replies only."""
+    `continuous_usage` (in all others) and `data_only` (see EventStream) are for streams only, `pick`, which says what
+    is told of all that was said, for whole replies only."""
 
     def __init__(
         self,
