@@ -209,6 +209,7 @@ class Turns:
                     yield event
             if carried.shares is not None:
                 yield ChoiceFinished(0, _finish_reason(attempt.reply))
+                attempt.is_told = True
                 await self._outwait(attempt, carried.shares)
             await attempt.record.make()
             attempt.leave()
@@ -247,7 +248,7 @@ class Turns:
     async def _end(self, attempt: TurnAttempt) -> None:
         """Aborts, waits until nobody writes any more, records what there is."""
         stream = attempt.stream
-        if stream is not None:
+        if stream is not None and not attempt.is_told:
             self._around.engines.abort(stream)
             if not stream.released:
                 async for _ in stream:

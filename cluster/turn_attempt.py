@@ -68,13 +68,15 @@ class Poison(Protocol):
 @dataclass(frozen=True)
 class TurnLimits:
     """`lease_tokens`: KV memory is leased for so many tokens ahead of the reply. `regime_tokens`: sequences of more
-    tokens have other keys and values (LongRoPE); None: all have the same."""
+    tokens have other keys and values (LongRoPE); None: all have the same. `shares_prompts`: whether pages of one
+    session's memory can be seen in another's."""
 
     max_model_len: int
     max_turns: int
     turn_wait: float
     lease_tokens: int = 512
     regime_tokens: int | None = None
+    shares_prompts: bool = True
 
 
 @dataclass(frozen=True)
@@ -140,6 +142,8 @@ class TurnAttempt:
         # Of a prompt that another reply has computed, and whether that one wants them back.
         self._rows: SharedRows | None = None
         self._lets_go = False
+        # Whether its client knows how it ended.
+        self.is_told = False
         self.stream: SequenceStream | None = None
         self._trace: SequenceTrace | None = None
 
@@ -358,10 +362,11 @@ class TurnAttempt:
     def _share(self, limit: int) -> None:
         """The prompt is computed: others may answer it, with `limit` tokens in all."""
         if (shared := self.carried.shares) is not None:
-            num_prompt, regime = len(self._prompt_ids), self._around.limits.regime_tokens
+            num_prompt, limits = len(self._prompt_ids), self._around.limits
+            regime = limits.regime_tokens
             # Each computes the prompt's last token itself: what it draws follows from that.
             rows = SharedRows(self.grant.segment, self.grant.epoch, num_prompt - 1)
-            stays = regime is None or limit <= regime or num_prompt > regime
+            stays = limits.shares_prompts and (regime is None or limit <= regime or num_prompt > regime)
             shared.lend(self._request, self._prompt_ids, rows, stays=stays)
 
     def _let_go(self) -> None:

@@ -286,6 +286,25 @@ async def test_a_client_that_leaves_ends_all_of_them(world: World) -> None:
     assert sorted(world.sessions.abandoned) == [2, 3]
 
 
+async def test_a_client_that_leaves_while_the_first_waits_for_the_others(world: World) -> None:
+    events = await begun(world)
+    push_end(world, 0)
+    assert await asyncio.wait_for(anext(events), PATIENCE) == ChoiceFinished(0, "length")
+    reading = asyncio.ensure_future(anext(events))
+    await until(lambda: bool(world.sessions.settled))
+    reading.cancel()
+    await asyncio.wait([reading])
+    await events.aclose()
+    # It has said all; only its memory is waited for.
+    assert [stream.aborted for stream in world.engines.streams] == [False, True, True]
+    await asyncio.sleep(0)
+    assert world.sessions.commits == []
+    release(world)
+    await world.quiet()
+    [commit] = world.sessions.commits
+    assert commit.finish_reason == "length"
+
+
 @pytest.mark.parametrize("failing", [0, 2])
 async def test_one_that_fails_ends_the_others(world: World, failing: int) -> None:
     events = await begun(world)
