@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import mmap
 import os
 import time
 import uuid
@@ -60,6 +61,7 @@ from phi_cluster.cluster.responses.run import Tools
 from phi_cluster.cluster.runtime_dir import current_runtime_dir
 from phi_cluster.cluster.served_model import ServedModel
 from phi_cluster.cluster.session.directory import SessionDirectory
+from phi_cluster.cluster.session.memfd import PAGE_NBYTES
 from phi_cluster.cluster.session.recycler import RecycleReason
 from phi_cluster.cluster.session.reports import private_or_zero
 from phi_cluster.cluster.spoken import SpokenReader
@@ -155,6 +157,9 @@ class Replica:
                 max_model_len=served.max_model_len,
                 max_turns=config.engine.max_num_seqs + config.engine.max_waiting,
                 turn_wait=config.sessions.turn_wait,
+                regime_tokens=served.regime_tokens,
+                # Segments are laid out in pages of 4 KiB, whatever the machine's are.
+                shares_prompts=mmap.PAGESIZE == PAGE_NBYTES,
             ),
             process_id(),
             PoisonList(runtime_dir / "poison"),
