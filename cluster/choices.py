@@ -13,8 +13,8 @@ from typing import TypeAlias
 
 from phi_cluster.cluster.merging import Merged
 from phi_cluster.cluster.prompt import seed_of
+from phi_cluster.cluster.shared_prompt import SharedPrompt
 from phi_cluster.cluster.turn_api import ChoiceFinished, TextDelta, TurnEvent, TurnFinished, TurnRequest, TurnStarted
-from phi_cluster.cluster.turn_attempt import SharedPrompt
 
 RunReply: TypeAlias = Callable[[TurnRequest, SharedPrompt], AsyncGenerator[TurnEvent, None]]
 
@@ -22,7 +22,7 @@ RunReply: TypeAlias = Callable[[TurnRequest, SharedPrompt], AsyncGenerator[TurnE
 async def several(request: TurnRequest, run_first: RunReply, run_other: RunReply) -> AsyncGenerator[TurnEvent, None]:
     """The events of `request.num_choices` replies (see turn_api.TurnRunner.run). `run_first` fills in what it shares;
     `run_other` is given the prompt as ids. Raises what the first that fails raises; the others end then, too."""
-    shared = SharedPrompt()
+    shared = SharedPrompt(request.num_choices - 1)
     ends: dict[int, TurnFinished] = {}
     async with Merged[TurnEvent]() as replies:
         replies.add(0, run_first(request, shared))
@@ -35,9 +35,14 @@ async def several(request: TurnRequest, run_first: RunReply, run_other: RunReply
                     yield event
                 elif isinstance(event, TextDelta):
                     yield replace(event, choice=choice)
+                elif isinstance(event, ChoiceFinished):
+                    # The first has said all, and waits for the others.
+                    yield event
                 elif isinstance(event, TurnFinished):
                     ends[choice] = event
-                    yield ChoiceFinished(choice, event.finish_reason)
+                    if choice:
+                        shared.has_answered()
+                        yield ChoiceFinished(choice, event.finish_reason)
     yield replace(ends[0], num_completion_tokens=sum(one.num_completion_tokens for one in ends.values()))
 
 

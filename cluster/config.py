@@ -143,6 +143,11 @@ class ServerConfig(_Section):
         max_length=8,
         description="headers that may name a session, for clients that have one of their own (x-correlation-id, ...)",
     )
+    first_choice: Literal["auto", "session", "least_connections"] = Field(
+        "auto",
+        description="the replica that a request reaches first: that of its session's name (by the first of "
+        "session_headers), or the one with the fewest connections; auto is session where there may be several nodes",
+    )
     cors_origins: tuple[Origin, ...] = Field(
         (), max_length=256, description="origins whose pages may ask, such as https://app.example.com; * is any"
     )
@@ -374,6 +379,13 @@ class Config(_Section):
     @property
     def token_path(self) -> Path | None:
         return None if self.nodes.token_file is None else self.nodes.token_file.expanduser().absolute()
+
+    @property
+    def session_header(self) -> str | None:
+        """The one by which HAProxy chooses a replica; None: by who has least to do."""
+        first = self.server.first_choice
+        by_session = self.journal is not None if first == "auto" else first == "session"
+        return self.server.session_headers[0] if by_session else None
 
     @property
     def keys_path(self) -> Path | None:

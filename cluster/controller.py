@@ -39,7 +39,7 @@ from phi_cluster.cluster.messages import ProcessId
 from phi_cluster.cluster.node_rest import NodeRests
 from phi_cluster.cluster.node_starts import NodeStarts
 from phi_cluster.cluster.node_tasks import end_process
-from phi_cluster.cluster.peers import PeerBook, ReplicaOrders
+from phi_cluster.cluster.peers import PeerBook, PeerNews, ReplicaOrders
 from phi_cluster.cluster.processes import is_running, kill_for_sure, private_bytes, process_id
 from phi_cluster.cluster.replica_report import ReplicaReport
 from phi_cluster.cluster.served_model import ServedModel
@@ -132,6 +132,10 @@ class Controller:
         self._peers.take_replica(report)
         reason = self._engine_recycles.take(report.replica_id, report.engine, time.monotonic())
         return ReplicaOrders(reason, ray.get_runtime_context().get_node_id(), self._peers.news())
+
+    async def peers(self) -> PeerNews:
+        """What replicas are told of each other."""
+        return self._peers.news()
 
     async def request_engine_recycles(self) -> int:
         """Has the engines of all replicas renewed, one after the other; returns how many."""

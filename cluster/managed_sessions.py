@@ -21,7 +21,9 @@ class ManagedSessions:
     """Adds to sessions' descriptions which engine serves them here (implements session_api.SessionAdmin, and what
     responses ask of sessions)."""
 
-    def __init__(self, directory: SessionDirectory, engines: EngineClient, spoken: SpokenReader):
+    def __init__(self, directory: SessionDirectory, engines: EngineClient, spoken: SpokenReader, node_id: str):
+        """`node_id`: this node, on which the engine is."""
+        self._node_id = node_id
         self._directory = directory
         self._spoken = spoken
         self._engines = engines
@@ -67,4 +69,5 @@ class ManagedSessions:
 
     def _with_engine(self, description: dict[str, Any]) -> dict[str, Any]:
         engine = self._engines.engine
-        return description | {"engine_pid": engine.process.pid if engine is not None else None}
+        is_here = description.get("node_id") in (None, self._node_id)
+        return description | {"engine_pid": engine.process.pid if engine is not None and is_here else None}

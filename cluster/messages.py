@@ -46,6 +46,16 @@ class SegmentRef:
     nonce: bytes
 
 
+@dataclass(frozen=True)
+class SharedRows:
+    """Keys and values of a prompt's first `num_tokens` tokens, in the segment of the turn `epoch`, for other sequences
+    to use where they are."""
+
+    segment: SegmentRef
+    epoch: int
+    num_tokens: int
+
+
 class Stretch(NamedTuple):
     """What took time where a call was answered, for whoever called: when it began (wall clock) and how long it took, in
     seconds."""
@@ -203,6 +213,8 @@ class AddSequence:
     num_prompt_tokens: int
     # For the log.
     request_id: str = ""
+    # Where the beginning of its keys and values lies, if not in its own segment.
+    shared: SharedRows | None = None
 
 
 @dataclass(frozen=True)
@@ -311,11 +323,12 @@ def encode_frame(message: Frame) -> bytes:
     """A 4-byte big-endian length, then msgpack `[kind, fields...]`."""
     body: list[Any]
     if isinstance(message, AddSequence):
-        segment = message.segment
+        shared = message.shared
         body = [
             "add",
             message.sequence_id,
-            [segment.pid, segment.fd, segment.nonce],
+            _packed_ref(message.segment),
+            None if shared is None else [_packed_ref(shared.segment), shared.epoch, shared.num_tokens],
             message.epoch,
             message.num_kept_tokens,
             message.token_ids,
@@ -352,8 +365,9 @@ def decode_frame(packed: bytes) -> Frame:
     """The inverse of `encode_frame`, without the length. Raises ValueError on an unknown kind."""
     kind, *fields = msgpack.unpackb(packed)
     if kind == "add":
-        sequence_id, segment, *rest = fields
-        return AddSequence(sequence_id, SegmentRef(*segment), *rest)
+        sequence_id, segment, shared, *rest = fields
+        rows = None if shared is None else SharedRows(SegmentRef(*shared[0]), *shared[1:])
+        return replace(AddSequence(sequence_id, SegmentRef(*segment), *rest), shared=rows)
     if kind == "extend":
         return ExtendSequence(*fields)
     if kind == "abort":
@@ -371,6 +385,10 @@ def decode_frame(packed: bytes) -> Frame:
         counts = (EngineTotals(*totals), work, queue_seconds, tuple(preempted))
         return StepFrame(step, read, num_running, num_waiting, *counts)
     raise ValueError(f"unknown frame kind {kind!r}")
+
+
+def _packed_ref(ref: SegmentRef) -> list[Any]:
+    return [ref.pid, ref.fd, ref.nonce]
 
 
 def _read_output(*fields: Any) -> SequenceOutput:

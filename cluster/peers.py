@@ -120,10 +120,18 @@ class PeerBook:
 
 
 class PeerTable:
-    """A replica's. `num_open()`: its own turns just now. `clock` is monotonic, in seconds. For one event loop."""
+    """A replica's. `num_open()`: its own turns just now; `capacity`: so many it computes at once. `clock` is monotonic,
+    in seconds. For one event loop."""
 
-    def __init__(self, node_id: str, num_open: Callable[[], int], clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        node_id: str,
+        num_open: Callable[[], int],
+        clock: Callable[[], float] = time.monotonic,
+        capacity: int = 1,
+    ) -> None:
         self.node_id = node_id
+        self._capacity = capacity
         self._num_open = num_open
         self._clock = clock
         self._news = PeerNews()
@@ -148,7 +156,10 @@ class PeerTable:
     @property
     def own(self) -> NodeLoad:
         """This node."""
-        told = next((one for one in self._news.nodes if one.node_id == self.node_id), NodeLoad(self.node_id, 0, 1))
+        told = next((one for one in self._news.nodes if one.node_id == self.node_id), None)
+        if told is None:
+            # It has not been told of yet.
+            return NodeLoad(self.node_id, self._num_open(), self._capacity)
         return replace(told, num_open=max(told.num_open + self._num_open() - self._reported, 0))
 
     @property

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from phi_cluster.cluster.config import Config
 from phi_cluster.cluster.errors import StartError
+from phi_cluster.cluster.first_choice import balance_lines
 from phi_cluster.cluster.logs import FORMAT_VARIABLE, LEVEL_VARIABLE
 from phi_cluster.cluster.runtime_dir import RUNTIME_DIR_VARIABLE
 from phi_cluster.cluster.secret_file import read_secret
@@ -28,11 +29,6 @@ _OF_SEVERAL_MACHINES = {
     "RAY_health_check_period_ms": "1000",
     "RAY_health_check_timeout_ms": "3000",
     "RAY_health_check_failure_threshold": "4",
-    # HAProxy: a connection to a replica whose machine is cut off would hang for as long as its client waits. Serve has
-    # no setting for that, but takes what follows into HAProxy's defaults as it is.
-    "RAY_SERVE_HAPROXY_BALANCE_ALGORITHM": "\n    ".join(
-        ("leastconn", "option srvtcpka", "srvtcpka-idle 4s", "srvtcpka-intvl 2s", "srvtcpka-cnt 3")
-    ),
 }
 
 
@@ -64,6 +60,7 @@ def environment(config: Config, runtime_dir: Path, token: str) -> dict[str, str]
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(first_port + 901),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(first_port + 902),
         "RAY_SERVE_HAPROXY_NBTHREAD": "1",
+        "RAY_SERVE_HAPROXY_BALANCE_ALGORITHM": balance_lines(config.session_header, has_nodes=config.has_nodes),
         # A client that neither sends nor takes anything, when it is its turn to.
         "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": str(math.ceil(config.server.write_timeout) + 60),
         "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(LONGEST_STREAM_SECONDS),

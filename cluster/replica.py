@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import mmap
 import os
 import time
 import uuid
@@ -60,6 +61,7 @@ from phi_cluster.cluster.responses.run import Tools
 from phi_cluster.cluster.runtime_dir import current_runtime_dir
 from phi_cluster.cluster.served_model import ServedModel
 from phi_cluster.cluster.session.directory import SessionDirectory
+from phi_cluster.cluster.session.memfd import PAGE_NBYTES
 from phi_cluster.cluster.session.recycler import RecycleReason
 from phi_cluster.cluster.session.reports import private_or_zero
 from phi_cluster.cluster.spoken import SpokenReader
@@ -120,7 +122,7 @@ class Replica:
         self._weights = MappedWeights()
         self._recycling: asyncio.Task[None] | None = None
         self._keys = None if config.keys_path is None else KeyFile(config.keys_path)
-        self._peers = PeerTable(self._node_id, lambda: self._turns.num_open)
+        self._peers = PeerTable(self._node_id, lambda: self._turns.num_open, capacity=config.engine.max_num_seqs)
         self._told = asyncio.Event()
         self._sessions = SessionDirectory(
             self._keeper,
@@ -155,6 +157,9 @@ class Replica:
                 max_model_len=served.max_model_len,
                 max_turns=config.engine.max_num_seqs + config.engine.max_waiting,
                 turn_wait=config.sessions.turn_wait,
+                regime_tokens=served.regime_tokens,
+                # Segments are laid out in pages of 4 KiB, whatever the machine's are.
+                shares_prompts=mmap.PAGESIZE == PAGE_NBYTES,
             ),
             process_id(),
             PoisonList(runtime_dir / "poison"),
@@ -184,7 +189,7 @@ class Replica:
         self._tracer = self._open_tracer()
         if self._tracer is not None:
             self._runner = TracedTurns(self._runner, self._tracer, served.names[0])
-        self._managed = ManagedSessions(self._sessions, self._engines, SpokenReader(self._tokenizer))
+        self._managed = ManagedSessions(self._sessions, self._engines, SpokenReader(self._tokenizer), self._node_id)
         self._room = ResponseRoom(
             config.state_path,
             Tools(self._runner, self._metrics.requests, time),
@@ -371,7 +376,10 @@ class Replica:
     def _find_address(self) -> str:
         """Where Serve lets this replica listen; "" before it does, and for whoever nobody may ask anything."""
         if not self._address and self._cluster_key is not None and self._engines.ready:
-            first, last = (int(os.environ[f"RAY_SERVE_DIRECT_INGRESS_{name}_HTTP_PORT"]) for name in ("MIN", "MAX"))
+            # As this node has them.
+            first, last = (
+                int(os.environ.get(f"RAY_SERVE_DIRECT_INGRESS_{name}_HTTP_PORT", 0)) for name in ("MIN", "MAX")
+            )
             self._address = listening_address(first, last, ray.util.get_node_ip_address())
         return self._address
 

@@ -42,6 +42,11 @@ class ServedModel:
         itemsize, scale_nbytes = _KV_NBYTES[self.kv_cache_dtype]
         return SegmentLayout(KVCacheLayout.for_config(self.config, self.max_model_len, itemsize, scale_nbytes))
 
+    @property
+    def regime_tokens(self) -> int | None:
+        """Sequences of more tokens have other keys and values than shorter ones (LongRoPE); None: all have the same."""
+        return None if self.config.rope_scaling is None else self.config.original_max_position_embeddings
+
 
 def compiled_ops_problem() -> str | None:
     """Why the compiled kernels cannot be used, or None."""

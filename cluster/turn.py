@@ -28,9 +28,11 @@ from phi_cluster.cluster.errors import ContextOverflow, Overloaded, PhiError, Un
 from phi_cluster.cluster.messages import ProcessId, SessionKey
 from phi_cluster.cluster.prompt import PromptReader
 from phi_cluster.cluster.reply import Reply
+from phi_cluster.cluster.shared_prompt import SharedPrompt
 from phi_cluster.cluster.span import spanning
 from phi_cluster.cluster.turn_api import (
     BEGINNING,
+    ChoiceFinished,
     FinishReason,
     TextDelta,
     TurnEvent,
@@ -44,7 +46,6 @@ from phi_cluster.cluster.turn_attempt import (
     MemoryYielded,
     Poison,
     Sessions,
-    SharedPrompt,
     Surroundings,
     TurnAttempt,
     TurnLimits,
@@ -206,8 +207,14 @@ class Turns:
             async with aclosing(attempt.events()) as events:
                 async for event in events:
                     yield event
+            if carried.shares is not None:
+                yield ChoiceFinished(0, _finish_reason(attempt.reply))
+                attempt.is_told = True
+                await self._outwait(attempt, carried.shares)
             await attempt.record.make()
+            attempt.leave()
         except (MemoryLost, MemoryYielded):
+            attempt.leave()
             raise
         except BaseException:
             # The client left or something failed: whatever it is, the session is given back, in the background,
@@ -226,6 +233,13 @@ class Turns:
             engine_replaced=carried.shared is None and self._was_replaced(attempt.grant.key.digest, engine),
         )
 
+    async def _outwait(self, attempt: TurnAttempt, shares: SharedPrompt) -> None:
+        """The turn is not over before the others have answered its prompt, which lies in its memory."""
+        with suppress(PhiError):
+            # Else those who wait for memory would wait for what this one will not need.
+            await self._around.sessions.settle_early(attempt.grant.key)
+        await shares.wait_answered()
+
     def _end_later(self, attempt: TurnAttempt) -> None:
         task = asyncio.get_running_loop().create_task(self._end(attempt))
         self._endings.add(task)
@@ -234,13 +248,16 @@ class Turns:
     async def _end(self, attempt: TurnAttempt) -> None:
         """Aborts, waits until nobody writes any more, records what there is."""
         stream = attempt.stream
-        if stream is not None:
+        if stream is not None and not attempt.is_told:
             self._around.engines.abort(stream)
             if not stream.released:
                 async for _ in stream:
                     pass
             # Whatever the client was not given is not part of the conversation.
             attempt.reply.finish_reason = "abort"
+        attempt.leave()
+        if attempt.carried.shares is not None:
+            await attempt.carried.shares.take_back(for_good=True)
         with suppress(PhiError):
             await attempt.record.make()
 

@@ -24,12 +24,14 @@ from phi_cluster.cluster.messages import (
     SegmentRef,
     SequenceOutput,
     SessionKey,
+    SharedRows,
     TokenLogprobs,
     TurnGrant,
 )
 from phi_cluster.cluster.prompt import PromptReader
 from phi_cluster.cluster.reply import Reply
 from phi_cluster.cluster.sequence_trace import SequenceTrace
+from phi_cluster.cluster.shared_prompt import SharedPrompt
 from phi_cluster.cluster.span import Attributes, spanning
 from phi_cluster.cluster.stretches import tell_stretches
 from phi_cluster.cluster.turn_api import Position, TextDelta, TokenChoice, TokenLogprob, TurnRequest, TurnStarted
@@ -65,12 +67,16 @@ class Poison(Protocol):
 
 @dataclass(frozen=True)
 class TurnLimits:
-    """`lease_tokens`: KV memory is leased for so many tokens ahead of the reply."""
+    """`lease_tokens`: KV memory is leased for so many tokens ahead of the reply. `regime_tokens`: sequences of more
+    tokens have other keys and values (LongRoPE); None: all have the same. `shares_prompts`: whether pages of one
+    session's memory can be seen in another's."""
 
     max_model_len: int
     max_turns: int
     turn_wait: float
     lease_tokens: int = 512
+    regime_tokens: int | None = None
+    shares_prompts: bool = True
 
 
 @dataclass(frozen=True)
@@ -95,17 +101,6 @@ class MemoryYielded(Exception):
 
 
 @dataclass
-class SharedPrompt:
-    """A prompt that several replies answer. The first of them, the turn, sets the rest as soon as it is computed:
-    `request` as it was in the end, `token_ids` of the prompt, `segment`, where it lies."""
-
-    request: TurnRequest | None = None
-    started: TurnStarted | None = None
-    token_ids: list[int] = field(default_factory=list, repr=False)
-    segment: SegmentRef | None = None
-
-
-@dataclass
 class Carried:
     """What of a turn outlives the memory in which it began. `token_ids` are the reply's, None before there are any to
     speak of; the client has all text up to `given`, and `started` if it was told so.
@@ -127,7 +122,8 @@ class Carried:
 class TurnAttempt:
     """`enter`, `start`, then `events`; whatever happens after `enter`, the turn is to be ended with `record`.
 
-    `stream` is the engine's sequence, once there is one; None also if the reply is there as a whole.
+    `carried` outlives it. `stream` is the engine's sequence, once there is one; None also if the reply is there as a
+    whole.
     """
 
     record: TurnRecord
@@ -139,16 +135,21 @@ class TurnAttempt:
         self._around = around
         self._request = request
         self._text = text
-        self._carried = carried
+        self.carried = carried
         self._fresh = ""
         self._prompt_ids: list[int] = []
         self._prompt_logprobs: list[TokenLogprobs] | None = None
+        # Of a prompt that another reply has computed, and whether that one wants them back.
+        self._rows: SharedRows | None = None
+        self._lets_go = False
+        # Whether its client knows how it ended.
+        self.is_told = False
         self.stream: SequenceStream | None = None
         self._trace: SequenceTrace | None = None
 
     async def enter(self) -> None:
         """Waits for the session's turn. Raises what `Sessions.begin_turn` raises."""
-        around, request, carried = self._around, self._request, self._carried
+        around, request, carried = self._around, self._request, self.carried
         engine = around.engines.engine
         begin = BeginTurn(
             key=carried.key,
@@ -193,12 +194,12 @@ class TurnAttempt:
             num_kept, kept_chars, new_ids = await asyncio.to_thread(around.prompts.encode, request, grant, self._text)
         num_prompt = num_kept + len(new_ids)
         sampling = around.prompts.sampling(request, around.prompts.max_tokens(request, num_prompt))
-        so_far = self._carried.token_ids
+        so_far = self.carried.token_ids
         if so_far is None:
             # Nobody has kept its log probabilities: with them it is generated again, and comes out the same.
             so_far = [] if self._wants_logprobs else _left_of_reply(grant, num_kept, new_ids)
         # As many as there are tokens: those behind a stop string are nobody's.
-        del self._carried.logprobs[len(so_far) :]
+        del self.carried.logprobs[len(so_far) :]
         reply.answer(grant.kept_checksum if num_kept else 0, new_ids)
         self._fresh = reply.push(so_far)
         over = None
@@ -208,6 +209,8 @@ class TurnAttempt:
             self._fresh += reply.end(over)
         elif not reply.is_cut:
             ahead = min(sampling["max_tokens"] - len(so_far), around.limits.lease_tokens)
+            shared = self.carried.shared
+            rows = None if shared is None else await shared.rows()
             add = AddSequence(
                 sequence_id=around.engines.next_sequence_id(),
                 segment=grant.segment,
@@ -218,22 +221,30 @@ class TurnAttempt:
                 max_num_tokens=num_prompt + len(so_far) + ahead,
                 num_prompt_tokens=num_prompt,
                 request_id=request.request_id,
+                shared=rows,
             )
             try:
                 with spanning(request.span, "kv.reserve", {"phi.kv.num_tokens": add.max_num_tokens}):
-                    await around.sessions.reserve(grant.key, add.max_num_tokens)
+                    num_shared = 0 if rows is None else rows.num_tokens
+                    await around.sessions.reserve(grant.key, add.max_num_tokens, num_shared)
             except Overloaded as refusal:
                 # Who was told to give way comes again, and so does a reply that has begun: it is not cut off.
-                if isinstance(refusal, GaveWay) or self._carried.started is not None:
+                if isinstance(refusal, GaveWay) or self.carried.started is not None:
                     await self._yield_memory(so_far)
                 raise
-            if self._carried.shared is not None and (source := self._carried.shared.segment) is not None:
-                await around.sessions.lay_prompt(grant, source, num_prompt)
+            if shared is not None and rows is not None:
+                if not shared.use(self, rows, self._let_go):
+                    await self._yield_memory(so_far)
+                self._rows = rows
+            elif shared is not None and shared.copied_from is not None:
+                await around.sessions.lay_prompt(grant, shared.copied_from, num_prompt)
             self.stream = await around.engines.add(add)
+            if self._lets_go:
+                around.engines.abort(self.stream)
             self.stream.watcher = self._trace = self._trace_of(add)
         reply.num_prompt_tokens = num_prompt
         self._prompt_ids = array("i", grant.kept_ids or b"").tolist()[:num_kept] + new_ids
-        if self._carried.shared is None:
+        if self.carried.shared is None:
             # Only now is there anything to record: a turn that was refused room leaves the session as it was.
             record = self.record
             record.num_kept_tokens, record.num_kept_chars, record.prompt_ids = num_kept, kept_chars, new_ids
@@ -244,6 +255,9 @@ class TurnAttempt:
         reply carried, and PhiError."""
         stream, trace = self.stream, self._trace
         if stream is None or trace is None:
+            if self.carried.shares is not None:
+                # There is nothing more of this reply to compute, and so no prompt.
+                await self.carried.shares.take_back(for_good=True)
             for event in self._begin(self.grant.num_computed_tokens):
                 yield event
             return
@@ -256,8 +270,9 @@ class TurnAttempt:
         with trace:
             async for output in stream:
                 if output.finish_reason == "gone":
-                    await self.record.drop()
-                    self._carried.key, self._carried.token_ids = self.grant.key, reply.token_ids
+                    if self.carried.shared is not None and self._rows is not None:
+                        self.carried.shared.lose(self._rows)
+                    await self._drop(reply.token_ids)
                     raise MemoryLost
                 if output.finish_reason == "error":
                     self._give_up(stream, output.error)
@@ -265,13 +280,13 @@ class TurnAttempt:
                     param = format_param(request)
                     raise InvalidRequest(f"{param} cannot be followed: {output.error}", param=param)
                 if output.finish_reason == "abort" and not reply.is_cut:
-                    if isinstance(lease.refusal, GaveWay):
+                    if isinstance(lease.refusal, GaveWay) or self._lets_go:
                         await self._yield_memory(reply.token_ids)
                     raise lease.refusal or ReadElsewhere("this reply is being read on by a later connection")
                 lease.follow(num_there + len(stream.received))
                 if not has_begun:
                     has_begun = True
-                    self._share()
+                    self._share(limit)
                     self._prompt_logprobs = output.prompt_logprobs
                     num_cached = output.num_cached_tokens or 0
                     if stream.was_moved or request.resume_from is not None:
@@ -289,7 +304,7 @@ class TurnAttempt:
                     continue
                 before = len(reply.token_ids)
                 logprobs = self._logprobs(output)
-                self._carried.logprobs += logprobs
+                self.carried.logprobs += logprobs
                 text = reply.push(output.token_ids)
                 taken = len(reply.token_ids) - before
                 if text or taken:
@@ -344,14 +359,30 @@ class TurnAttempt:
 
         return TokenLogprob(*choice(token_id, found.logprob), tuple(map(choice, found.top_ids, found.top_logprobs)))
 
-    def _share(self) -> None:
-        """The prompt is computed: others may answer it."""
-        if (shared := self._carried.shares) is not None:
-            shared.request, shared.token_ids, shared.segment = self._request, self._prompt_ids, self.grant.segment
+    def _share(self, limit: int) -> None:
+        """The prompt is computed: others may answer it, with `limit` tokens in all."""
+        if (shared := self.carried.shares) is not None:
+            num_prompt, limits = len(self._prompt_ids), self._around.limits
+            regime = limits.regime_tokens
+            # Each computes the prompt's last token itself: what it draws follows from that.
+            rows = SharedRows(self.grant.segment, self.grant.epoch, num_prompt - 1)
+            stays = limits.shares_prompts and (regime is None or limit <= regime or num_prompt > regime)
+            shared.lend(self._request, self._prompt_ids, rows, stays=stays)
+
+    def _let_go(self) -> None:
+        """The memory of the prompt is wanted back: this reply goes on when it is there again."""
+        self._lets_go = True
+        if self.stream is not None:
+            self._around.engines.abort(self.stream)
+
+    def leave(self) -> None:
+        """No engine has its sequence any more. Idempotent."""
+        if self.carried.shared is not None:
+            self.carried.shared.leave(self)
 
     def _begin(self, num_cached: int) -> list[TurnStarted | TextDelta]:
         """What is told first: once that the turn has started, and the text that was there already."""
-        carried, reply = self._carried, self.reply
+        carried, reply = self.carried, self.reply
         told: list[TurnStarted | TextDelta] = []
         if carried.started is None:
             carried.started = TurnStarted(reply.num_prompt_tokens, min(num_cached, reply.num_prompt_tokens))
@@ -370,13 +401,22 @@ class TurnAttempt:
 
     async def _yield_memory(self, token_ids: list[int]) -> NoReturn:
         """Ends the turn here, and what of its reply there is goes on when there is room. Raises MemoryYielded."""
-        await self.record.drop()
-        carried = self._carried
-        carried.key = self.grant.key
-        if token_ids:
-            carried.token_ids = token_ids
+        await self._drop(token_ids or self.carried.token_ids)
         await self._around.sessions.give_way(self.grant.key)
         raise MemoryYielded
+
+    async def _drop(self, token_ids: list[int] | None) -> None:
+        """The turn ends here and is to begin again, with so much of its reply."""
+        carried = self.carried
+        if carried.shares is not None:
+            # It lies in this turn's memory.
+            await carried.shares.take_back()
+        await self.record.drop()
+        carried.token_ids = token_ids
+        carried.key = self.grant.key
+        if carried.shared is not None:
+            # Nobody will look for it, and what the last one asked for is not this one's.
+            carried.key = SessionKey(self.grant.key.tenant, uuid.uuid4().hex, ephemeral=True)
 
     def _give_up(self, stream: SequenceStream, error: str | None) -> NoReturn:
         """Raises what the client is told of a sequence that no engine carries on."""
@@ -384,7 +424,7 @@ class TurnAttempt:
             raise EngineFailed(f"the engine gave the request up: {error}")
         with suppress(OSError):
             # What the client asked for, of whatever reply to it.
-            shared = self._carried.shared
+            shared = self.carried.shared
             self._around.poison.add((shared and shared.request) or self._request)
         raise poisonous()
 

@@ -15,8 +15,13 @@ from phi_cluster.cluster.messages import SessionKey
 class Lessor(Protocol):
     """Whoever has the node's KV memory."""
 
-    async def reserve(self, key: SessionKey, num_tokens: int) -> None:
-        """Leases KV memory for the session to hold `num_tokens`. Raises Overloaded."""
+    async def reserve(self, key: SessionKey, num_tokens: int, num_shared_tokens: int = 0) -> None:
+        """Leases KV memory for the session to hold `num_tokens`, of which the first have their keys and values in
+        another one's. Raises Overloaded."""
+        ...
+
+    async def settle_early(self, key: SessionKey) -> None:
+        """The session's turn goes on, with the memory that it has now: the rest of its lease is others'."""
         ...
 
 
@@ -43,7 +48,8 @@ class TurnLease:
 
     async def _grow(self, covered: int) -> None:
         try:
-            await self._lessor.reserve(self._key, covered)
+            shared = self._stream.add.shared
+            await self._lessor.reserve(self._key, covered, 0 if shared is None else shared.num_tokens)
             self._engines.extend(self._stream, covered)
         except Exception as error:
             # Whatever it is: without more memory the sequence would pause for ever.

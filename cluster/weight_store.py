@@ -26,7 +26,7 @@ from phi_cluster.cluster.served_model import ServedModel
 
 # Raise it when model/quantize.py packs other bytes than before, or means others by them, so that older files are not
 # taken for new ones.
-_PACKED_VERSION = {"int8": "-1", "int4": "-1"}
+_PACKED_VERSION = {"int8": "-2", "int4": "-2"}
 
 
 def packed_paths(model: ServedModel, cache_path: Path) -> tuple[Path, Path]:

@@ -93,6 +93,19 @@ class KVCacheLayout:
         used = _page_ceil(num_tokens * self.row_nbytes)
         return _merge([(i * self.region_nbytes + used, self.region_nbytes - used) for i in range(self.num_regions)])
 
+    def whole_page_ranges(self, num_tokens: int) -> list[tuple[int, int]]:
+        """(offset, length) of the whole pages that hold nothing but the first `num_tokens` tokens."""
+        self._check(num_tokens)
+        whole = _page_floor(num_tokens * self.row_nbytes)
+        return _merge([(i * self.region_nbytes, whole) for i in range(self.num_regions)])
+
+    def partial_page_ranges(self, num_tokens: int) -> list[tuple[int, int]]:
+        """(offset, length) of exactly the bytes of the first `num_tokens` tokens that are not in those pages."""
+        self._check(num_tokens)
+        used = num_tokens * self.row_nbytes
+        whole = _page_floor(used)
+        return _merge([(i * self.region_nbytes + whole, used - whole) for i in range(self.num_regions)])
+
     def nbytes_used(self, num_tokens: int) -> int:
         """Physical bytes (whole pages) of the area once `num_tokens` tokens are stored."""
         self._check(num_tokens)
@@ -105,6 +118,10 @@ class KVCacheLayout:
 
 def _page_ceil(nbytes: int) -> int:
     return -(-nbytes // PAGE_NBYTES) * PAGE_NBYTES
+
+
+def _page_floor(nbytes: int) -> int:
+    return nbytes // PAGE_NBYTES * PAGE_NBYTES
 
 
 def _merge(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:

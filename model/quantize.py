@@ -8,7 +8,8 @@ A weight is [N outputs, K inputs]. K is padded to K32, a multiple of 32, and N t
 padding is 0.
 
 * int8: value = q * scale, q in [-127, 127], one float32 scale an output.
-  packed int8 [P, K32/2, 16, 2]: (p, j, r, i) is q[16p + r][2j + i]; scale float32 [P*16].
+  packed int8 [P, K32/4, 16, 4]: (p, j, r, i) is q[16p + r][4j + (0, 2, 1, 3)[i]]; scale float32 [P*16]. The two in
+  the middle change places, so that 16-bit lanes hold (0, 1) in their lower and (2, 3) in their upper bytes.
 * int4: value = q * d + m, q in [0, 15], float16 d and m for each group of 32 inputs of an output.
   packed uint8 [P, K32/8, 16, 4]: (p, j, r, i) is q[16p + r][8j + i] | q[16p + r][8j + 4 + i] << 4;
   scale float16 [P, K32/32, 2, 16]: (p, g, 0, r) is d and (p, g, 1, r) is m of group g of output 16p + r.
@@ -36,7 +37,7 @@ _LEVELS = 15
 def int8_shapes(num_rows: int, num_columns: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Shapes of the packed numbers (int8) and the scales (float32) of a weight [num_rows, num_columns]."""
     panels = _ceil(num_rows, PANEL)
-    return (panels, _ceil(num_columns, GROUP) * GROUP // 2, PANEL, 2), (panels * PANEL,)
+    return (panels, _ceil(num_columns, GROUP) * GROUP // 4, PANEL, 4), (panels * PANEL,)
 
 
 def int4_shapes(num_rows: int, num_columns: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -60,8 +61,8 @@ def quantize_int8(
         row_scale = block.abs().amax(1) / 127
         # No scale: a row of zeros, or of numbers next to the smallest that float32 has.
         q = block.div_(torch.where(row_scale > 0, row_scale, torch.inf)[:, None]).round_().clamp_(-127, 127)
-        ordered = _padded(q, packed_shape[1] * 2, torch.int8).unflatten(0, (-1, PANEL)).unflatten(2, (-1, 2))
-        packed[panels].copy_(ordered.transpose(1, 2))
+        fours = _padded(q, packed_shape[1] * 4, torch.int8).view(-1, PANEL, packed_shape[1], 2, 2)
+        packed[panels].view(-1, packed_shape[1], PANEL, 2, 2).copy_(fours.transpose(3, 4).transpose(1, 2))
         scale.view(-1, PANEL)[panels].copy_(_padded(row_scale[:, None], 1, torch.float32).view(-1, PANEL))
 
     _for_blocks(work, weight, name, num_threads)
@@ -70,7 +71,8 @@ def quantize_int8(
 
 def dequantize_int8(packed: Tensor, scale: Tensor, num_rows: int, num_columns: int) -> Tensor:
     """float32 [num_rows, num_columns]: the numbers that `quantize_int8`'s results stand for."""
-    q = packed.transpose(1, 2).reshape(packed.shape[0] * PANEL, -1)
+    fours = packed.unflatten(3, (2, 2)).transpose(3, 4).transpose(1, 2)
+    q = fours.reshape(packed.shape[0] * PANEL, -1)
     return (q.float() * scale[:, None])[:num_rows, :num_columns].contiguous()
 
 

@@ -26,6 +26,7 @@ ORDER = [
     ["cluster.http."],
     ["cluster.responses."],
     ["cluster.traced_turns", "cluster.open_telemetry"],
+    ["cluster.forwarding"],
     ["cluster.admission"],
     ["cluster.turn"],
     ["cluster.choices"],

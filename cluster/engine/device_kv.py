@@ -66,6 +66,10 @@ class DeviceKV(SegmentKV):
         self._on_device.num_computed_tokens = count_agreeing(self._on_device.token_ids, self.token_ids())
 
     @property
+    def num_lasting_tokens(self) -> int:
+        return 0
+
+    @property
     def num_computed_tokens(self) -> int:
         return self._on_device.num_computed_tokens
 

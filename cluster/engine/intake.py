@@ -14,7 +14,7 @@ from phi_cluster.cluster.engine.device_kv import DeviceCaches, DeviceKV
 from phi_cluster.cluster.engine.grammar_queue import GrammarQueue, GrammarSource
 from phi_cluster.cluster.engine.segment_kv import SegmentKV, splice
 from phi_cluster.cluster.engine.sequence import ReplyMatcher, Sequence
-from phi_cluster.cluster.messages import AddSequence, SegmentRef, SequenceOutput
+from phi_cluster.cluster.messages import AddSequence, SequenceOutput
 from phi_cluster.cluster.served_model import ServedModel
 from phi_cluster.cluster.session.segment import SegmentGone
 from phi_cluster.model.sampling_params import SamplingParams
@@ -106,7 +106,7 @@ class Intake:
         Raises SegmentGone (OSError), and ValueError for ids or numbers that cannot be.
         """
         params = SamplingParams.from_dict(frame.sampling)
-        kv = self._open_kv(frame.segment, frame.epoch)
+        kv = self._open_kv(frame)
         try:
             token_ids = splice(kv, frame.num_kept_tokens, frame.token_ids)
             return Sequence(
@@ -123,8 +123,9 @@ class Intake:
             kv.close()
             raise
 
-    def _open_kv(self, ref: SegmentRef, epoch: int) -> SegmentKV:
+    def _open_kv(self, frame: AddSequence) -> SegmentKV:
         served = self._served
         if self._device_caches is not None:
-            return DeviceKV(ref, served.layout, served.fingerprint, self._device_caches, epoch)
-        return SegmentKV(ref, served.layout, served.fingerprint, self._dtype, epoch)
+            # Keys and values are not in segments: each sequence computes its own.
+            return DeviceKV(frame.segment, served.layout, served.fingerprint, self._device_caches, frame.epoch)
+        return SegmentKV(frame.segment, served.layout, served.fingerprint, self._dtype, frame.epoch, frame.shared)

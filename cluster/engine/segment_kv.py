@@ -6,12 +6,15 @@ Ray or scheduling.
 
 from __future__ import annotations
 
+import errno
+
 import torch
 
-from phi_cluster.cluster.messages import SegmentRef
+from phi_cluster.cluster.messages import SegmentRef, SharedRows
 from phi_cluster.cluster.processes import process_id
-from phi_cluster.cluster.session.segment import Segment, SegmentMismatch
+from phi_cluster.cluster.session.segment import Segment, SegmentGone, SegmentMismatch
 from phi_cluster.cluster.session.segment_layout import SegmentLayout
+from phi_cluster.cluster.session.shared_rows import fill_rows, see_rows
 from phi_cluster.model.kv_cache import KVCache
 
 
@@ -21,8 +24,17 @@ class SegmentKV:
     # What maps the memory: tests record its stores.
     _segment_class = Segment
 
-    def __init__(self, ref: SegmentRef, layout: SegmentLayout, fingerprint: str, dtype: torch.dtype, epoch: int):
-        """Raises SegmentGone or SegmentMismatch, also if the segment has been lent to a later turn than `epoch`."""
+    def __init__(
+        self,
+        ref: SegmentRef,
+        layout: SegmentLayout,
+        fingerprint: str,
+        dtype: torch.dtype,
+        epoch: int,
+        shared: SharedRows | None = None,
+    ):
+        """`shared`: where the first of its keys and values lie, if not here. Raises SegmentGone or SegmentMismatch,
+        also if the segment has been lent to a later turn than `epoch`."""
         self._segment = self._segment_class.open(ref, layout, fingerprint)
         self._me = process_id()
         if self._segment.epoch == epoch:
@@ -33,9 +45,28 @@ class SegmentKV:
         if self._segment.epoch != epoch:
             self._segment.close()
             raise SegmentMismatch("the segment has been lent to a later turn")
+        self._lender: Segment | None = None
+        self._shared = shared
+        if shared is not None:
+            try:
+                self._lender = self._lender_of(shared, layout, fingerprint)
+                see_rows(self._segment, self._lender, shared)
+            except BaseException:
+                self._leave()
+                self._segment.close()
+                if self._lender is not None:
+                    self._lender.close()
+                raise
         self.cache: KVCache | None = KVCache(layout.kv, dtype, self._segment.kv_buffer)
         self._closed = False
         self.bytes_per_token = layout.kv.bytes_per_token
+
+    def _lender_of(self, shared: SharedRows, layout: SegmentLayout, fingerprint: str) -> Segment:
+        try:
+            return self._segment_class.open(shared.segment, layout, fingerprint)
+        except SegmentMismatch as error:
+            # Of the lender there is nothing to be had: not what is wrong with the segment itself.
+            raise SegmentGone(errno.ESTALE, str(error)) from None
 
     def _leave(self) -> None:
         if self._segment.writer == self._me:
@@ -56,6 +87,18 @@ class SegmentKV:
     @long_rope.setter
     def long_rope(self, value: bool) -> None:
         self._segment.long_rope = value
+
+    @property
+    def num_lasting_tokens(self) -> int:
+        return self._segment.num_lasting_tokens
+
+    def fill_shared(self) -> None:
+        """The segment has its ids: what lies elsewhere of its keys and values counts. Raises SegmentGone."""
+        if self._lender is not None and self._shared is not None:
+            fill_rows(self._segment, self._lender, self._shared)
+            # Its pages stay mapped.
+            self._lender.close()
+            self._lender = None
 
     def token_ids(self) -> list[int]:
         return self._segment.token_ids()
@@ -79,12 +122,15 @@ class SegmentKV:
             self._closed = True
             self._leave()
         self._segment.close()
+        if self._lender is not None:
+            self._lender.close()
 
 
 def splice(kv: SegmentKV, num_kept_tokens: int, token_ids: list[int]) -> list[int]:
     """Makes the segment hold its first `num_kept_tokens` ids and then `token_ids`; returns all of them.
 
-    Where stored ids go on agreeing with the new ones, they stay, with their keys and values. Raises ValueError.
+    Where stored ids go on agreeing with the new ones, they stay, with their keys and values. Raises ValueError, and
+    SegmentGone if keys and values that should lie elsewhere are of other ids.
     """
     stored = kv.token_ids()
     if not 0 <= num_kept_tokens <= len(stored):
@@ -92,6 +138,7 @@ def splice(kv: SegmentKV, num_kept_tokens: int, token_ids: list[int]) -> list[in
     agreeing = count_agreeing(stored[num_kept_tokens:], token_ids)
     kv.trim(num_kept_tokens + agreeing)
     kv.append_tokens(token_ids[agreeing:])
+    kv.fill_shared()
     return stored[:num_kept_tokens] + token_ids
 
 

@@ -46,6 +46,10 @@ class SequenceKV(Protocol):
     def num_computed_tokens(self) -> int: ...
 
     @property
+    def num_lasting_tokens(self) -> int:
+        """Keys and values of so many tokens are shared with other sequences: `clear` leaves them."""
+
+    @property
     def cache(self) -> Any:
         """What the network computes on (model/kv_cache.py's KVCache)."""
 
@@ -59,7 +63,7 @@ class SequenceKV(Protocol):
         """Keys and values of the first `num_tokens` tokens are stored now."""
 
     def clear(self) -> None:
-        """Give all keys and values back; token ids stay."""
+        """Give all keys and values back but those that are shared; token ids stay."""
 
     def close(self) -> None:
         """Let go: after this the memory is never touched again from here."""
@@ -162,8 +166,9 @@ class Sequence:
         return self.num_tokens * self.kv.bytes_per_token
 
     def restart(self) -> None:
-        """Nothing is computed any more: it begins anew with prompt and reply so far."""
-        self.num_computed_tokens = 0
+        """Nothing is computed any more but what is shared: it begins anew with prompt and reply so far."""
+        lasting = 0 if self.wants_prompt_logprobs else self.kv.num_lasting_tokens
+        self.num_computed_tokens = min(lasting, self.num_tokens - 1)
         self.num_cached_tokens = 0
         self.prompt_logprobs.clear()
 

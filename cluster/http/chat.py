@@ -63,7 +63,16 @@ def chat_router(edge: Edge) -> APIRouter:
             traceparent=caller.traceparent,
         )
         reply = ChatReply.begin(caller, edge)
-        return TurnResponse(edge, caller, [turn], reply, stream=chat.stream, include_usage=chat.include_usage)
+        return TurnResponse(
+            edge,
+            caller,
+            [turn],
+            reply,
+            stream=chat.stream,
+            include_usage=chat.include_usage,
+            continuous_usage=chat.continuous_usage,
+            data_only=chat.data_only,
+        )
 
     return router
 

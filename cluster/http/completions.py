@@ -52,6 +52,8 @@ def completions_router(edge: Edge) -> APIRouter:
             reply,
             stream=completion.stream,
             include_usage=completion.include_usage,
+            continuous_usage=completion.continuous_usage,
+            data_only=completion.data_only,
             pick=_pick_of(completion),
         )
 

@@ -26,18 +26,27 @@ class EventStream:
     """One response. Until the first write nothing is sent, so that an early failure gets a status of its own.
 
     `is_typed`: events have a `type`, which gets an `event:` line, and the stream ends with the last of them, without
-    `[DONE]`, as those of OpenAI's Responses.
+    `[DONE]`, as those of OpenAI's Responses. `data_only`: no lines but those of data, for clients that take whatever
+    comes for JSON.
 
     `keep_alive` runs beside the writer; a lock keeps whole events apart. After `end` or `fail` nothing more
     is sent. All but `keep_alive` raise `ClientDisconnect` if `send` does.
     """
 
     def __init__(
-        self, scope: Scope, receive: Receive, send: Send, headers: Mapping[str, str], *, is_typed: bool = False
+        self,
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+        headers: Mapping[str, str],
+        *,
+        is_typed: bool = False,
+        data_only: bool = False,
     ) -> None:
         self._scope, self._receive, self._send = scope, receive, send
         self._headers = dict(headers)
         self._is_typed = is_typed
+        self._data_only = data_only
         self._lock = asyncio.Lock()
         self._started = False
         self._ended = False
@@ -60,7 +69,7 @@ class EventStream:
 
     async def write(self, event: Mapping[str, Any], position: object = None) -> None:
         """Sends an event, with `position` as its id; the first call sends the status 200 and the headers."""
-        id_line = b"" if position is None else f"id: {position}\n".encode()
+        id_line = b"" if position is None or self._data_only else f"id: {position}\n".encode()
         await self._write(id_line + self._block(event))
 
     async def write_all(self, events: Sequence[Mapping[str, Any]]) -> None:
@@ -96,7 +105,7 @@ class EventStream:
     async def keep_alive(self, interval: float) -> None:
         """Sends a comment whenever nothing was sent for `interval` seconds, until the end of the stream."""
         now = asyncio.get_running_loop().time
-        while not self._ended:
+        while not self._ended and not self._data_only:
             silence = now() - self._last_write
             if silence < interval:
                 await asyncio.sleep(interval - silence)

@@ -7,7 +7,7 @@ how sampling works.
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, Field, WithJsonSchema, model_validator
 
@@ -91,9 +91,15 @@ LogitBias = Annotated[
 
 
 class StreamOptions(StrictModel):
-    not_supported: ClassVar[dict[str, tuple[Any, ...]]] = {"continuous_usage_stats": (False,)}
-
     include_usage: bool = Field(False, description="send one more chunk with the usage before the end")
+    data_only: bool = Field(
+        False,
+        description="nothing but data lines: no ids to read on from, no comments in silence. For clients that take "
+        "every line for JSON, as bench clients do",
+    )
+    continuous_usage_stats: bool = Field(
+        False, description="with include_usage: all chunks have the usage so far of the choice that they tell of, too"
+    )
     include_obfuscation: bool = Field(False, description="accepted, without effect")
 
 
@@ -159,6 +165,14 @@ class GenerationFields(StructuredFields):
     @property
     def include_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
+
+    @property
+    def data_only(self) -> bool:
+        return self.stream_options is not None and self.stream_options.data_only
+
+    @property
+    def continuous_usage(self) -> bool:
+        return self.include_usage and self.stream_options is not None and self.stream_options.continuous_usage_stats
 
 
 class ChoiceFields(GenerationFields):

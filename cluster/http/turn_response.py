@@ -25,6 +25,7 @@ from phi_cluster.cluster.http.errors import error_response, to_json, told_of
 from phi_cluster.cluster.http.event_stream import EventStream
 from phi_cluster.cluster.http.prompts import run_all
 from phi_cluster.cluster.http.rates import rate_headers
+from phi_cluster.cluster.http.running_usage import RunningUsage, usage_of
 from phi_cluster.cluster.observation import Observation
 from phi_cluster.cluster.turn_api import (
     CallPiece,
@@ -89,8 +90,9 @@ class SaidChoice:
 
 
 class TurnResponse(Response):
-    """Runs `requests`, one for each prompt, when it is called as an ASGI app. `include_usage` is for streams only,
-    `pick`, which says what is told of all that was said, for whole replies only."""
+    """Runs `requests`, one for each prompt, when it is called as an ASGI app. `include_usage` (in a chunk of its own),
+    `continuous_usage` (in all others) and `data_only` (see EventStream) are for streams only, `pick`, which says what
+    is told of all that was said, for whole replies only."""
 
     def __init__(
         self,
@@ -101,6 +103,8 @@ class TurnResponse(Response):
         *,
         stream: bool,
         include_usage: bool,
+        continuous_usage: bool = False,
+        data_only: bool = False,
         pick: Callable[[Sequence[SaidChoice]], Sequence[SaidChoice]] | None = None,
     ) -> None:
         super().__init__()
@@ -114,13 +118,15 @@ class TurnResponse(Response):
         self._pick = pick
         self._stream = stream
         self._include_usage = include_usage
+        self._data_only = data_only
+        self._usage = RunningUsage(requests[0].num_choices) if continuous_usage else None
         self._extra_headers = {SESSION_HEADER: caller.session_id} if caller.session_id is not None else {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         observation = Observation(self._edge.observer, self._format.endpoint, self._edge.clock, self._caller.request_id)
         try:
             if self._stream:
-                stream = EventStream(scope, receive, send, self._extra_headers)
+                stream = EventStream(scope, receive, send, self._extra_headers, data_only=self._data_only)
                 await until_disconnect(
                     receive,
                     self._send_stream(stream, observation),
@@ -141,23 +147,27 @@ class TurnResponse(Response):
             logprobs: dict[int, list[TokenLogprob]] = defaultdict(list)
             async with aclosing(self._events(observation)) as events:
                 async for event in events:
+                    if self._usage is not None:
+                        self._usage.see(event)
                     if isinstance(event, TextDelta):
                         choice = event.choice
                         logprobs[choice] += event.logprobs
                         if event.text or event.calls:
                             told = self._told_of(logprobs.pop(choice))
                             delta = self._formats[choice].delta(event.text, told, event.calls)
-                            await stream.write(delta, self._position(event))
+                            await stream.write(*self._counted([delta]), self._position(event))
                     elif isinstance(event, TurnStarted):
                         stream.add_headers(self._extra_headers)
                         openings, told_openings = [] if told_openings else self._openings(), True
-                        await stream.write_all([*openings, *self._echoes(event)])
+                        await stream.write_all(self._counted([*openings, *self._echoes(event)]))
                     elif isinstance(event, ChoiceFinished):
-                        await stream.write_all(self._closing(event.choice, event.finish_reason, logprobs))
+                        await stream.write_all(
+                            self._counted(self._closing(event.choice, event.finish_reason, logprobs))
+                        )
                     else:
                         finished = event
             assert finished is not None
-            chunks = [] if self._is_several else self._closing(0, finished.finish_reason, logprobs)
+            chunks = [] if self._is_several else self._counted(self._closing(0, finished.finish_reason, logprobs))
             if self._include_usage:
                 chunks.append(self._format.usage_chunk(usage_of(finished)))
             if chunks:
@@ -168,6 +178,12 @@ class TurnResponse(Response):
             raise
         except Exception as error:
             await stream.fail(self._told(error, observation))
+
+    def _counted(self, chunks: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """With the usage so far of the choice that each tells of, if that was asked for."""
+        if self._usage is None:
+            return chunks
+        return [{**chunk, "usage": self._usage.of(chunk["choices"][0]["index"])} for chunk in chunks]
 
     def _openings(self) -> list[dict[str, Any]]:
         return [opening for form in self._formats if (opening := form.opening()) is not None]
@@ -264,13 +280,3 @@ class TurnResponse(Response):
                 "ttft_ms": None if ttft is None else round(ttft * 1000, 3),
                 "engine_replaced": finished.engine_replaced,
             }
-
-
-def usage_of(finished: TurnFinished) -> dict[str, Any]:
-    """OpenAI's usage object."""
-    return {
-        "prompt_tokens": finished.num_prompt_tokens,
-        "completion_tokens": finished.num_completion_tokens,
-        "total_tokens": finished.num_prompt_tokens + finished.num_completion_tokens,
-        "prompt_tokens_details": {"cached_tokens": finished.num_cached_tokens},
-    }

@@ -61,6 +61,8 @@ class Conversation:
         match = self.transcript.match(text, segment.layout.max_model_len)
         kept = match.num_kept_tokens
         resumed_ids = self._unrecorded(resumed, kept)
+        # Of a turn that ended with its process.
+        segment.unshare()
         if resumed_ids is None:
             self.lay_tokens()
             if resumed is not None and resumed == self._last_commit[1]:

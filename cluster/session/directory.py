@@ -131,9 +131,12 @@ class SessionDirectory:
                     self._journals.on_begin(one.seconds)
         return grant
 
-    async def reserve(self, key: SessionKey, num_tokens: int) -> None:
+    async def reserve(self, key: SessionKey, num_tokens: int, num_shared_tokens: int = 0) -> None:
         """Raises Overloaded."""
-        await self._ask_keeper("reserve", key, num_tokens)
+        await self._ask_keeper("reserve", key, num_tokens, num_shared_tokens)
+
+    async def settle_early(self, key: SessionKey) -> None:
+        await self._ask_keeper("settle_early", key)
 
     async def commit(self, commit: CommitTurn) -> Stretch | None:
         """When it was recorded; None: it was already. Raises StaleEpoch and the journal's errors. The turn is over in

@@ -135,6 +135,12 @@ class Journals(Protocol):
 
     def open(self, key: SessionKey) -> Journal: ...
 
+    def take_seat(self, key: SessionKey) -> None:
+        """The session's memory has been brought to this node: its turns belong here from now on, before the first has
+        begun. Changes nothing where nobody shares the journals, or where there is none. Raises the errors of this
+        file."""
+        ...
+
     def keys(self) -> Iterable[SessionKey]:
         """Of all that there are. Called in a thread."""
         ...

@@ -35,6 +35,9 @@ class SQLiteJournals:
     def open(self, key: SessionKey) -> Journal:
         return SQLiteJournal(self._state_path, key, self._fingerprint, self._clock)
 
+    def take_seat(self, key: SessionKey) -> None:
+        """There is no other."""
+
     def keys(self) -> Iterable[SessionKey]:
         return list_sessions(self._state_path)
 

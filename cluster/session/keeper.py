@@ -254,13 +254,22 @@ class NodeSessions:
             return Moved(key)
         return entry.session.withdraw(claim) if entry.session else HeldBy(entry.actor.handle)
 
-    async def reserve(self, key: SessionKey, num_tokens: int) -> None:
-        """Leases memory for the session to hold `num_tokens`. Raises Overloaded and LimitReached."""
+    async def reserve(self, key: SessionKey, num_tokens: int, num_shared_tokens: int = 0) -> None:
+        """Leases memory for the session to hold `num_tokens`, of which the first have their keys and values in another
+        one's. Raises Overloaded and LimitReached."""
         await self.start()
-        await self._memory.reserve(key, self._layout.nbytes_used(num_tokens))
+        nbytes = self._layout.nbytes_used(num_tokens) - self._layout.nbytes_shared(num_shared_tokens)
+        await self._memory.reserve(key, nbytes)
         if self._roster.find(key) is None:
             # Its client left while it waited, and the session went: nobody would ever give this back.
             self._custody.leases.release(key.digest)
+
+    async def settle_early(self, key: SessionKey) -> None:
+        """The session's turn goes on without more memory than it has."""
+        await self.start()
+        entry = self._roster.find(key)
+        if entry is not None:
+            self._custody.leases.settle(key.digest, (await self._custody.stats(entry)).kv_cache_bytes)
 
     async def settle(self, key: SessionKey, nbytes: int) -> None:
         """A turn with the session's actor is over."""

@@ -90,7 +90,10 @@ class KVLeases:
         self._advance()
 
     def release(self, digest: str) -> None:
-        """The session holds nothing any more."""
+        """The session holds nothing any more. Its turn is over: what that one waits for stands in nobody's way."""
+        for waiter in self._waiting:
+            if waiter.digest == digest and not waiter.granted.done():
+                waiter.granted.set_exception(GaveWay("the turn that asked for KV memory is over", retry_after=1))
         self._has_changed = self._ledger.release(digest) > 0 or self._has_changed
         self._active.discard(digest)
         self._advance()

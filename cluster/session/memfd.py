@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
+import mmap
 import os
 import stat
 
@@ -19,6 +20,7 @@ SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 _FALLOC_FL_KEEP_SIZE = 0x01
 _FALLOC_FL_PUNCH_HOLE = 0x02
+_MAP_FIXED = 0x10
 
 
 class SegmentGone(OSError):
@@ -90,6 +92,16 @@ def write_from(fd: int, data: memoryview, offset: int) -> None:
         data, offset = data[count:], offset + count
 
 
+def map_over(view: memoryview, fd: int, offset: int) -> None:
+    """In the place of `view`, whole pages of a mapping, there are from now on those of another file, from `offset` on,
+    to be read only. They go with the mapping. Raises OSError: then the mapping is to be given up."""
+    address = ctypes.addressof(ctypes.c_char.from_buffer(view))
+    flags = mmap.MAP_SHARED | _MAP_FIXED
+    if _mmap(address, len(view), mmap.PROT_READ, flags, fd, offset) != address:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+
+
 def punch(fd: int, offset: int, length: int) -> None:
     """Give the pages of a range back; it reads as zeros after. Mappings stay valid. Raises OSError."""
     while _fallocate(fd, _FALLOC_FL_PUNCH_HOLE | _FALLOC_FL_KEEP_SIZE, offset, length) != 0:
@@ -98,13 +110,16 @@ def punch(fd: int, offset: int, length: int) -> None:
             raise OSError(number, os.strerror(number))
 
 
-def _load_fallocate() -> ctypes._NamedFuncPointer:
+def _load(name: str) -> ctypes._NamedFuncPointer:
     libc = ctypes.CDLL(None, use_errno=True)
     # musl and 64-bit glibc have off_t of 64 bits under the plain name; glibc has the other name everywhere.
-    function = getattr(libc, "fallocate64", None) or libc.fallocate
-    function.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
-    function.restype = ctypes.c_int
+    function: ctypes._NamedFuncPointer = getattr(libc, f"{name}64", None) or getattr(libc, name)
     return function
 
 
-_fallocate = _load_fallocate()
+_fallocate = _load("fallocate")
+_fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+_fallocate.restype = ctypes.c_int
+_mmap = _load("mmap")
+_mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int64)
+_mmap.restype = ctypes.c_void_p

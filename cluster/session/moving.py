@@ -10,6 +10,7 @@ is offered (offers.py).
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Callable
@@ -271,3 +272,7 @@ class Moves:
         self._roster.adopt(entry)
         custody.settle(entry, session.describe())
         custody.events.add(EventKind.SESSION_MOVED, key, seconds=seconds)
+        if not key.ephemeral:
+            # Where it cannot be told, the next turn that begins here tells it.
+            with contextlib.suppress(PhiError):
+                custody.journals.take_seat(key)

@@ -133,6 +133,11 @@ class RedisJournal:
         if self._run(redis_scripts.FILL, *_flat(fields), *values)[0] == b"there":
             raise ValueError("there is a journal of this session")
 
+    def take_seat(self) -> None:
+        """Turns belong to this journal's node from now on, until another one begins a turn."""
+        if self._node_id:
+            self._run(redis_scripts.SEAT, self._node_id)
+
     def clear(self) -> None:
         self._run(redis_scripts.CLEAR)
 
@@ -215,6 +220,10 @@ class RedisJournals:
 
     def open(self, key: SessionKey) -> RedisJournal:
         return RedisJournal(self._server, key, self._fingerprint, self._clock, self._node_id)
+
+    def take_seat(self, key: SessionKey) -> None:
+        """See Journals.take_seat."""
+        self.open(key).take_seat()
 
     def keys(self) -> list[SessionKey]:
         """Raises JournalUnavailable."""

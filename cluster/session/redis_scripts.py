@@ -31,6 +31,14 @@ for i = first + 1, #ARGV, 2 do redis.call('HINCRBY', KEYS[1], ARGV[i], ARGV[i + 
 return {'ok', redis.call('HGETALL', KEYS[1]), seat}
 """
 )
+# ARGV: the node. Of a session that there is.
+SEAT = (
+    _REFUSE_NEWER
+    + """
+if version > 0 then redis.call('HSET', KEYS[1], 'seat', ARGV[1]) end
+return {'ok'}
+"""
+)
 # ARGV: the epoch that a new session would have; the turn's epoch, request, kept tokens, kept chars, checksum, row,
 # length with what is kept, time; the model's fingerprint.
 COMMIT = (

@@ -32,17 +32,15 @@ from phi_cluster.cluster.session.segment_layout import ID_NBYTES, SegmentLayout,
 __all__ = ["Segment", "SegmentGone", "SegmentLayout", "SegmentMismatch", "SegmentStat", "peek"]
 
 MAGIC = b"phiKVseg"
-VERSION = 3
+VERSION = 4
 
 # Offsets in the header: magic 8, version 8, nonce 16, identity 32, then the fields.
 _HEAD = struct.Struct("=8sq16s32s")
 _IDENTITY_OFFSET = 32
-_IDENTITY_OFFSET = 32
-_IDENTITY_OFFSET = 32
 FIELDS_OFFSET = 64
 _EPOCH, _FLAGS, _SEED, _NUM_COMPUTED_TOKENS, _NUM_TOKENS, _WRITER_PID, _WRITER_START_TICKS = range(7)
-_COMMITTER_PID, _COMMITTER_START_TICKS, _REQUEST, _, _CLAIM, _, _LOWERINGS = range(7, 14)
-_FIELDS = struct.Struct("=14q")
+_COMMITTER_PID, _COMMITTER_START_TICKS, _REQUEST, _, _CLAIM, _, _LOWERINGS, _PINNED, _SHARED = range(7, 16)
+_FIELDS = struct.Struct("=16q")
 _NAME = struct.Struct("=2q")
 _FLAG_LONG_ROPE = 1
 _FLAG_SEED = 2
@@ -71,6 +69,8 @@ class Segment:
 
     # Not ours to close before `__init__` is through.
     _fd = -1
+    # Whether the rows are mapped that lie in another segment.
+    _sees_shared_rows = False
 
     def __init__(self, fd: int, layout: SegmentLayout, nonce: bytes):
         """Takes `fd` over unless it raises. Use `create` or `open`."""
@@ -84,6 +84,7 @@ class Segment:
         self._ids = view[layout.ids_offset : layout.ids_offset + layout.max_model_len * ID_NBYTES].cast("i")
         self.kv_buffer = view[layout.kv_offset :]
         self._view = view
+        self._mapping = mapping
         self._fd = fd
 
     @classmethod
@@ -139,8 +140,26 @@ class Segment:
 
     @property
     def num_computed_tokens(self) -> int:
-        """How many tokens, from the first, have their keys and values stored."""
+        """How many tokens, from the first, have their keys and values stored: none, if some of these lie in another
+        segment that this object does not see."""
+        if self._fields[_SHARED] and not self._sees_shared_rows:
+            return 0
         return self._fields[_NUM_COMPUTED_TOKENS]
+
+    @property
+    def num_shared_tokens(self) -> int:
+        """The keys and values of so many tokens, from the first, lie in another segment (see shared_rows.py)."""
+        return self._fields[_SHARED]
+
+    @property
+    def num_pinned_tokens(self) -> int:
+        """Those of so many tokens are used by other segments: they stay until the turn ends."""
+        return self._fields[_PINNED]
+
+    @property
+    def num_lasting_tokens(self) -> int:
+        """Those of so many tokens can neither be given back nor be written: they are shared, either way."""
+        return max(self._fields[_PINNED], self._fields[_SHARED])
 
     @property
     def epoch(self) -> int:
@@ -255,6 +274,7 @@ class Segment:
         `num_tokens`."""
         if not 0 <= num_tokens <= self.num_tokens:
             raise ValueError(f"{num_tokens} computed tokens, {self.num_tokens} are stored")
+        self._check_shared(num_tokens)
         self._fields[_NUM_COMPUTED_TOKENS] = num_tokens
 
     def count_matching(self, token_ids: array[int]) -> int:
@@ -308,7 +328,7 @@ class Segment:
 
     def trim(self, num_tokens: int) -> None:
         """Keep the first `num_tokens` tokens and give whole pages behind them back. Raises ValueError if
-        there are fewer."""
+        there are fewer, or some of the others are shared."""
         if not 0 <= num_tokens <= self.num_tokens:
             raise ValueError(f"cannot trim {self.num_tokens} tokens to {num_tokens}")
         self._lower(min(self.num_computed_tokens, num_tokens))
@@ -321,9 +341,11 @@ class Segment:
             self._punch(layout.kv_offset + offset, length)
 
     def drop_kv(self) -> None:
-        """Give all keys and values back and keep the ids: the next turn computes them again."""
-        self._lower(0)
-        self._punch(self.layout.kv_offset, self.layout.kv.nbytes)
+        """Give all keys and values back but those that are shared, and keep the ids: the others are computed again."""
+        kept = self.num_lasting_tokens
+        self._lower(min(kept, self.num_computed_tokens))
+        for offset, length in self.layout.kv.tail_ranges(kept):
+            self._punch(self.layout.kv_offset + offset, length)
 
     def clear(self) -> None:
         """Forget everything but the nonce: as new, one page, all zeros behind the header."""
@@ -341,13 +363,46 @@ class Segment:
             os.close(self._fd)
             self._fd = -1
             self._fields = self._ids = self._view = self.kv_buffer = memoryview(b"")
+            del self._mapping
 
     def __del__(self) -> None:
         # A holder that was dropped after an error must not keep a conversation's memory.
         self.close()
 
+    # Sharing.
+
+    def pin(self, num_tokens: int) -> None:
+        """Other segments use the keys and values of so many tokens: from here on they stay. By whoever writes in the
+        turn that is under way, which must not end before they do without."""
+        self._fields[_PINNED] = max(self._fields[_PINNED], num_tokens)
+
+    def map_shared(self, source: Segment, num_tokens: int) -> None:
+        """The keys and values of the first `num_tokens` tokens lie in another segment of this layout, as far as they
+        are whole pages: this object sees them there from now on, to read. Raises OSError; it is to be closed then."""
+        for offset, length in self.layout.kv.whole_page_ranges(num_tokens):
+            start = self.layout.kv_offset + offset
+            memfd.map_over(self._view[start : start + length], source._fd, start)
+            # What is mapped anew is dumped again.
+            self._mapping.madvise(mmap.MADV_DONTDUMP, start, length)
+        self._fields[_SHARED] = num_tokens
+        self._sees_shared_rows = True
+
+    def unshare(self) -> None:
+        """The turn is over: nobody uses anything of this segment any more, and it has nothing that lies elsewhere."""
+        if self._fields[_SHARED]:
+            self._fields[_NUM_COMPUTED_TOKENS] = 0
+            self._fields[_SHARED] = 0
+        if self._fields[_PINNED]:
+            self._fields[_PINNED] = 0
+
+    def _check_shared(self, num_computed: int) -> None:
+        if num_computed < min(self.num_lasting_tokens, self.num_computed_tokens):
+            raise ValueError(f"{self.num_lasting_tokens} computed tokens are shared with other sequences")
+
     def _lower(self, num_computed: int) -> None:
-        """Rows behind so many are about to go: whoever copies them has to see it."""
+        """Rows behind so many are about to go: whoever copies them has to see it. Raises ValueError if some of them are
+        shared."""
+        self._check_shared(num_computed)
         if num_computed < self.num_computed_tokens:
             self._fields[_LOWERINGS] += 1
         self._fields[_NUM_COMPUTED_TOKENS] = num_computed

@@ -50,6 +50,11 @@ class SegmentLayout:
         num_computed = num_tokens if num_computed_tokens is None else num_computed_tokens
         return PAGE_NBYTES + page_ceil(num_tokens * ID_NBYTES) + self.kv.nbytes_used(num_computed)
 
+    def nbytes_shared(self, num_tokens: int) -> int:
+        """What a segment does not hold itself whose first `num_tokens` tokens have their keys and values in another one
+        (see shared_rows.py): the whole pages of these."""
+        return sum(length for _, length in self.kv.whole_page_ranges(num_tokens))
+
     def used_ranges(self, num_tokens: int, num_computed_tokens: int) -> list[tuple[int, int]]:
         """(offset, length) of exactly the bytes of so many ids, and of the keys and values of so many tokens."""
         ids = [(self.ids_offset, num_tokens * ID_NBYTES)] if num_tokens else []

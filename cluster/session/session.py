@@ -480,6 +480,7 @@ class Session:
     def _end_turn(self) -> None:
         self._turn = None
         self._conversation.segment.committer = None
+        self._conversation.segment.unshare()
         self._last_used = self._settings.clock()
         self._gate.release()
 

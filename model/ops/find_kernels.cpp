@@ -4,6 +4,12 @@
 
 #include "kernels.h"
 
+#if defined(PHI_HAS_AMX)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace phi {
 
 namespace {
@@ -19,6 +25,23 @@ bool has_avx512() {
 bool has_vnni() { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }
 #endif
 
+#if defined(PHI_HAS_AMX)
+// Asks the kernel too: tiles are 8 KB of state that a process must be allowed to have. For the whole process and those
+// that it forks.
+bool ask_for_tiles() {
+  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24, kInt8 = 1u << 25, kAll = kBf16 | kTile | kInt8;
+  unsigned a, b, c, d;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kAll) != kAll) return false;
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+bool has_amx() {
+  if (!has_vnni() || !__builtin_cpu_supports("avx512vbmi") || !__builtin_cpu_supports("avx512bf16")) return false;
+  static const bool allowed = ask_for_tiles();
+  return allowed;
+}
+#endif
+
 bool always() { return true; }
 
 struct Candidate {
@@ -28,6 +51,9 @@ struct Candidate {
 
 // Best first.
 const Candidate kCandidates[] = {
+#if defined(PHI_HAS_AMX)
+    {has_amx, amx::kernels},
+#endif
 #if defined(__x86_64__)
     {has_vnni, avx512_vnni::kernels},
     {has_avx512, avx512::kernels},

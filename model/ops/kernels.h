@@ -4,6 +4,7 @@
 
 #pragma once
 
+#include "amx.h"
 #include "attention_args.h"
 #include "linear_args.h"
 #include "rowwise_args.h"
@@ -37,6 +38,11 @@ namespace avx512 {
 const Kernels& kernels();
 }
 namespace avx512_vnni {
+const Kernels& kernels();
+}
+#endif
+#if defined(PHI_HAS_AMX)
+namespace amx {
 const Kernels& kernels();
 }
 #endif

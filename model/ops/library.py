@@ -17,14 +17,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-_ABI = 1
+_ABI = 2
 _EXTENSION = "phi_cluster.model.ops._kernels"
 # Restricts the instruction set, so that nodes with different CPUs compute the same bits.
 ISA_VARIABLE = "PHI_CLUSTER_ISA"
 KV_KINDS = {"bfloat16": 0, "int8": 1}
 # Outputs, inputs and rows of the layers in the check at start: more inputs than one block of exact sums has, and more
 # rows than one tile.
-_TESTED_SHAPE = (48, 1056, 13)
+_TESTED_SHAPE = (48, 1056, 19)
 
 
 class OpsUnavailable(RuntimeError):
@@ -166,12 +166,13 @@ def linear(
     group_sums (scale times sum) [m, k32 / 32].
     """
     y = np.zeros((len(x), n), np.float32)
+    ordered = in_order_of(ops, x)
     arguments = LinearArgsC(
         weight.ctypes.data,
         scale.ctypes.data,
         n,
         x.shape[1],
-        x.ctypes.data,
+        ordered.ctypes.data,
         x_scale.ctypes.data,
         None if group_sums is None else group_sums.ctypes.data,
         len(x),
@@ -181,6 +182,22 @@ def linear(
     )
     ops.c.phi_linear(ops.isa.encode(), int(group_sums is not None), ctypes.byref(arguments))
     return y
+
+
+def in_order_of(ops: Ops, x: NDArray[Any]) -> NDArray[Any]:
+    """Rounded rows [m, k32] as the kernels keep them: int16 numbers as two planes of bytes for AMX (linear_amx.h)."""
+    if ops.isa != "amx" or x.dtype != np.int16:
+        return x
+    planes = x.view(np.uint8).reshape(len(x), x.shape[1] // 4, 2, 2, 2).transpose(0, 4, 1, 3, 2)[:, ::-1]
+    return np.ascontiguousarray(planes).reshape(len(x), 2 * x.shape[1]).view(np.int16)
+
+
+def out_of_order_of(ops: Ops, x: NDArray[Any]) -> NDArray[Any]:
+    """The inverse of `in_order_of`."""
+    if ops.isa != "amx" or x.dtype != np.int16:
+        return x
+    numbers = x.view(np.uint8).reshape(len(x), 2, x.shape[1] // 4, 2, 2)[:, ::-1].transpose(0, 2, 4, 3, 1)
+    return np.ascontiguousarray(numbers).reshape(len(x), 2 * x.shape[1]).view(np.int16)
 
 
 def sample(ops: Ops, rows: NDArray[np.void]) -> None:
@@ -228,7 +245,7 @@ def _self_test(ops: Ops) -> str | None:
 def _int8_layer(random: np.random.Generator) -> tuple[Any, ...]:
     """Arguments of `linear`."""
     n, k, m = _TESTED_SHAPE
-    weight = random.integers(-127, 128, (n // 16, k // 2, 16, 2), np.int8)
+    weight = random.integers(-127, 128, (n // 16, k // 4, 16, 4), np.int8)
     scale = random.random(n, np.float32)
     x = random.integers(-32767, 32768, (m, k), np.int16)
     # The largest sums there can be.

@@ -18,26 +18,39 @@ constexpr int kMaxRowsInt8 = 12, kMaxRowsInt4 = 6;
 constexpr int kMaxRowsInt8 = 6, kMaxRowsInt4 = 4;
 #endif
 
-// 127 * 32767 * 512 < 2^31.
-constexpr int kExactBlock = 512;
+// Inputs whose products are summed exactly and then rounded once; int32 holds half as many: 127 * 32767 * 512 < 2^31.
+constexpr int kExactBlock = 1024, kInt32Block = kExactBlock / 2;
+
+// Adds the products of inputs [k, end).
+template <int R>
+PHI_INLINE void add_int8(const int8_t* w, const int16_t* x, int64_t ld_x, int k, int end, Sums (&sums)[R]) {
+  for (int r = 0; r < R; r++) sums[r] = Sums::zero();
+  for (; k < end; k += 4) {
+    Pairs first, second;
+    pairs_from_i8(w + 16 * k, first, second);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; r++) add_products(sums[r], first, x + r * ld_x + k);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; r++) add_products(sums[r], second, x + r * ld_x + k + 2);
+  }
+}
 
 template <int R>
 PHI_INLINE void panel_int8(const int8_t* w, const LinearArgs& a, int first_row, F16 (&f)[R]) {
   const int16_t* x = static_cast<const int16_t*>(a.x) + static_cast<int64_t>(first_row) * a.k32;
   for (int r = 0; r < R; r++) f[r] = F16::zero();
   for (int block = 0; block < a.k32; block += kExactBlock) {
-    int end = block + kExactBlock < a.k32 ? block + kExactBlock : a.k32;
+    const int half = block + kInt32Block, end = block + kExactBlock < a.k32 ? block + kExactBlock : a.k32;
     Sums sums[R];
-    for (int r = 0; r < R; r++) sums[r] = Sums::zero();
-    for (int k = block; k < end; k += 4) {
-      Pairs first = pairs_from_i8(w + 16 * k);
-#pragma GCC unroll 16
-      for (int r = 0; r < R; r++) add_products(sums[r], first, x + static_cast<int64_t>(r) * a.k32 + k);
-      Pairs second = pairs_from_i8(w + 16 * k + 32);
-#pragma GCC unroll 16
-      for (int r = 0; r < R; r++) add_products(sums[r], second, x + static_cast<int64_t>(r) * a.k32 + k + 2);
+    if (end <= half) {
+      add_int8<R>(w, x, a.k32, block, end, sums);
+      for (int r = 0; r < R; r++) f[r] = f[r] + to_float(sums[r]);
+      continue;
     }
-    for (int r = 0; r < R; r++) f[r] = f[r] + to_float(sums[r]);
+    Sums others[R];
+    add_int8<R>(w, x, a.k32, block, half, others);
+    add_int8<R>(w, x, a.k32, half, end, sums);
+    for (int r = 0; r < R; r++) f[r] = f[r] + to_float(others[r], sums[r]);
   }
 }
 

@@ -16,8 +16,8 @@ from phi_cluster.model.quantize import GROUP, dequantize_int4, dequantize_int8
 
 # Rows (or groups) whose numbers are all smaller become zeros: the inverse of their scale would overflow.
 _SMALLEST = 1e-30
-# int32 sums of so many products of int8 and int16 numbers are exact.
-_EXACT_BLOCK = 512
+# The products of so many inputs are summed exactly.
+_EXACT_BLOCK = 1024
 
 
 def round_rows(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -50,6 +50,33 @@ inline void quantize_groups(const float* y, int k32, QuantizedRow out) {
   }
 }
 
+// 32 numbers to int16, in the order in which the linear layers of this instruction set read them.
+PHI_INLINE void store_rounded(F16 first, F16 second, int i, int k32, void* row) {
+#if defined(PHI_AMX)
+  // linear_amx.h's planes: bytes of four inputs in quantize.py's order, the lower ones of 32 inputs and then the upper ones.
+  alignas(64) static constexpr uint8_t kOrder[64] = {
+#define PHI_FOUR(at, upper) at + upper, at + 4 + upper, at + 2 + upper, at + 6 + upper
+#define PHI_ALL(upper) \
+  PHI_FOUR(0, upper), PHI_FOUR(8, upper), PHI_FOUR(16, upper), PHI_FOUR(24, upper), PHI_FOUR(32, upper), \
+      PHI_FOUR(40, upper), PHI_FOUR(48, upper), PHI_FOUR(56, upper)
+      PHI_ALL(0), PHI_ALL(1)
+#undef PHI_ALL
+#undef PHI_FOUR
+  };
+  const __m256i a = _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(first.v));
+  const __m256i b = _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(second.v));
+  const __m512i words = _mm512_inserti64x4(_mm512_castsi256_si512(a), b, 1);
+  const __m512i bytes = _mm512_permutexvar_epi8(_mm512_load_si512(kOrder), words);
+  char* to = static_cast<char*>(row) + i;
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + k32), _mm512_castsi512_si256(bytes));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_extracti64x4_epi64(bytes, 1));
+#else
+  (void)k32;
+  to_i16(first, static_cast<int16_t*>(row) + i);
+  to_i16(second, static_cast<int16_t*>(row) + i + 16);
+#endif
+}
+
 // Rounds y [k32] (zeros from k on) to integers with one scale, or one for each group.
 inline void quantize_row(const float* y, int k32, QuantizedRow out) {
   if (out.group_sums != nullptr) {
@@ -58,7 +85,9 @@ inline void quantize_row(const float* y, int k32, QuantizedRow out) {
   }
   float inverse;
   *out.scale = scale_for(largest_magnitude(y, k32), 32767.0f, inverse);
-  for (int i = 0; i < k32; i += 16) to_i16(scaled(y + i, inverse, 32767.0f), static_cast<int16_t*>(out.x) + i);
+  for (int i = 0; i < k32; i += 32) {
+    store_rounded(scaled(y + i, inverse, 32767.0f), scaled(y + i + 16, inverse, 32767.0f), i, k32, out.x);
+  }
 }
 
 // RMS norm of x [k] (readable and zero up to k32) times weight, then rounded. `scratch` [k32].

@@ -6,7 +6,7 @@
 
 namespace phi {
 
-// For int8 weights: int16 [k32] and one scale. For int4 weights, where `group_sums` is not null: int8 [k32], a scale for
+// For int8 weights: int16 [k32] (amx: as linear_amx.h's planes) and one scale. For int4 weights, where `group_sums` is not null: int8 [k32], a scale for
 // each group of 32, and the scale times the group's sum.
 struct QuantizedRow {
   void* x;

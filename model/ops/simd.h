@@ -83,8 +83,11 @@ struct Sums {
   __m512i v;
   static PHI_INLINE Sums zero() { return {_mm512_setzero_si512()}; }
 };
-PHI_INLINE Pairs pairs_from_i8(const int8_t* p) {
-  return {_mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+// Four weights of each of 16 outputs, in quantize.py's order, as two pairs.
+PHI_INLINE void pairs_from_i8(const int8_t* p, Pairs& first, Pairs& second) {
+  const __m512i fours = _mm512_loadu_si512(p);
+  first.v = _mm512_srai_epi16(_mm512_slli_epi16(fours, 8), 8);
+  second.v = _mm512_srai_epi16(fours, 8);
 }
 // sums += weights * x, for one pair x of activations.
 PHI_INLINE void add_products(Sums& sums, Pairs weights, const int16_t* x) {
@@ -97,6 +100,13 @@ PHI_INLINE void add_products(Sums& sums, Pairs weights, const int16_t* x) {
 #endif
 }
 PHI_INLINE F16 to_float(Sums sums) { return {_mm512_cvtepi32_ps(sums.v)}; }
+// The sum of both, rounded once: its upper and lower bits are exact apart.
+PHI_INLINE F16 to_float(Sums a, Sums b) {
+  const __m512i mask = _mm512_set1_epi32(255);
+  const __m512i high = _mm512_add_epi32(_mm512_srai_epi32(a.v, 8), _mm512_srai_epi32(b.v, 8));
+  const __m512i low = _mm512_add_epi32(_mm512_and_si512(a.v, mask), _mm512_and_si512(b.v, mask));
+  return {_mm512_fmadd_ps(_mm512_cvtepi32_ps(high), _mm512_set1_ps(256.0f), _mm512_cvtepi32_ps(low))};
+}
 
 // Four 4-bit weights for each of 16 outputs, and their sums of products with int8 over at most 32 inputs.
 struct Quads {
@@ -216,9 +226,12 @@ struct Sums {
   __m256i a, b;
   static PHI_INLINE Sums zero() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
 };
-PHI_INLINE Pairs pairs_from_i8(const int8_t* p) {
-  const __m128i* q = reinterpret_cast<const __m128i*>(p);
-  return {_mm256_cvtepi8_epi16(_mm_loadu_si128(q)), _mm256_cvtepi8_epi16(_mm_loadu_si128(q + 1))};
+// Four weights of each of 16 outputs, in quantize.py's order, as two pairs.
+PHI_INLINE void pairs_from_i8(const int8_t* p, Pairs& first, Pairs& second) {
+  const __m256i* q = reinterpret_cast<const __m256i*>(p);
+  const __m256i a = _mm256_loadu_si256(q), b = _mm256_loadu_si256(q + 1);
+  first = {_mm256_srai_epi16(_mm256_slli_epi16(a, 8), 8), _mm256_srai_epi16(_mm256_slli_epi16(b, 8), 8)};
+  second = {_mm256_srai_epi16(a, 8), _mm256_srai_epi16(b, 8)};
 }
 // sums += weights * x, for one pair x of activations.
 PHI_INLINE void add_products(Sums& sums, Pairs weights, const int16_t* x) {
@@ -229,6 +242,16 @@ PHI_INLINE void add_products(Sums& sums, Pairs weights, const int16_t* x) {
   sums.b = _mm256_add_epi32(sums.b, _mm256_madd_epi16(weights.b, both));
 }
 PHI_INLINE F16 to_float(Sums sums) { return {_mm256_cvtepi32_ps(sums.a), _mm256_cvtepi32_ps(sums.b)}; }
+namespace detail {
+PHI_INLINE __m256 sum_to_float(__m256i a, __m256i b) {
+  const __m256i mask = _mm256_set1_epi32(255);
+  const __m256i high = _mm256_add_epi32(_mm256_srai_epi32(a, 8), _mm256_srai_epi32(b, 8));
+  const __m256i low = _mm256_add_epi32(_mm256_and_si256(a, mask), _mm256_and_si256(b, mask));
+  return _mm256_fmadd_ps(_mm256_cvtepi32_ps(high), _mm256_set1_ps(256.0f), _mm256_cvtepi32_ps(low));
+}
+}  // namespace detail
+// The sum of both, rounded once: its upper and lower bits are exact apart.
+PHI_INLINE F16 to_float(Sums x, Sums y) { return {detail::sum_to_float(x.a, y.a), detail::sum_to_float(x.b, y.b)}; }
 
 // Four 4-bit weights for each of 16 outputs, and their sums of products with int8 over at most 32 inputs.
 struct Quads {

@@ -110,10 +110,11 @@ struct Sums {
   int32_t v[16];
   static inline Sums zero() { return {}; }
 };
-inline Pairs pairs_from_i8(const int8_t* p) {
-  Pairs r;
-  for (int i = 0; i < 32; i++) r.v[i] = p[i];
-  return r;
+inline void pairs_from_i8(const int8_t* p, Pairs& first, Pairs& second) {
+  for (int i = 0; i < 16; i++) {
+    first.v[2 * i] = p[4 * i], first.v[2 * i + 1] = p[4 * i + 2];
+    second.v[2 * i] = p[4 * i + 1], second.v[2 * i + 1] = p[4 * i + 3];
+  }
 }
 inline void add_products(Sums& sums, const Pairs& weights, const int16_t* x) {
   for (int i = 0; i < 16; i++) {
@@ -122,6 +123,9 @@ inline void add_products(Sums& sums, const Pairs& weights, const int16_t* x) {
 }
 inline F16 to_float(const Sums& sums) {
   return detail::each([&](int i) { return static_cast<float>(sums.v[i]); });
+}
+inline F16 to_float(const Sums& a, const Sums& b) {
+  return detail::each([&](int i) { return static_cast<float>(int64_t{a.v[i]} + b.v[i]); });
 }
 
 struct Quads {

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from phi_cluster.model.ops.library import Ops
+from phi_cluster.model.ops.library import Ops, out_of_order_of
 
 Floats = NDArray[np.float32]
 _GROUP = 32
@@ -52,7 +52,7 @@ def norm_quantize(ops: Ops, x: Floats, weight: Floats, eps: float, groups: bool)
             out,
         )
 
-    return _quantized(len(x), x.shape[1], groups, call)
+    return _quantized(ops, len(x), x.shape[1], groups, call)
 
 
 def silu_mul_quantize(ops: Ops, gate_up: Floats, groups: bool) -> QuantizedRows:
@@ -62,7 +62,7 @@ def silu_mul_quantize(ops: Ops, gate_up: Floats, groups: bool) -> QuantizedRows:
     def call(row: int, scratch: Floats, out: Any) -> None:
         ops.c.phi_silu_mul_quantize(ops.isa.encode(), _address(gate_up[row]), k, len(scratch), _address(scratch), out)
 
-    return _quantized(len(gate_up), k, groups, call)
+    return _quantized(ops, len(gate_up), k, groups, call)
 
 
 def copy_quantize(ops: Ops, x: Floats, groups: bool) -> QuantizedRows:
@@ -71,7 +71,7 @@ def copy_quantize(ops: Ops, x: Floats, groups: bool) -> QuantizedRows:
     def call(row: int, scratch: Floats, out: Any) -> None:
         ops.c.phi_copy_quantize(ops.isa.encode(), _address(x[row]), x.shape[1], len(scratch), _address(scratch), out)
 
-    return _quantized(len(x), x.shape[1], groups, call)
+    return _quantized(ops, len(x), x.shape[1], groups, call)
 
 
 def rotate_heads(ops: Ops, heads: Floats, cos: Floats, sin: Floats) -> Floats:
@@ -88,7 +88,7 @@ def widen_row(ops: Ops, bf16: NDArray[np.uint16]) -> Floats:
     return wide
 
 
-def _quantized(m: int, k: int, groups: bool, call: Callable[[int, Floats, Any], None]) -> QuantizedRows:
+def _quantized(ops: Ops, m: int, k: int, groups: bool, call: Callable[[int, Floats, Any], None]) -> QuantizedRows:
     """What `call(row, scratch, where its result goes)` writes for each row."""
     k32 = -(-k // _GROUP) * _GROUP
     x = np.zeros((m, k32), np.int8 if groups else np.int16)
@@ -103,7 +103,7 @@ def _quantized(m: int, k: int, groups: bool, call: Callable[[int, Floats, Any], 
             None if group_sums is None else group_sums[row].ctypes.data,
         )
         call(row, scratch, ctypes.byref(out))
-    return QuantizedRows(x, scale, group_sums)
+    return QuantizedRows(out_of_order_of(ops, x), scale, group_sums)
 
 
 def _padded(rows: Floats) -> Floats:

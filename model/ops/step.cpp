@@ -37,7 +37,7 @@ Network::Network(const PhiNetwork& description, const Kernels& kernels, int num_
   }
   int64_t floats = std::max({static_cast<int64_t>(max_k32_), sample_scratch_floats(net_.vocab_size),
                              attend_scratch(net_.head_dim, net_.num_heads, net_.num_kv_heads)});
-  scratch_size_ = (floats + 15) / 16 * 8;
+  scratch_size_ = (floats + 15) / 16 * 8;  // whole lines
   scratch_.resize(scratch_size_ * pool_.num_threads());
 }
 

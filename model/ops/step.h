@@ -6,6 +6,7 @@
 #pragma once
 
 #include <atomic>
+#include <new>
 #include <vector>
 
 #include "kernels.h"
@@ -13,6 +14,27 @@
 #include "thread_pool.h"
 
 namespace phi {
+
+// For vectors whose rows begin with cache lines: tiles are loaded by whole ones.
+template <class T>
+struct LineAllocator {
+  using value_type = T;
+  LineAllocator() = default;
+  template <class U>
+  LineAllocator(const LineAllocator<U>&) {}
+  T* allocate(size_t n) { return static_cast<T*>(::operator new(n * sizeof(T), std::align_val_t(64))); }
+  void deallocate(T* p, size_t) { ::operator delete(p, std::align_val_t(64)); }
+  template <class U>
+  bool operator==(const LineAllocator<U>&) const {
+    return true;
+  }
+  template <class U>
+  bool operator!=(const LineAllocator<U>&) const {
+    return false;
+  }
+};
+template <class T>
+using Lines = std::vector<T, LineAllocator<T>>;
 
 class Network {
  public:
@@ -45,18 +67,18 @@ class Network {
   PhiNetwork net_;
   std::vector<PhiLinear> linears_;
   // Norms' weights padded with zeros to hidden_stride_.
-  std::vector<float> norms_;
+  Lines<float> norms_;
   const Kernels& kernels_;
   ThreadPool pool_;
 
   int hidden_stride_, qkv_width_, attention_width_, max_k32_;
   // Of each thread, in doubles, because the sampler's must be aligned for them.
   int64_t scratch_size_;
-  std::vector<double> scratch_;
+  Lines<double> scratch_;
   std::atomic<uint64_t> progress_{0};
   int num_tokens_ = 0, attend_threads_ = 1;
-  std::vector<float> hidden_, qkv_, attention_, gate_up_, cos_, sin_, x_scale_, group_sums_, partials_;
-  std::vector<int16_t> x_;
+  Lines<float> hidden_, qkv_, attention_, gate_up_, cos_, sin_, x_scale_, group_sums_, partials_;
+  Lines<int16_t> x_;
   // For each of the step's tokens: its chunk, its place in it; the rows that logits are wanted of.
   std::vector<int32_t> chunk_of_, offset_of_, wanted_;
   std::vector<AttendArgs> attends_;

@@ -221,6 +221,8 @@ def _content(image_url: str) -> Iterator[Hostile]:
     yield _chat("a pattern of a thousand millions", 200, guided_regex="((a{1,1000}){1,1000}){1,1000}")
     yield _chat("a grammar of nothing else than itself", 400, guided_grammar="root ::= root")
     yield _chat("a choice of 100,000", 400, guided_choice=[f"{i}" for i in range(100_000)])
+    yield _text("a schema of depth 10,000", 400, '"guided_json": ' + '{"items":' * 10_000 + "{}" + "}" * 10_000 + "}")
+    yield _chat("a schema of 100,000 values", 400, guided_json={"enum": [f"{i}" for i in range(100_000)]})
     yield _chat("a schema of depth 90", 200, guided_json=json.loads('{"items":' * 90 + "{}" + "}" * 90))
     yield _chat("a schema", 400, response_format={"type": "json_schema", "json_schema": {"$ref": image_url}})
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
-from phi_cluster.cluster.errors import Overloaded, PoisonousRequest
-from phi_cluster.cluster.messages import SequenceOutput, SessionKey
+from phi_cluster.cluster.errors import GaveWay, Overloaded, PoisonousRequest
+from phi_cluster.cluster.messages import SequenceOutput, SessionKey, SharedRows
 from phi_cluster.cluster.turn_api import (
     ChoiceFinished,
     TextDelta,
@@ -68,19 +69,133 @@ async def test_the_first_is_the_turn_and_the_others_leave_nothing(world: World) 
     assert sorted(world.sessions.abandoned) == [2, 3]
 
 
-async def test_the_prompt_is_computed_once_and_copied(world: World) -> None:
+async def test_the_prompt_is_computed_once_and_used_where_it_lies(world: World) -> None:
     for reply in ("a", "b", "c"):
         world.reply(reply)
     await world.run(three(chat("hi")))
-    ids = [stream.add.token_ids for stream in world.engines.streams]
-    assert ids[0] == ids[1] == ids[2] == world.tokenizer.encode(PROMPT)
-    source = world.engines.streams[0].add.segment
-    keys = [begun.key for begun in world.sessions.begun[1:]]
-    assert sorted(world.sessions.laid, key=repr) == sorted(((key, source, len(ids[0])) for key in keys), key=repr)
-    # Memory is leased before it is touched.
-    for kind in ("lay_prompt", "add"):
-        assert world.calls.index("reserve") < world.calls.index(kind)
-    assert world.calls.count("reserve") == 3
+    first, *others = [stream.add for stream in world.engines.streams]
+    assert first.shared is None
+    for other in others:
+        assert other.token_ids == first.token_ids == world.tokenizer.encode(PROMPT)
+        # All but the last token, from which each draws.
+        assert other.shared == SharedRows(first.segment, first.epoch, len(first.token_ids) - 1)
+    # Memory is leased before it is touched, the prompt's once.
+    assert world.calls.index("reserve") < world.calls.index("add")
+    assert world.sessions.shared == {begun.key: len(first.token_ids) - 1 for begun in world.sessions.begun[1:]}
+    assert world.sessions.laid == []
+
+
+async def test_where_a_reply_may_come_into_the_other_regime_it_is_copied(world: World) -> None:
+    num = len(world.tokenizer.encode(PROMPT))
+    for regime, is_shared in ((num + 4, False), (num + 5, True), (num, False), (num - 1, True)):
+        world.turns._around = replace(
+            world.turns._around, limits=replace(world.turns._around.limits, regime_tokens=regime)
+        )
+        for _ in range(3):
+            world.reply("a")
+        before = len(world.engines.streams)
+        await world.run(replace(three(chat("hi", session_id=None, sampling={"max_tokens": 5}))))
+        first, *others = [stream.add for stream in world.engines.streams[before:]]
+        assert [other.shared is not None for other in others] == [is_shared] * 2
+        laid, world.sessions.laid = world.sessions.laid, []
+        assert [one[1:] for one in laid] == ([] if is_shared else [(first.segment, num)] * 2)
+
+
+async def test_the_turn_ends_after_those_who_use_its_prompt(world: World) -> None:
+    events = await begun(world)
+    push_end(world, 0)
+    told = await asyncio.wait_for(anext(events), PATIENCE)
+    assert told == ChoiceFinished(0, "length")
+    push(world, 1, "b")
+    await anext(events)
+    assert world.sessions.commits == []
+    # Those who wait for memory need not wait for it.
+    assert world.sessions.settled == [world.sessions.begun[0].key]
+    for choice in (2, 1):
+        assert world.sessions.commits == []
+        push_end(world, choice)
+        assert await asyncio.wait_for(anext(events), PATIENCE) == ChoiceFinished(choice, "length")
+    assert isinstance(await asyncio.wait_for(anext(events), PATIENCE), TurnFinished)
+    assert len(world.sessions.commits) == 1
+    with pytest.raises(StopAsyncIteration):
+        await anext(events)
+
+
+async def test_before_the_first_gives_its_memory_to_others_those_who_use_the_prompt_let_go(world: World) -> None:
+    world.turns._around = replace(world.turns._around, limits=replace(world.turns._around.limits, lease_tokens=8))
+    events = await begun(world, max_tokens=100)
+    reading = asyncio.ensure_future(rest_of(events))
+    streams = list(world.engines.streams)
+    push(world, 1, "b")
+    await asyncio.sleep(0)
+    refuse_first(world)
+    await until(lambda: streams[0].aborted)
+    abandoned = world.sessions.abandoned
+    streams[0].push(SequenceOutput(streams[0].add.sequence_id, [], "abort", released=True))
+    await until(lambda: all(stream.aborted for stream in streams))
+    # Nothing is given up while somebody reads it.
+    assert abandoned == []
+    streams[1].push(SequenceOutput(streams[1].add.sequence_id, [], "abort", released=True))
+    await asyncio.sleep(0.02)
+    assert 1 not in abandoned
+    streams[2].push(SequenceOutput(streams[2].add.sequence_id, [], "abort", released=True))
+    await until(lambda: 1 in abandoned)
+    # The first comes again, computes the prompt, and the others go on where they were.
+    await until(lambda: len(world.engines.streams) == 4)
+    again = world.engines.streams[3]
+    assert again.add.shared is None
+    push(world, 3, "c", cached=0)
+    await until(lambda: len(world.engines.streams) == 6)
+    assert {stream.add.shared and stream.add.shared.epoch for stream in world.engines.streams[4:]} == {again.add.epoch}
+    prompt = world.tokenizer.encode(PROMPT)
+    said = sorted((stream.add.token_ids[len(prompt) :] for stream in world.engines.streams[4:]), key=len)
+    assert said == [[], world.tokenizer.encode("b")]
+    for choice in (3, 4, 5):
+        push_end(world, choice)
+    told = await asyncio.wait_for(reading, PATIENCE)
+    assert isinstance(told[-1], TurnFinished)
+    said = {i: "".join(e.text for e in told if isinstance(e, TextDelta) and e.choice == i) for i in range(3)}
+    # Its first token was told before.
+    assert said == {0: "c" * 8, 1: "b", 2: ""}
+
+
+async def test_a_prompt_that_is_not_where_it_should_be_is_computed_anew(world: World) -> None:
+    events = await begun(world)
+    reading = asyncio.ensure_future(rest_of(events))
+    lost = world.engines.streams[2]
+    lost.push(SequenceOutput(lost.add.sequence_id, [], "gone", released=True))
+    await until(lambda: len(world.engines.streams) == 4)
+    again = world.engines.streams[3].add
+    assert again.shared is None
+    assert again.token_ids == lost.add.token_ids
+    assert again.sampling["seed"] == lost.add.sampling["seed"]
+    # The others, who have it, go on.
+    for choice in (0, 1, 3):
+        push_end(world, choice)
+    assert isinstance((await asyncio.wait_for(reading, PATIENCE))[-1], TurnFinished)
+
+
+async def rest_of(events: AsyncGenerator[TurnEvent, None]) -> list[TurnEvent]:
+    return [event async for event in events]
+
+
+def refuse_first(world: World) -> None:
+    """The first reply's lease cannot grow: others need the memory."""
+    reserve, key = world.sessions.reserve, world.sessions.begun[0].key
+
+    async def refuse(key_: SessionKey, num_tokens: int, num_shared_tokens: int = 0) -> None:
+        if key_ == key:
+            world.sessions.reserve = reserve
+            raise GaveWay("others go on")
+        await reserve(key_, num_tokens, num_shared_tokens)
+
+    world.sessions.reserve = refuse
+    push(world, 0, "c" * 7)
+
+
+def push_end(world: World, choice: int) -> None:
+    stream = world.engines.streams[choice]
+    stream.push(SequenceOutput(stream.add.sequence_id, [], "length", released=True, num_cached_tokens=0))
 
 
 async def test_the_others_answer_the_stored_ids_not_the_text_anew(world: World) -> None:
@@ -146,9 +261,9 @@ def release(world: World) -> None:
             stream.push(SequenceOutput(stream.add.sequence_id, [], "abort", released=True))
 
 
-async def begun(world: World) -> AsyncGenerator[TurnEvent, None]:
+async def begun(world: World, **sampling: Any) -> AsyncGenerator[TurnEvent, None]:
     """Three replies that have begun."""
-    events = world.turns.run(three(chat("hi")))
+    events = world.turns.run(three(chat("hi", sampling=sampling)))
     first = asyncio.ensure_future(anext(events))
     await asyncio.wait_for(world.engines.added.wait(), PATIENCE)
     push(world, 0, "a", cached=0)
@@ -169,6 +284,25 @@ async def test_a_client_that_leaves_ends_all_of_them(world: World) -> None:
     [commit] = world.sessions.commits
     assert commit.text.endswith("a")
     assert sorted(world.sessions.abandoned) == [2, 3]
+
+
+async def test_a_client_that_leaves_while_the_first_waits_for_the_others(world: World) -> None:
+    events = await begun(world)
+    push_end(world, 0)
+    assert await asyncio.wait_for(anext(events), PATIENCE) == ChoiceFinished(0, "length")
+    reading = asyncio.ensure_future(anext(events))
+    await until(lambda: bool(world.sessions.settled))
+    reading.cancel()
+    await asyncio.wait([reading])
+    await events.aclose()
+    # It has said all; only its memory is waited for.
+    assert [stream.aborted for stream in world.engines.streams] == [False, True, True]
+    await asyncio.sleep(0)
+    assert world.sessions.commits == []
+    release(world)
+    await world.quiet()
+    [commit] = world.sessions.commits
+    assert commit.finish_reason == "length"
 
 
 @pytest.mark.parametrize("failing", [0, 2])
@@ -199,8 +333,8 @@ async def test_others_wait_for_memory_as_replies_do_that_have_begun(world: World
         world.reply(reply)
     real, refused = world.sessions.reserve, []
 
-    async def reserve(key: SessionKey, num_tokens: int) -> None:
-        await real(key, num_tokens)
+    async def reserve(key: SessionKey, num_tokens: int, num_shared_tokens: int = 0) -> None:
+        await real(key, num_tokens, num_shared_tokens)
         if key.ephemeral and len(refused) < 3:
             refused.append(key)
             raise Overloaded("no memory")

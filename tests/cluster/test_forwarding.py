@@ -11,7 +11,7 @@ import aiohttp
 import pytest
 import uvicorn
 
-from phi_cluster.cluster.errors import InvalidRequest, NotFound, Overloaded, Unavailable
+from phi_cluster.cluster.errors import InvalidRequest, NotFound, Overloaded, PhiError, Unavailable
 from phi_cluster.cluster.forwarding import ForwardedTurns, conversation_name
 from phi_cluster.cluster.peer_door import PeerDoor
 from phi_cluster.cluster.peer_link import TURNS_PATH, PeerLinks, PeerLost
@@ -29,7 +29,7 @@ from phi_cluster.cluster.turn_api import (
 from phi_cluster.cluster.turn_wire import SentTurn, encode_turn
 
 STARTED = TurnStarted(7, 3)
-WORDS = [TextDelta(word, 1, Position(number, number)) for number, word in enumerate(["one", "two", "three"], 1)]
+WORDS = [TextDelta(word, 1, Position(number, number)) for number, word in enumerate(("one", "two", "three"), 1)]
 FINISHED = TurnFinished("stop", 7, 3, 3)
 SCRIPT = [STARTED, *WORDS, FINISHED]
 REQUEST = TurnRequest(
@@ -110,8 +110,7 @@ class Served:
 
     async def __aenter__(self):
         self.task = asyncio.ensure_future(self.server.serve())
-        while not self.server.started:
-            await asyncio.sleep(0.01)
+        await until(lambda: self.server.started)
         port = self.server.servers[0].sockets[0].getsockname()[1]
         self.peer = PeerReplica(self.name, "there", f"127.0.0.1:{port}", 0, 8)
         return self
@@ -121,8 +120,7 @@ class Served:
         await self.task
 
     async def ended(self):
-        while not self.runner.ends:
-            await asyncio.sleep(0.01)
+        await until(lambda: self.runner.ends)
         return self.runner.ends
 
 
@@ -131,6 +129,16 @@ async def links():
     links = PeerLinks(KEY, silence_seconds=1.0)
     yield links
     await links.close()
+
+
+async def until(is_so):
+    while not is_so():  # noqa: ASYNC110 -- what happens in a server says nothing
+        await asyncio.sleep(0.01)
+
+
+async def collect(got, events):
+    async for one in events:
+        got.append(one)
 
 
 async def told(events):
@@ -154,9 +162,8 @@ async def test_errors_come_through_before_and_after_the_first_event(links):
         assert error.value.param == "prompt"
     async with Served(STARTED, WORDS[0], RuntimeError("secret")) as there:
         got = []
-        with pytest.raises(Exception, match="server failed") as error:
-            async for one in links.run(there.peer, SentTurn(REQUEST)):
-                got.append(one)
+        with pytest.raises(PhiError, match="server failed") as error:
+            await collect(got, links.run(there.peer, SentTurn(REQUEST)))
         assert "secret" not in str(error.value)
         assert got == [STARTED, WORDS[0]]
 
@@ -171,8 +178,7 @@ async def test_who_leaves_ends_the_turn_there(links):
         # Before anything was said, too.
         there.runner.script, there.runner.ends = [asyncio.Event()], []
         reading = asyncio.ensure_future(told(links.run(there.peer, SentTurn(REQUEST))))
-        while len(there.runner.requests) < 2:
-            await asyncio.sleep(0.01)
+        await until(lambda: len(there.runner.requests) == 2)
         reading.cancel()
         assert await asyncio.wait_for(there.ended(), 5) == ["left"]
 
@@ -391,8 +397,7 @@ async def test_several_replies_cannot_be_read_on(make):
         here = make(there.peer, seat="there")
         got = []
         with pytest.raises(Unavailable, match="lost"):
-            async for one in here.turns.run(several):
-                got.append(one)
+            await collect(got, here.turns.run(several))
         assert got == [STARTED, WORDS[0]]
         assert here.runner.requests == []
         # Before the first word they begin here.

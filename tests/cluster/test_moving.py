@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 def told(tmp_path_factory):
     redis = RedisProcess(tmp_path_factory.mktemp("r"))
     folder = tmp_path_factory.mktemp("two")
-    command = [sys.executable, "-W", "ignore", "-m", "tests.cluster.two_nodes", str(folder), redis.url]
+    command = [sys.executable, "-W", "ignore", "-m", "tests.cluster.moving_nodes", str(folder), redis.url]
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=300, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}

@@ -127,6 +127,15 @@ def test_own_turns_count_as_they_are_now_and_others_with_what_was_sent(table):
     assert set(table.others) == {"b"}
 
 
+def test_a_node_that_is_not_told_of_yet_knows_itself(book, clock):
+    book.take_replica(report("2", "b"))
+    book.take_replica(report("3", "c"))
+    table = PeerTable("a", lambda: 3, clock, capacity=8)
+    table.take(ReplicaOrders(None, "b", book.news()), 0)
+    assert (table.own.node_id, table.own.num_open, table.own.capacity) == ("a", 3, 8)
+    assert set(table.others) == set(table.node_ids) == {"b", "c"}
+
+
 def test_whoever_could_not_be_reached_is_left_alone_for_a_moment(table, clock):
     table.suspect(table.replica_on("b"))
     assert table.replica_on("b").replica_id == "2"

@@ -120,6 +120,9 @@ class FakeSessions:
         self.abandoned: list[int] = []
         # Copied prompts: into which session, from where, how many tokens.
         self.laid: list[tuple[SessionKey, SegmentRef, int]] = []
+        # Of how many tokens memory was leased without their keys and values; whose turn needs no more, but goes on.
+        self.shared: dict[SessionKey, int] = {}
+        self.settled: list[SessionKey] = []
 
     async def begin_turn(self, request: BeginTurn) -> TurnGrant:
         await self._script.call("begin_turn")
@@ -154,9 +157,14 @@ class FakeSessions:
             return array("i", self.encode(request.text)).tobytes() + self.resumed
         return self.resumed
 
-    async def reserve(self, key: SessionKey, num_tokens: int) -> None:
+    async def reserve(self, key: SessionKey, num_tokens: int, num_shared_tokens: int = 0) -> None:
         self.reserved.append(num_tokens)
+        if num_shared_tokens:
+            self.shared[key] = num_shared_tokens
         await self._script.call("reserve")
+
+    async def settle_early(self, key: SessionKey) -> None:
+        self.settled.append(key)
 
     async def commit(self, commit: CommitTurn) -> None:
         await self._script.call("commit")

@@ -1,176 +1,194 @@
-"""Two nodes of a real Ray cluster on this machine, a real keeper on each, and a Redis with their journals.
+"""A process with a Ray cluster of two nodes on this machine, each with a keeper and a replica, behind no proxy.
 
-Owns: starting and ending them (in a process of its own: Ray may be started once in each). What stands between them is
-the machine's own loopback. Knows nothing of what is done with the keepers.
-
-    python -m tests.cluster.two_nodes FOLDER REDIS_URL    # moves as test_moving.py wants them; prints what came of it
+Owns: starting and ending it, and killing its second node. What is said there is said to the replicas' own ports, so
+that a test decides which node a request comes to. Run as a program: it prints a line of JSON when all is up, and obeys
+words on its standard input. Knows nothing of what is asked.
 """
 
 from __future__ import annotations
 
-import asyncio
 import json
-import os
+import socket
+import subprocess
 import sys
+import tempfile
 import time
-from array import array
 from pathlib import Path
 from typing import Any
 
-# Read when Ray is imported.
-os.environ.update({"RAY_USAGE_STATS_ENABLED": "0", "RAY_memory_monitor_refresh_ms": "0", "RAY_worker_niceness": "0"})
+import httpx
 
-import ray
-from ray.cluster_utils import Cluster
-
-from phi_cluster.cluster.actors import NAMESPACE, create, detached_options, keeper_name
-from phi_cluster.cluster.config import KVConfig, SessionsConfig
-from phi_cluster.cluster.messages import BeginTurn, CommitTurn, ProcessId, SessionKey, TurnGrant
-from phi_cluster.cluster.processes import process_id
-from phi_cluster.cluster.session.directory import SessionDirectory
-from phi_cluster.cluster.session.journals import JournalPlace
-from phi_cluster.cluster.session.keeper import Keeper
-from phi_cluster.cluster.session.recycler import RecycleReason
-from phi_cluster.cluster.session.segment import Segment
-from phi_cluster.cluster.session.segment_layout import SegmentLayout
-from phi_cluster.model.kv_layout import KVCacheLayout
-
-FINGERPRINT = "two-nodes"
-OBJECT_STORE_NBYTES = 200 * 10**6
+ROOT = Path(__file__).parent.parent.parent
 
 
-class Node:
-    """A keeper as a replica of its node sees it, and turns without an engine: whoever asks writes the memory itself."""
+class TwoNodes:
+    """Such a process, from outside: "head" and "second" are its nodes. `settings` are the configuration's."""
 
-    def __init__(self, node_id: str, layout: SegmentLayout, folder: Path, journal: str):
-        self.node_id = node_id
-        self.layout = layout
-        folder.mkdir(parents=True, exist_ok=True)
-        sessions = SessionsConfig(warm_actors=0, spawn_interval=3600)
-        options = detached_options(keeper_name(node_id), node_id)
-        arguments = (layout, FINGERPRINT, JournalPlace(folder, journal), sessions, KVConfig(), 2**33)
-        self.keeper = create(Keeper, options, *arguments)
-        self.directory = SessionDirectory(lambda: ray.get_actor(keeper_name(node_id), namespace=NAMESPACE))
-        self._me: ProcessId = process_id()
-
-    async def turn(self, key: SessionKey, text: str, token_ids: list[int]) -> TurnGrant:
-        """A turn that appends these ids, with random keys and values."""
-        request_id = os.urandom(8).hex()
-        grant = await self.directory.begin_turn(BeginTurn(key, request_id, text, writers=(self._me,)))
-        await self.directory.reserve(key, grant.num_kept_tokens + len(token_ids))
-        segment = Segment.open(grant.segment, self.layout, FINGERPRINT)
-        segment.append_tokens(array("i", token_ids))
-        kv = self.layout.kv
-        start, stop = segment.num_computed_tokens * kv.row_nbytes, segment.num_tokens * kv.row_nbytes
-        for layer in range(kv.num_layers):
-            for which in (0, 1):
-                offset = self.layout.kv_offset + kv.region_offset(layer, which)
-                segment.write_bytes(offset + start, memoryview(os.urandom(stop - start)))
-        segment.set_num_computed_tokens(segment.num_tokens)
-        num_tokens = segment.num_tokens
-        segment.close()
-        added = text[grant.num_kept_chars :]
-        await self.directory.commit(
-            CommitTurn(
-                key=key,
-                epoch=grant.epoch,
-                request_id=request_id,
-                num_kept_tokens=grant.num_kept_tokens,
-                num_kept_chars=grant.num_kept_chars,
-                token_ids=array("i", token_ids).tobytes(),
-                text=added,
-                boundaries=((len(text), num_tokens),),
-                num_prompt_tokens=num_tokens - 1,
-                num_cached_tokens=grant.num_computed_tokens,
-                num_completion_tokens=1,
-                finish_reason="stop",
-                sampling={},
-                committed_at=time.time(),
-            )
-        )
-        return grant
-
-    async def memory(self, key: SessionKey, text: str) -> list[bytes]:
-        """The used bytes of its segment, by a turn that comes to nothing."""
-        grant = await self.directory.begin_turn(BeginTurn(key, os.urandom(8).hex(), text, writers=(self._me,)))
-        segment = Segment.open(grant.segment, self.layout, FINGERPRINT)
-        found = []
-        for offset, length in self.layout.used_ranges(grant.num_tokens, grant.num_computed_tokens):
-            buffer = bytearray(length)
-            segment.read_bytes(offset, memoryview(buffer))
-            found.append(bytes(buffer))
-        segment.close()
-        await self.directory.abandon(key, grant.epoch)
-        return found
-
-    async def describe(self, key: SessionKey) -> dict[str, Any]:
-        return await self.directory.get(key.tenant, key.session_id)
-
-    async def move_here(self, key: SessionKey, source: Node) -> bool:
-        return await self.keeper.move_here.remote(key, source.node_id, True)
-
-
-async def moves(nodes: list[Node]) -> dict[str, Any]:
-    """What test_moving.py looks at."""
-    here, there = nodes
-    told: dict[str, Any] = {}
-    for holder in ("keeper", "actor", "disk"):
-        key = SessionKey("tenant", holder)
-        await here.turn(key, "first ", list(range(1000)))
-        before = await here.memory(key, "first ")
-        if holder == "actor":
-            await here.keeper.recycle.remote(key, RecycleReason.REQUESTED)
-        elif holder == "disk":
-            await here.keeper.hibernate.remote(key)
-        states = [(await here.describe(key))["state"]]
-        moved = await there.move_here(key, here)
-        states += [(await here.describe(key))["state"], (await there.describe(key))["state"]]
-        after = await there.memory(key, "first ")
-        grant = await there.turn(key, "first second", [7])
-        back = await here.move_here(key, there)
-        told[holder] = {
-            "moved": moved,
-            "same": before == after and len(before) > 2,
-            "nbytes": sum(map(len, after)),
-            "states": states,
-            "warm": grant.num_computed_tokens,
-            "back": back,
-            "warm_again": (await here.turn(key, "first second third", [8])).num_computed_tokens,
+    def __init__(self, journal: str, state_dir: Path, **settings: Any):
+        given = {
+            "journal": journal,
+            "state_dir": str(state_dir),
+            "replicas": 2,
+            "engine": {"num_threads": 1, "standby_engines": 0, **settings.pop("engine", {})},
+            "sessions": {"warm_actors": 0},
+            "server": {
+                "port": _free_port(),
+                "metrics_port": _free_port(),
+                "internal_ports": _free_ports(),
+                **settings.pop("server", {}),
+            },
+            **settings,
         }
-    report = await there.keeper.report.remote()
-    told["events"] = sorted({event.kind.value for event in report.events})
-    told["speed"] = report.move_bytes_per_second
-    told["leases"] = [(await node.keeper.report.remote()).reserved_nbytes for node in nodes]
-    # A node that is given up, while its other sessions are talked to.
-    key = SessionKey("tenant", "evacuated")
-    await here.turn(key, "first ", list(range(500)))
-    evacuation = await here.keeper.evacuate.remote([there.node_id])
-    told["evacuated"] = [evacuation.moved, evacuation.left, evacuation.failed]
-    # The other one's keeper dies while it is asked: the next turn is computed.
-    ray.kill(ray.get_actor(keeper_name(there.node_id), namespace=NAMESPACE))
-    told["from_the_dead"] = await here.move_here(key, there)
-    told["computed"] = (await here.turn(key, "first second", [9])).num_computed_tokens
-    return told
+        self._log = open(state_dir.parent / "two_nodes.log", "wb")  # noqa: SIM115 -- as long as the process
+        self._process = subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-m", "tests.cluster.two_nodes", json.dumps(given)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+            cwd=ROOT,
+        )
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            self._process.communicate()
+            self._log.close()
+            raise AssertionError((state_dir.parent / "two_nodes.log").read_text()[-2000:])
+        told = json.loads(line)
+        self.addresses: dict[str, str] = told["addresses"]
+        self.node_ids: dict[str, str] = {name: told[name] for name in ("head", "second")}
+        self._pids: dict[str, int] = told["pids"]
+
+    def client(self, node: str, **options: Any) -> httpx.Client:
+        """Asks that node's replica."""
+        return httpx.Client(base_url=f"http://{self.addresses[node]}", timeout=60, trust_env=False, **options)
+
+    def node_of(self, session_id: str, **headers: str) -> str | None:
+        """Where the session's memory is; None: nowhere."""
+        with self.client("head") as client:
+            told = client.get(f"/v1/sessions/{session_id}", headers=headers).json()
+        return next((name for name, node_id in self.node_ids.items() if node_id == told.get("node_id")), None)
+
+    def replica_pid(self, node: str) -> int:
+        return self._pids[node]
+
+    def kill_second(self) -> None:
+        """With all of its processes, as a machine that is lost."""
+        self._tell("kill")
+
+    def close(self) -> None:
+        if self._process.poll() is None:
+            self._process.communicate("end\n", timeout=120)
+        self._log.close()
+
+    def _tell(self, word: str) -> None:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(f"{word}\n")
+        self._process.stdin.flush()
+        assert self._process.stdout.readline().strip() == f"done {word}"
 
 
-def main() -> None:
-    folder, journal = Path(sys.argv[1]), sys.argv[2]
-    os.chdir(folder)
-    # 2 MB a hundred tokens: five pieces and more.
-    layout = SegmentLayout(KVCacheLayout(num_layers=4, num_kv_heads=4, head_dim=96, max_model_len=4096, itemsize=2))
-    cluster = Cluster()
+def _free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        port: int = one.getsockname()[1]
+        return port
+
+
+def _free_ports() -> int:
+    """The first of a thousand that nobody listens on, as far as a look at some of them tells."""
+    for first in range(21_000, 32_000, 1000):
+        try:
+            for port in (first, first + 1, first + 2, first + 899, first + 901, first + 902):
+                with socket.socket() as one:
+                    one.bind(("127.0.0.1", port))
+            return first
+        except OSError:
+            continue
+    raise AssertionError("no free ports")
+
+
+def main(settings: dict[str, Any]) -> None:
+    from phi_cluster.cluster.config import Config
+    from phi_cluster.cluster.ray_environment import set_environment
+
+    config = Config.model_validate(settings)
+    with tempfile.TemporaryDirectory(prefix="phi-two-") as folder:
+        runtime_dir = Path(folder)
+        set_environment(config, runtime_dir)
+        run(config, runtime_dir)
+
+
+def run(config: Any, runtime_dir: Path) -> None:
+    import ray
+    from ray.cluster_utils import Cluster
+
+    from phi_cluster.cluster import serve_cluster
+    from phi_cluster.cluster.actors import (
+        CONTROLLER,
+        NAMESPACE,
+        create,
+        detached_options,
+        keeper_name,
+        weight_store_name,
+    )
+    from phi_cluster.cluster.controller import Controller
+    from phi_cluster.cluster.replica import Replica
+    from phi_cluster.cluster.served_model import describe_model
+    from phi_cluster.cluster.session.journals import JournalPlace
+    from phi_cluster.cluster.session.keeper import Keeper
+    from phi_cluster.cluster.weight_store import WeightStore, ensure_packed
+    from phi_cluster.model.hub import resolve_model
+
+    folder = resolve_model(config.model, config.cache_path, lambda event: None, None)
+    served = describe_model(config, folder, noted=lambda text: None)
+    nbytes = ensure_packed(served, config.cache_path, lambda done, total: None)[0].stat().st_size
+    node = {"num_cpus": 1, "object_store_memory": 2 * nbytes, "include_dashboard": False}
+    cluster = Cluster(initialize_head=True, head_node_args={**node, "temp_dir": str(runtime_dir / "ray")})
+    second = cluster.add_node(num_cpus=1, object_store_memory=2 * nbytes)
+    ray.init(address=cluster.address, namespace=NAMESPACE, log_to_driver=False, configure_logging=False)
     try:
-        for _ in range(2):
-            cluster.add_node(num_cpus=2, object_store_memory=OBJECT_STORE_NBYTES, include_dashboard=False)
-        ray.init(address=cluster.address, namespace=NAMESPACE, log_to_driver=False, logging_level="ERROR")
-        ids = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
-        assert len(ids) == 2
-        nodes = [Node(node_id, layout, folder / f"n{i}", journal) for i, node_id in enumerate(ids)]
-        print(json.dumps(asyncio.run(moves(nodes))), flush=True)
+        head_id = ray.get_runtime_context().get_node_id()
+        starting = []
+        for one in (head_id, second.node_id):
+            store = create(WeightStore, detached_options(weight_store_name(one), one), served, config.cache_path)
+            keeper = create(
+                Keeper,
+                detached_options(keeper_name(one), one),
+                served.layout,
+                served.fingerprint,
+                JournalPlace(config.state_path / one[:8], config.journal),
+                config.sessions,
+                config.kv,
+                512 * 2**20,
+            )
+            starting += [store.weights.remote(), keeper.start.remote()]
+        controller = create(Controller, detached_options(CONTROLLER, head_id), config, nbytes, {}, runtime_dir)
+        ray.get([*starting, controller.start.remote()])
+        serve_cluster.start_serve(config)
+        serve_cluster.run_app(Replica, config, 1, served, config, runtime_dir, 1, 0)
+        replicas: list[Any] = []
+        while len({one.node_id for one in replicas}) < 2:
+            time.sleep(0.2)
+            replicas = list(ray.get(controller.peers.remote()).replicas)
+        names = {head_id: "head", second.node_id: "second"}
+        told = {
+            "addresses": {names[one.node_id]: one.address for one in replicas},
+            "pids": {names[one["node_id"]]: one["pid"] for one in ray.get(controller.overview.remote())["replicas"]},
+            **{name: node_id for node_id, name in names.items()},
+        }
+        print(json.dumps(told), flush=True)
+        for line in sys.stdin:
+            if line.strip() != "kill":
+                break
+            cluster.remove_node(second, allow_graceful=False)
+            print("done kill", flush=True)
     finally:
+        serve_cluster.stop_serve(1.0)
         ray.shutdown()
         cluster.shutdown()
 
 
 if __name__ == "__main__":
-    main()
+    main(json.loads(sys.argv[1]))

@@ -75,5 +75,5 @@ def new_cache(of: Phi3Config, kv_cache_dtype: str = "bfloat16", max_model_len: i
 
 def available() -> list[str]:
     """The instruction sets of this CPU, best first."""
-    order = ("avx512_vnni", "avx512", "avx2", "plain")
+    order = ("amx", "avx512_vnni", "avx512", "avx2", "plain")
     return [] if library.problem() else [isa for isa in order if library.load("").c.phi_isa(isa.encode())]

@@ -365,7 +365,7 @@ def test_weights_and_caches_may_lie_anywhere_and_networks_keep_their_weights(gqa
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("isa", [isa for isa in ISAS if isa.startswith("avx512")])
+@pytest.mark.parametrize("isa", [isa for isa in ISAS if isa.startswith(("avx512", "amx"))])
 def test_instruction_sets_with_fused_sums_agree(isa, kind, dtype):
     """A server may move between such CPUs."""
     for variant in VARIANTS:

@@ -153,6 +153,9 @@ class Journals:
     def nbytes(self) -> int:
         return 0
 
+    def take_seat(self, key: SessionKey) -> None:
+        pass
+
     def keys(self) -> Iterator[SessionKey]:
         yield from [journal.key for journal in self._disk.files.values()]
 

@@ -44,6 +44,8 @@ class FakeKV:
     """A SequenceKV in plain lists. Refuses everything after `close`, and lengths that are not true."""
 
     bytes_per_token = BYTES_PER_TOKEN
+    # As if so many rows were shared with others.
+    num_lasting_tokens = 0
 
     def __init__(self, token_ids: Sequence[int], long_rope: bool = False) -> None:
         self.token_ids = list(token_ids)
@@ -93,8 +95,8 @@ class FakeKV:
 
     def clear(self) -> None:
         self._call("clear")
-        self.num_computed_tokens = 0
-        self.cache.rows = {}
+        self.num_computed_tokens = min(self.num_lasting_tokens, self.num_computed_tokens)
+        self.cache.rows = {p: row for p, row in self.cache.rows.items() if p < self.num_computed_tokens}
 
     def close(self) -> None:
         self._call("close")

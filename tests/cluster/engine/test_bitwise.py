@@ -68,6 +68,8 @@ def subject(dtype: str, kv_cache_dtype: str, **changes: Any) -> Subject:
 class MemoryKV:
     """A SequenceKV in this process's memory. What it gives back becomes NaNs."""
 
+    num_lasting_tokens = 0
+
     def __init__(self, of: Subject, token_ids: list[int]):
         self.cache = tiny.new_cache(of.config, of.kv_cache_dtype, MAX_MODEL_LEN)
         self.bytes_per_token = of.bytes_per_token

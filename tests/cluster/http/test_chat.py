@@ -58,6 +58,32 @@ async def test_usage_comes_in_a_chunk_of_its_own_when_asked_for(official):
     assert all(chunk.usage is None for chunk in others)
 
 
+async def test_usage_comes_in_every_chunk_when_asked_for_as_vllm_tells_it(official):
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    stream = await official.chat.completions.create(model="phi", messages=HELLO, stream=True, stream_options=options)
+    chunks = [chunk async for chunk in stream]
+    usages = [(chunk.usage.prompt_tokens, chunk.usage.completion_tokens, chunk.usage.total_tokens) for chunk in chunks]
+    assert usages[0] == (7, 0, 7)
+    assert usages == sorted(usages)
+    # The fake turn has one token without a piece.
+    assert usages[-2:] == [(7, 4, 11), (7, 5, 12)]
+    assert {chunk.usage.prompt_tokens_details.cached_tokens for chunk in chunks} == {3}
+    # Not without the other, as there.
+    options["include_usage"] = False
+    stream = await official.chat.completions.create(model="phi", messages=HELLO, stream=True, stream_options=options)
+    assert {chunk.usage async for chunk in stream} == {None}
+
+
+async def test_nothing_but_data_for_clients_that_take_every_line_for_json(client, events):
+    body = {"messages": HELLO, "stream": True}
+    whole = await client.post("/v1/chat/completions", json=body)
+    plain = await client.post("/v1/chat/completions", json={**body, "stream_options": {"data_only": True}})
+    assert b"\nid: " in whole.content
+    assert all(block.startswith(b"data: ") and b"\n" not in block for block in plain.content.split(b"\n\n") if block)
+    said = [[c["choices"][0]["delta"] for c in events(r.content) if c["choices"]] for r in (whole, plain)]
+    assert said[0] == said[1]
+
+
 async def test_official_client_sends_its_history_with_our_own_message_in_it(official, turns):
     reply = await official.chat.completions.create(model="phi", messages=HELLO)
     await official.chat.completions.create(

@@ -70,6 +70,17 @@ async def test_official_client_chat(official, two):
     assert len({chunk.id for chunk in [*chunks, last]}) == 1
 
 
+async def test_usage_in_every_chunk_is_of_the_choice_that_it_tells_of(client, two, events):
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    response = await client.post("/v1/chat/completions", json={**CHAT, "stream": True, "stream_options": options})
+    *chunks, last = events(response.content)
+    told = [(chunk["choices"][0]["index"], chunk["usage"]["completion_tokens"]) for chunk in chunks]
+    assert told[:2] == [(0, 0), (1, 0)]
+    assert dict(told) == {0: 2, 1: 1}
+    assert (last["choices"], last["usage"]["completion_tokens"]) == ([], 5)
+    assert {chunk["usage"]["prompt_tokens"] for chunk in chunks} == {7}
+
+
 async def test_a_stream_without_usage_ends_as_it_should(client, two, events):
     response = await client.post("/v1/chat/completions", json={**CHAT, "stream": True})
     chunks = events(response.content)

@@ -43,6 +43,20 @@ async def test_comments_before_the_first_event_and_between_events(connect, impat
     assert turns.ends == ["completed"]
 
 
+async def test_no_comments_where_only_data_is_wanted(connect, impatient, turns):
+    stepped = asyncio.Event()
+    turns.script.insert(2, stepped)
+    connection = connect(PATH, {**STREAM, "stream_options": {"data_only": True}}, over=impatient)
+    body = await connection.until(b"Hello")
+    # As long as five comments would take.
+    await asyncio.sleep(0.025)
+    stepped.set()
+    body += await connection.until(b"[DONE]")
+    await connection.finished()
+    assert COMMENT not in body
+    assert b"id: " not in body
+
+
 async def test_comments_between_events_with_ids_are_nothing_to_the_official_client(connect, impatient, turns):
     stepped = asyncio.Event()
     turns.script.insert(2, stepped)

@@ -284,9 +284,14 @@ class Node:
             def __init__(self) -> None:
                 # Whose journals were looked into.
                 self.looked_at: list[SessionKey] = []
+                # Whose turns belong here from now on.
+                self.seats: list[SessionKey] = []
 
             def open(self, key: SessionKey) -> SQLiteJournal:
                 return SQLiteJournal(state_dir, key, settings.fingerprint, settings.clock)
+
+            def take_seat(self, key: SessionKey) -> None:
+                self.seats.append(key)
 
             def keys(self) -> list[SessionKey]:
                 return list(list_sessions(state_dir))

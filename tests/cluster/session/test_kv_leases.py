@@ -346,3 +346,18 @@ async def test_who_holds_memory_and_waits_too_long_gives_way() -> None:
     with pytest.raises(Overloaded) as refused:
         await node.leases.reserve("c", 50)
     assert not isinstance(refused.value, GaveWay)
+
+
+async def test_what_a_turn_that_is_over_still_waits_for_stands_in_nobodys_way() -> None:
+    node = Node()
+    await node.leases.reserve("a", 30)
+    await node.leases.reserve("b", 30)
+    growing = node.ask("a", 90)
+    other = node.ask("c", 60)
+    await settle_down()
+    assert node.leases.num_waiting == 2
+    node.leases.release("a")
+    with pytest.raises(GaveWay):
+        await done(growing)
+    await done(other)
+    assert node.ledger.usage == 90

@@ -78,6 +78,8 @@ async def test_a_session_moves_with_the_same_bytes(nodes, kit, place):
     assert there.leases() == {KEY.digest: there.layout.nbytes_used(100)}
     assert results(there) == {"moved": 1}
     assert EventKind.SESSION_MOVED in kinds(there)
+    # Whoever looks for it is sent there.
+    assert there.journals.seats == [KEY]
     # The one that had it has nothing of it but the journal.
     assert entry_of(here) is None
     assert here.leases() == {}

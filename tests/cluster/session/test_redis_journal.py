@@ -69,6 +69,21 @@ def test_who_began_the_last_turn_is_told_with_the_epoch_and_at_a_glance(journals
     assert one.glance(key).seat == one.open(key).info().seat == "n2"
 
 
+def test_memory_that_is_brought_to_a_node_brings_the_turns_with_it(journals, redis_process, key, kit, clock, raw):
+    here = RedisJournals(RedisServer(redis_process.url), kit.fingerprint, clock, "n1")
+    there = RedisJournals(RedisServer(redis_process.url), kit.fingerprint, clock, "n2")
+    # It makes nothing of what is deleted.
+    there.take_seat(key)
+    assert raw.keys() == []
+    epoch = here.open(key).take_epoch().epoch
+    there.take_seat(key)
+    assert there.glance(key).seat == "n2"
+    # No epoch is taken for it: a turn that is under way may still be recorded.
+    assert here.open(key).commit(kit.turn(key, epoch, "said", [1]))
+    journals.take_seat(key)
+    assert there.glance(key).seat == "n2"
+
+
 def test_of_many_who_take_epochs_at_once_only_the_last_can_commit(journals, redis_process, key, kit, clock):
     taken: list[int] = []
     committed: list[int] = []

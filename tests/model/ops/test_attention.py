@@ -55,7 +55,7 @@ def kernels() -> ctypes.CDLL:
 def available() -> list[str]:
     """The instruction sets that this CPU and the compiled library have."""
     found = []
-    for isa in ("avx512_vnni", "avx512", "avx2", "plain"):
+    for isa in ("amx", "avx512_vnni", "avx512", "avx2", "plain"):
         with suppress(library.OpsUnavailable):
             found.append(library.load(isa).isa)
     return found
@@ -215,7 +215,7 @@ def test_instruction_sets_agree(isa, kind):
     sequence = make(kind, 600, 3, 1, 64)
     plain = sequence.attend("plain", 560, 40)
     assert_close(sequence.attend(isa, 560, 40), plain.double())
-    if isa.startswith("avx512"):
+    if isa.startswith(("avx512", "amx")):
         assert_same_bits(sequence.attend(isa, 560, 40), sequence.attend("avx2", 560, 40))
 
 

@@ -37,7 +37,7 @@ def test_a_library_that_was_compiled_can_be_used():
 
 @built
 def test_the_best_instruction_set_is_taken():
-    order = ["avx512_vnni", "avx512", "avx2", "plain"]
+    order = ["amx", "avx512_vnni", "avx512", "avx2", "plain"]
     there = [isa for isa in order if library.load().c.phi_isa(isa.encode()) is not None]
     assert there[-1] == "plain"
     assert library.load().isa == there[0]
@@ -58,6 +58,32 @@ def test_the_cpus_flags_say_which_instruction_sets_there_are():
     }
     for isa, names in needed.items():
         assert (library.load().c.phi_isa(isa.encode()) is not None) == (names <= flags), isa
+    if library.load().c.phi_isa(b"amx") is not None:  # The kernel may refuse what the CPU has.
+        assert {"amx_tile", "amx_int8", "amx_bf16", "avx512vbmi", "avx512_bf16"} <= flags
+
+
+_WITHOUT_TILES = """
+import ctypes
+from phi_cluster.model.ops import library
+
+class Stack(ctypes.Structure):
+    _fields_ = (("sp", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t))
+
+room = ctypes.create_string_buffer(4096)
+assert ctypes.CDLL(None).sigaltstack(ctypes.byref(Stack(ctypes.addressof(room), 0, 4096)), None) == 0
+print(library.load().isa, library.load().c.phi_isa(b"amx"), library.problem())
+"""
+
+
+@built
+def test_where_the_kernel_refuses_tiles_the_next_instruction_set_serves():
+    """It does so where a stack for signals is too small to hold them."""
+    if library.load().c.phi_isa(b"amx") is None:
+        pytest.skip("no AMX here")
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", _WITHOUT_TILES], timeout=60, check=True, capture_output=True, text=True
+    )
+    assert done.stdout.split() == ["avx512_vnni", "None", "None"]
 
 
 @built
@@ -93,7 +119,7 @@ def test_an_empty_variable_is_none(monkeypatch):
 
 
 @built
-@pytest.mark.parametrize("name", ["avx1024", "AVX2", "plain ", "amx"])
+@pytest.mark.parametrize("name", ["avx1024", "AVX2", "plain ", "AMX"])
 def test_an_instruction_set_that_does_not_exist_is_named(monkeypatch, name):
     with pytest.raises(OpsUnavailable, match=f"this CPU or this build has no {name} kernels"):
         library.load(name)
@@ -197,8 +223,8 @@ def test_the_check_covers_sums_that_would_saturate(monkeypatch):
     assert [largest[:2] for largest in seen] == [(127, 32767)] * 2 + [(255, 127)] * 2
     for _, _, shape in seen:
         # More rows than one tile has, more inputs than one block.
-        assert shape[0] > 12
-        assert shape[1] > 512
+        assert shape[0] > 16
+        assert shape[1] > 1024
 
 
 def _best() -> str:

@@ -17,13 +17,13 @@ from phi_cluster.model.quantize import dequantize_int4, int4_shapes, int8_shapes
 
 # Outputs and inputs: panels of 16 and groups of 32 that are full and that are not, and more inputs than sums are exact
 # for.
-SHAPES = [(1, 1), (16, 32), (17, 40), (5, 33), (33, 96), (48, 512), (7, 513), (20, 1056), (100, 544)]
+SHAPES = [(1, 1), (16, 32), (17, 40), (5, 33), (33, 96), (48, 512), (7, 513), (20, 1056), (100, 544), (40, 2144)]
 FLOAT32 = 2.0**-24
 
 
 def available() -> list[Ops]:
     found = []
-    for isa in ("avx512_vnni", "avx512", "avx2", "plain"):
+    for isa in ("amx", "avx512_vnni", "avx512", "avx2", "plain"):
         with suppress(library.OpsUnavailable):
             found.append(library.load(isa))
     return found
@@ -64,13 +64,18 @@ def ceil32(k: int) -> int:
     return -(-k // 32) * 32
 
 
+def fours(k: int) -> list[int]:
+    """The order in which int8 weights' inputs lie."""
+    return [4 * (i // 4) + (0, 2, 1, 3)[i % 4] for i in range(k)]
+
+
 def int8_layer(n: int, k: int, m: int, seed: int = 0) -> Layer:
     """Numbers up to the largest, padding zero as quantize.py leaves it."""
     generator = torch.Generator().manual_seed(seed + n * k)
     shape, scale_shape = int8_shapes(n, k)
     q = torch.zeros(shape[0] * 16, ceil32(k), dtype=torch.int8)
     q[:n, :k] = torch.randint(-127, 128, (n, k), generator=generator)
-    weight = q.view(-1, 16, ceil32(k) // 2, 2).transpose(1, 2).contiguous()
+    weight = q[:, fours(ceil32(k))].view(-1, 16, ceil32(k) // 4, 4).transpose(1, 2).contiguous()
     scale = torch.zeros(scale_shape)
     scale[:n] = torch.rand(n, generator=generator) * 0.01
     x = torch.zeros(m, ceil32(k), dtype=torch.int16)
@@ -110,7 +115,7 @@ def assert_near(actual: Tensor, layer: Layer) -> None:
 
 
 @pytest.mark.parametrize(("n", "k"), SHAPES)
-@pytest.mark.parametrize("m", [1, 2, 5, 6, 7, 13])
+@pytest.mark.parametrize("m", [1, 2, 5, 6, 7, 13, 17, 33])
 def test_int8_gives_the_bits_of_the_reference(ops, n, k, m):
     layer = int8_layer(n, k, m)
     assert_same_bits(layer(ops), layer.expected())
@@ -137,12 +142,13 @@ def test_int8_does_not_overflow(ops, sign):
     assert torch.allclose(actual, torch.tensor(sign * 127.0 * 32767 * 8192))
 
 
-def test_int8_sums_are_exact_within_512_inputs(ops):
+@pytest.mark.parametrize("k", [512, 1024])
+def test_int8_sums_are_exact_within_1024_inputs(ops, k):
     """Where float32 would lose the small number between two large ones."""
-    layer = int8_layer(16, 512, 1)
+    layer = int8_layer(16, k, 1)
     layer.weight.fill_(127)
     layer.x.zero_()
-    layer.x[0, :3] = torch.tensor([32767, 1, -32767], dtype=torch.int16)
+    layer.x[0, [0, 1, -1]] = torch.tensor([32767, 1, -32767], dtype=torch.int16)
     assert_same_bits(layer(ops), torch.full((1, 16), 127.0) * layer.scale * layer.x_scale)
 
 
@@ -199,7 +205,7 @@ def test_int4_bits_depend_on_nothing_but_the_row(ops, n, k):
 @pytest.mark.parametrize("make", [int8_layer, int4_layer])
 def test_instruction_sets_agree(ops, make):
     layer = make(37, 200, 9)
-    if make is int8_layer or ops.isa.startswith("avx512"):
+    if make is int8_layer or ops.isa.startswith(("avx512", "amx")):
         assert_same_bits(layer(ops), layer(library.load("plain" if make is int8_layer else "avx2")))
     else:
         # Plain C++ rounds a fused multiply and add twice.
@@ -226,6 +232,7 @@ def test_outputs_are_added_to_and_nothing_beside_them_is_written(ops, make, n):
     m, ld_y = 9, n + 5
     layer = make(n, 70, m)
     product = layer(ops)
+    x = library.in_order_of(ops, layer.x.numpy())
     before = torch.randn(m + 1, ld_y, generator=torch.Generator().manual_seed(n))
     for add in (False, True):
         y = before.clone()
@@ -234,7 +241,7 @@ def test_outputs_are_added_to_and_nothing_beside_them_is_written(ops, make, n):
             scale=layer.scale.data_ptr(),
             n=n,
             k32=layer.x.shape[1],
-            x=layer.x.data_ptr(),
+            x=x.ctypes.data,
             x_scale=layer.x_scale.data_ptr(),
             group_sums=None if layer.group_sums is None else layer.group_sums.data_ptr(),
             m=m,

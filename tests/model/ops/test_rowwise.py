@@ -20,7 +20,7 @@ EPS = 1e-5
 
 def available() -> list[Ops]:
     found = []
-    for isa in ("avx512_vnni", "avx512", "avx2", "plain"):
+    for isa in ("amx", "avx512_vnni", "avx512", "avx2", "plain"):
         with suppress(library.OpsUnavailable):
             found.append(library.load(isa))
     return found

@@ -22,7 +22,7 @@ NAN = float("nan")
 def available() -> list[str]:
     """The instruction sets that this CPU and the compiled library have."""
     found = []
-    for isa in ("avx512_vnni", "avx512", "avx2", "plain"):
+    for isa in ("amx", "avx512_vnni", "avx512", "avx2", "plain"):
         with suppress(library.OpsUnavailable):
             found.append(library.load(isa).isa)
     return found
