@@ -51,6 +51,8 @@ class Evacuations:
         self._hibernation = hibernation
         self._peers = peers
         self._node_id = node_id
+        # Digests of those that were left, so that none is counted twice.
+        self._left: set[str] = set()
 
     async def evacuate(self, targets: Sequence[str], seconds: float) -> Evacuation:
         """All sessions in memory go to these nodes, or out of memory, in this time. May be asked for again: more may
@@ -105,7 +107,9 @@ class Evacuations:
         if not entry.key.ephemeral:
             with contextlib.suppress(PhiError, RayError, OSError, asyncio.TimeoutError):
                 await self._hibernation.hibernate(entry.key, is_asked=False)
-        self._custody.metrics.on_move(MoveResult.LEFT.value)
+        if entry.key.digest not in self._left:
+            self._left.add(entry.key.digest)
+            self._custody.metrics.on_move(MoveResult.LEFT.value)
         return True
 
     async def _rooms(self, targets: Sequence[str]) -> dict[str, int]:

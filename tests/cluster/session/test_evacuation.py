@@ -108,9 +108,12 @@ async def test_a_node_that_dies_meanwhile(going, make_nodes, links):
 
 
 async def test_what_is_left_is_counted(going):
-    assert await going.keeper.evacuate([]) == Evacuation(left=4)
+    await going.turn_unnamed("hello ", TOKENS)
+    assert await going.keeper.evacuate([]) == Evacuation(left=5)
+    # It stays in memory, for whoever comes while the node is there, and is counted once.
+    assert await going.keeper.evacuate([]) == Evacuation(left=1)
     families = {name: samples for name, *_, samples in going.keeper._metrics.snapshot()}
-    assert ["phi_session_moves_total", [["result", "left"]], 4.0] in [
+    assert ["phi_session_moves_total", [["result", "left"]], 5.0] in [
         [name, [list(pair) for pair in dict(labels).items()], value]
         for name, labels, value in families["phi_session_moves"]
     ]
