@@ -129,7 +129,7 @@ def test_stored_responses_are_found_through_every_node(ask):
     with ask["second"].stream("POST", "/v1/responses", json=more) as stream:
         events = [line for line in stream.iter_lines() if line.startswith("event:")]
     assert events[0] == "event: response.created"
-    assert events[-1] == "event: response.completed"
+    assert events[-1] in ("event: response.completed", "event: response.incomplete")
     talk = ask["second"].post("/v1/conversations", json={"metadata": {"a": "b"}}).json()
     assert ask["head"].get(f"/v1/conversations/{talk['id']}").json() == talk
     assert ask["second"].delete(f"/v1/conversations/{talk['id']}").status_code == 200

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -48,12 +49,12 @@ class TwoNodes:
             text=True,
             cwd=ROOT,
         )
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
+        try:
+            line = self._line(lambda line: line.startswith("{"))
+        except AssertionError:
             self._process.communicate()
             self._log.close()
-            raise AssertionError((state_dir.parent / "two_nodes.log").read_text()[-2000:])
+            raise AssertionError((state_dir.parent / "two_nodes.log").read_text()[-2000:]) from None
         told = json.loads(line)
         self.addresses: dict[str, str] = told["addresses"]
         self.node_ids: dict[str, str] = {name: told[name] for name in ("head", "second")}
@@ -83,10 +84,17 @@ class TwoNodes:
 
     def _tell(self, word: str) -> None:
         assert self._process.stdin is not None
-        assert self._process.stdout is not None
         self._process.stdin.write(f"{word}\n")
         self._process.stdin.flush()
-        assert self._process.stdout.readline().strip() == f"done {word}"
+        self._line(lambda line: line == f"done {word}")
+
+    def _line(self, is_it: Callable[[str], bool]) -> str:
+        """The next such line that it prints; others are Ray's."""
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if is_it(line.strip()):
+                return line
+        raise AssertionError("the nodes' process has ended")
 
 
 def _free_port() -> int:
