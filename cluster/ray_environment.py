@@ -61,6 +61,8 @@ def set_environment(config: Config, runtime_dir: Path) -> None:
             "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(first_port + 899),
             "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(first_port + 900),
             "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": INGRESS_PATH,
+            # A proxy that has not begun after 5 s is killed, and a start on a busy machine with it.
+            "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
             "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
             "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "1",
             # Workers at the priority of everybody else: engines must not wait for idle processes. Session actors
