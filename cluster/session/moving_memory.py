@@ -25,8 +25,11 @@ from phi_cluster.cluster.session.hibernation_file import (
 )
 from phi_cluster.cluster.session.segment import Segment
 
-# Two of them are on their way at the same time: enough to fill a fast link, and little beside the object store.
-PIECE_NBYTES = 4 * 2**20
+# Two of them are on their way at the same time. Asking for one takes some milliseconds, so they are large; and a small
+# session has several all the same.
+PIECE_NBYTES = 16 * 2**20
+_LEAST_NBYTES = 2**20
+_LEAST_PIECES = 8
 
 
 class Piece:
@@ -88,8 +91,14 @@ class SegmentPayload:
         self.segment.close()
 
 
+def piece_nbytes(nbytes: int) -> int:
+    """The length of the pieces of so many bytes."""
+    return min(max(nbytes // _LEAST_PIECES, _LEAST_NBYTES), PIECE_NBYTES)
+
+
 def segment_header(segment: Segment, num_tokens: int, digest: str, mark: Mark) -> HibernationHeader:
     """For a segment's first `num_tokens` tokens, which all have keys and values."""
+    nbytes = sum(length for _, length in segment.layout.used_ranges(num_tokens, num_tokens))
     return HibernationHeader(
         digest=digest,
         identity=segment.identity,
@@ -99,7 +108,7 @@ def segment_header(segment: Segment, num_tokens: int, digest: str, mark: Mark) -
         long_rope=segment.long_rope,
         is_encrypted=False,
         nonce=os.urandom(8),
-        piece_nbytes=PIECE_NBYTES,
+        piece_nbytes=piece_nbytes(nbytes),
     )
 
 

@@ -20,10 +20,10 @@ from phi_cluster.cluster.session.hibernation import Hibernation, mark_of
 from phi_cluster.cluster.session.hibernation_file import BadHibernation
 from phi_cluster.cluster.session.hibernation_store import Hibernated
 from phi_cluster.cluster.session.moving_memory import (
-    PIECE_NBYTES,
     OutgoingMemory,
     Piece,
     SegmentPayload,
+    piece_nbytes,
     segment_header,
 )
 from phi_cluster.cluster.session.recycler import RecycleReason
@@ -174,7 +174,8 @@ class Offers:
         if found is None:
             return None
         asleep, payload, recorded = found
-        header = replace(payload.header, is_encrypted=False, nonce=os.urandom(8), piece_nbytes=PIECE_NBYTES)
+        length = piece_nbytes(payload.nbytes)
+        header = replace(payload.header, is_encrypted=False, nonce=os.urandom(8), piece_nbytes=length)
         given = _Given(key, OutgoingMemory(payload, header, payload.nbytes), asleep=asleep)
         # A file's age says how long nobody used it.
         idle = max(self._custody.settings.clock() - asleep.at, 0.0)

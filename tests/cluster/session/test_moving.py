@@ -26,8 +26,7 @@ TOKENS = list(range(1, 101))
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch):
     """Many of them in a small session, across its regions."""
-    for room in (moving_memory, offers):
-        monkeypatch.setattr(room, "PIECE_NBYTES", 5000)
+    monkeypatch.setattr(moving_memory, "PIECE_NBYTES", 5000)
 
 
 @pytest.fixture
@@ -548,6 +547,12 @@ async def test_a_turn_that_begins_where_it_was_after_the_move_is_right(nodes):
     grant = await there.turn(KEY, "first second third", [600])
     # What it has of the conversation is right, and stays.
     assert (grant.num_kept_tokens, grant.num_computed_tokens, grant.turns) == (101, 100, 2)
+
+
+def test_pieces_are_large_and_several(monkeypatch):
+    monkeypatch.undo()
+    mebi = 2**20
+    assert [moving_memory.piece_nbytes(n) // mebi for n in (1, 8 * mebi, 80 * mebi, 800 * mebi)] == [1, 1, 10, 16]
 
 
 def test_a_piece_is_carried_without_a_copy():

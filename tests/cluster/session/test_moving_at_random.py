@@ -12,7 +12,7 @@ from ray.exceptions import RayActorError
 
 from phi_cluster.cluster.errors import PhiError
 from phi_cluster.cluster.messages import BeginTurn, SessionKey, TurnGrant
-from phi_cluster.cluster.session import moving_memory, offers
+from phi_cluster.cluster.session import moving_memory
 from phi_cluster.cluster.session.keeper import HeldBy
 from phi_cluster.cluster.session.moving_memory import Piece
 from phi_cluster.cluster.session.recycler import RecycleReason
@@ -182,8 +182,7 @@ def value_of(token_id):
 
 @pytest.mark.parametrize("part", range(4))
 async def test_whatever_happens_rows_belong_to_their_tokens(make_nodes, links, kit, monkeypatch, part):
-    for room in (moving_memory, offers):
-        monkeypatch.setattr(room, "PIECE_NBYTES", 3000)
+    monkeypatch.setattr(moving_memory, "PIECE_NBYTES", 3000)
     monkeypatch.setattr("phi_cluster.cluster.session.offers._WAIT_SECONDS", 0.02)
     moved = turns = 0
     for seed in range(part, NUM_SEEDS, 4):
