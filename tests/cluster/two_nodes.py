@@ -19,6 +19,7 @@ from typing import Any
 
 import httpx
 
+_START_SECONDS = 180.0
 ROOT = Path(__file__).parent.parent.parent
 
 
@@ -153,6 +154,7 @@ def run(config: Any, runtime_dir: Path) -> None:
     served = describe_model(config, folder, noted=lambda text: None)
     nbytes = ensure_packed(served, config.cache_path, lambda done, total: None)[0].stat().st_size
     node = {"num_cpus": 1, "object_store_memory": 2 * nbytes, "include_dashboard": False}
+    ray._private.services.get_node = patient(ray._private.services.get_node)
     cluster = Cluster(initialize_head=True, head_node_args={**node, "temp_dir": str(runtime_dir / "ray")})
     second = cluster.add_node(num_cpus=1, object_store_memory=2 * nbytes)
     ray.init(address=cluster.address, namespace=NAMESPACE, log_to_driver=False, configure_logging=False)
@@ -196,6 +198,22 @@ def run(config: Any, runtime_dir: Path) -> None:
         serve_cluster.stop_serve(1.0)
         ray.shutdown()
         cluster.shutdown()
+
+
+def patient(get_node: Callable[..., Any]) -> Callable[..., Any]:
+    """Ray gives a node half a minute to come up, and has no setting for it: a busy machine takes longer."""
+
+    def get(*arguments: Any) -> Any:
+        deadline = time.monotonic() + _START_SECONDS
+        while True:
+            try:
+                return get_node(*arguments)
+            except RuntimeError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.2)
+
+    return get
 
 
 if __name__ == "__main__":
