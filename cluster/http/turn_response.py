@@ -154,8 +154,8 @@ class TurnResponse(Response):
                         logprobs[choice] += event.logprobs
                         if event.text or event.calls:
                             told = self._told_of(logprobs.pop(choice))
-                            delta = self._formats[choice].delta(event.text, told, event.calls)
-                            await stream.write(*self._counted([delta]), self._position(event))
+                            [delta] = self._counted([self._formats[choice].delta(event.text, told, event.calls)])
+                            await stream.write(delta, self._position(event))
                     elif isinstance(event, TurnStarted):
                         stream.add_headers(self._extra_headers)
                         openings, told_openings = [] if told_openings else self._openings(), True

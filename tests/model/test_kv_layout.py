@@ -103,3 +103,15 @@ def test_for_config():
     )
     assert KVCacheLayout.for_config(config, 32, 4) == KVCacheLayout(5, 2, 8, 32, 4, 0)
     assert KVCacheLayout.for_config(config, 32, 1, 4) == KVCacheLayout(5, 2, 8, 32, 1, 4)
+
+
+@pytest.mark.parametrize("num_tokens", [0, 1, 31, 32, 33, 70, 100])
+def test_whole_and_partial_pages_are_all_that_is_used(num_tokens):
+    # 128 bytes a row: 32 rows are a page.
+    layout = KVCacheLayout(num_layers=2, num_kv_heads=2, head_dim=32, max_model_len=100, itemsize=2)
+    whole, partial = layout.whole_page_ranges(num_tokens), layout.partial_page_ranges(num_tokens)
+    assert all(offset % PAGE_NBYTES == 0 == length % PAGE_NBYTES for offset, length in whole)
+    assert all(0 < length < PAGE_NBYTES for _, length in partial)
+    of = {at for offset, length in [*whole, *partial] for at in range(offset, offset + length)}
+    assert of == {at for offset, length in layout.used_ranges(num_tokens) for at in range(offset, offset + length)}
+    assert sum(length for _, length in [*whole, *partial]) == len(of)
