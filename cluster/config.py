@@ -384,7 +384,7 @@ class Config(_Section):
     def session_header(self) -> str | None:
         """The one by which HAProxy chooses a replica; None: by who has least to do."""
         first = self.server.first_choice
-        by_session = self.journal is not None if first == "auto" else first == "session"
+        by_session = self.has_nodes if first == "auto" else first == "session"
         return self.server.session_headers[0] if by_session else None
 
     @property

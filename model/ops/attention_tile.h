@@ -184,6 +184,45 @@ struct WideBlock {
   }
 };
 
+#if defined(PHI_AVX512)
+// A number of each of as many keys as a register holds.
+struct Lanes {
+  static constexpr int kNum = 16;
+  __m512 v;
+  static PHI_INLINE Lanes zero() { return {_mm512_setzero_ps()}; }
+  static PHI_INLINE Lanes load(const float* p) { return {_mm512_loadu_ps(p)}; }
+  PHI_INLINE void store(float* p) const { _mm512_storeu_ps(p, v); }
+  PHI_INLINE void add_product(float x, Lanes y) { v = _mm512_fmadd_ps(_mm512_set1_ps(x), y.v, v); }
+  // As attention_kv.h's column_number, of the keys' four bytes at `column`.
+  template <int Kind, int I>
+  static PHI_INLINE Lanes column_number(const float* column, Lanes scale) {
+    const __m512i bytes = _mm512_loadu_si512(column);
+    if (Kind == KV_BF16) {
+      if (I == 0) return {_mm512_castsi512_ps(_mm512_slli_epi32(bytes, 16))};
+      return {_mm512_castsi512_ps(_mm512_and_si512(bytes, _mm512_set1_epi32(static_cast<int>(0xffff0000u))))};
+    }
+    const __m512i first = I == 3 ? bytes : _mm512_slli_epi32(bytes, 24 - 8 * I);
+    return {_mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_srai_epi32(first, 24)), scale.v)};
+  }
+};
+#elif defined(PHI_AVX2)
+// A number of each of as many keys as a register holds.
+struct Lanes {
+  static constexpr int kNum = 8;
+  __m256 v;
+  static PHI_INLINE Lanes zero() { return {_mm256_setzero_ps()}; }
+  static PHI_INLINE Lanes load(const float* p) { return {_mm256_load_ps(p)}; }
+  PHI_INLINE void store(float* p) const { _mm256_storeu_ps(p, v); }
+  PHI_INLINE void add_product(float x, Lanes y) { v = _mm256_fmadd_ps(_mm256_set1_ps(x), y.v, v); }
+  // As attention_kv.h's column_number, of the keys' four bytes at `column`.
+  template <int Kind, int I>
+  static PHI_INLINE Lanes column_number(const float* column, Lanes scale) {
+    const __m256i bytes = _mm256_load_si256(reinterpret_cast<const __m256i*>(column));
+    return {PHI_ISA::column_number<Kind, I>(bytes, scale.v)};
+  }
+};
+#endif
+
 #if defined(PHI_AVX2) || defined(PHI_AVX512)
 // The same, with keys turned but not widened, and values where they are stored: quicker for a single tile of at most 4
 // rows. head_dim is a multiple of 16. Brings the next block closer meanwhile.
@@ -197,13 +236,14 @@ struct NarrowBlock {
 
   template <int R>
   PHI_INLINE void scores(const float* queries, float* memory, F16 (&to)[R][2]) const {
-    constexpr int kGroups = R <= 3 ? 4 : 2, kNumbers = Kind == KV_BF16 ? 2 : 4;
+    constexpr int kLanes = Lanes::kNum, kNumbers = Kind == KV_BF16 ? 2 : 4;
+    constexpr int kGroups = (R <= 3 ? 32 : 16) / kLanes;
     const int ld = dim();
-    for (int j = 0; j < kKeyBlock; j += 8 * kGroups) {
-      __m256 sums[kGroups][R], scale[kGroups];
+    for (int j = 0; j < kKeyBlock; j += kLanes * kGroups) {
+      Lanes sums[kGroups][R], scale[kGroups];
       for (int g = 0; g < kGroups; g++) {
-        scale[g] = Kind == KV_INT8 ? _mm256_load_ps(scales + j + 8 * g) : _mm256_setzero_ps();
-        for (int r = 0; r < R; r++) sums[g][r] = _mm256_setzero_ps();
+        scale[g] = Kind == KV_INT8 ? Lanes::load(scales + j + kLanes * g) : Lanes::zero();
+        for (int r = 0; r < R; r++) sums[g][r] = Lanes::zero();
       }
       const float* column = columns + j;
       for (int d = 0; d < ld; d += kNumbers, column += kKeyBlock) {
@@ -218,7 +258,7 @@ struct NarrowBlock {
         add_column<R, 3, kGroups>(column, scale, queries + d, ld, sums);
       }
       for (int g = 0; g < kGroups; g++) {
-        for (int r = 0; r < R; r++) _mm256_storeu_ps(memory + r * kKeyBlock + j + 8 * g, sums[g][r]);
+        for (int r = 0; r < R; r++) sums[g][r].store(memory + r * kKeyBlock + j + kLanes * g);
       }
     }
     for (int r = 0; r < R; r++) {
@@ -241,13 +281,12 @@ struct NarrowBlock {
 
   // sums[g][r] += query r's number I * that of each key of group g: number I of the four bytes of its column.
   template <int R, int I, int Groups>
-  static PHI_INLINE void add_column(const float* column, const __m256 (&scale)[Groups], const float* queries, int ld,
-                                    __m256 (&sums)[Groups][R]) {
+  static PHI_INLINE void add_column(const float* column, const Lanes (&scale)[Groups], const float* queries, int ld,
+                                    Lanes (&sums)[Groups][R]) {
     for (int g = 0; g < Groups; g++) {
-      const __m256i four_bytes = _mm256_load_si256(reinterpret_cast<const __m256i*>(column + 8 * g));
-      const __m256 numbers = column_number<Kind, I>(four_bytes, scale[g]);
+      const Lanes numbers = Lanes::column_number<Kind, I>(column + Lanes::kNum * g, scale[g]);
       const float* x = R == 3 && g > 0 ? read_again(queries) : queries;
-      for (int r = 0; r < R; r++) sums[g][r] = _mm256_fmadd_ps(_mm256_set1_ps(x[r * ld + I]), numbers, sums[g][r]);
+      for (int r = 0; r < R; r++) sums[g][r].add_product(x[r * ld + I], numbers);
     }
   }
 

@@ -12,8 +12,8 @@
 namespace phi {
 namespace PHI_ISA {
 
-// Rows and inputs of a tile of activations, outputs of one of weights.
-constexpr int kTile = 16, kTileBytes = 64;
+// Rows and inputs of a tile of activations, outputs of one of weights; weights are asked for two tiles ahead.
+constexpr int kTile = 16, kTileBytes = 64, kAheadNbytes = 2 * kTile * kTileBytes;
 // Groups of int4 weights that are unpacked at once, and whose sums are taken out of the tiles at once.
 constexpr int kUnpackedGroups = 32, kGroupTiles = 4;
 // From so many rows on, tiles of int4 weights are quicker than vectors.
@@ -35,12 +35,39 @@ PHI_INLINE F16 sums_to_float(const int32_t* high, const int32_t* low) {
   return {_mm512_fmadd_ps(_mm512_cvtepi32_ps(s), _mm512_set1_ps(256.0f), _mm512_cvtepi32_ps(rest))};
 }
 
-// `rows` rows (at most 16) against Panels (1 or 2) panels of int8 weights. Tiles 0 to 3: sums; 4, 5: activations; 6, 7:
-// weights.
+// Some rows' sums with one or two panels, and how far they are written to the outputs.
+struct Result {
+  alignas(64) int32_t sums[4][kTile * kTile];  // of each panel: products with `high`, products with `low`
+  alignas(64) float before[2][kTile * kTile];  // of each panel: all blocks before the last, if there are any
+  bool has_before;
+  int row, rows, first_panel, num_panels = 0;
+  int panel = 0, written = 0;  // the next to be written: rows of one of the panels
+};
+
+PHI_INLINE F16 sum_of(const Result& t, int panel, int row, bool has_before) {
+  const F16 f = sums_to_float(t.sums[2 * panel] + kTile * row, t.sums[2 * panel + 1] + kTile * row);
+  return has_before ? F16::load(t.before[panel] + kTile * row) + f : f;
+}
+
+// Writes the next `num` rows of panels, if there are so many.
+PHI_INLINE void write_some(const LinearArgs& a, Result& t, int num) {
+  for (; num > 0 && t.panel < t.num_panels; num--) {
+    const int panel = t.first_panel + t.panel, row = t.row + t.written;
+    const F16 scale = F16::load(static_cast<const float*>(a.scale) + kTile * panel);
+    const F16 f = sum_of(t, t.panel, t.written, t.has_before);
+    write_panel(a, panel, row, f * scale * F16::set1(a.x_scale[row]));
+    if (++t.written == t.rows) t.written = 0, t.panel++;
+  }
+}
+
+PHI_INLINE void fetch_tile(const int8_t* w) {
+  for (int i = 0; i < kTile; i++) __builtin_prefetch(w + kTileBytes * i);
+}
+
+// `rows` rows (at most 16) against Panels (1 or 2) panels of int8 weights, into `result`; writes `former` meanwhile: the
+// unit that multiplies tiles leaves the others idle. Tiles 0 to 3: sums; 4, 5: activations; 6, 7: weights.
 template <int Panels>
-inline void tiles_int8(const LinearArgs& a, int panel, int row, int rows) {
-  alignas(64) int32_t sums[2 * Panels][kTile * kTile];
-  alignas(64) float before[Panels][kTile * kTile];
+inline void tiles_int8(const LinearArgs& a, int panel, int row, int rows, Result& result, Result& former) {
   alignas(64) uint8_t tail[4][kTile * kTileBytes];
   const uint8_t* high = static_cast<const uint8_t*>(a.x) + int64_t{2} * row * a.k32;
   const uint8_t* low = high + a.k32;
@@ -58,15 +85,18 @@ inline void tiles_int8(const LinearArgs& a, int panel, int row, int rows) {
     int k = block;
     for (; k + kTileBytes <= end; k += kTileBytes) {
       PHI_TILE_LOAD(6, w0 + kTile * k, kTileBytes);
+      fetch_tile(w0 + kTile * k + kAheadNbytes);
       PHI_TILE_LOAD(4, high + k, stride);
-      PHI_TILE_LOAD(5, low + k, stride);
       PHI_TILE_ADD_SS(0, 4, 6);
+      PHI_TILE_LOAD(5, low + k, stride);
       PHI_TILE_ADD_US(1, 5, 6);
       if (Panels == 2) {
         PHI_TILE_LOAD(7, w1 + kTile * k, kTileBytes);
+        fetch_tile(w1 + kTile * k + kAheadNbytes);
         PHI_TILE_ADD_SS(2, 4, 7);
         PHI_TILE_ADD_US(3, 5, 7);
       }
+      write_some(a, former, 4);
     }
     if (k < end) {
       // Half a tile: the other half is zeros.
@@ -86,26 +116,21 @@ inline void tiles_int8(const LinearArgs& a, int panel, int row, int rows) {
         PHI_TILE_ADD_US(3, 5, 7);
       }
     }
-    PHI_TILE_STORE(0, sums[0], kTileBytes);
-    PHI_TILE_STORE(1, sums[1], kTileBytes);
+    PHI_TILE_STORE(0, result.sums[0], kTileBytes);
+    PHI_TILE_STORE(1, result.sums[1], kTileBytes);
     if (Panels == 2) {
-      PHI_TILE_STORE(2, sums[2], kTileBytes);
-      PHI_TILE_STORE(3, sums[3], kTileBytes);
+      PHI_TILE_STORE(2, result.sums[2], kTileBytes);
+      PHI_TILE_STORE(3, result.sums[3], kTileBytes);
     }
-    const bool last = end == a.k32;
+    if (end == a.k32) break;
     for (int p = 0; p < Panels; p++) {
-      const F16 scale = F16::load(static_cast<const float*>(a.scale) + kTile * (panel + p));
-      for (int r = 0; r < rows; r++) {
-        F16 f = sums_to_float(sums[2 * p] + kTile * r, sums[2 * p + 1] + kTile * r);
-        if (block > 0) f = F16::load(before[p] + kTile * r) + f;
-        if (last) {
-          write_panel(a, panel + p, row + r, f * scale * F16::set1(a.x_scale[row + r]));
-        } else {
-          f.store(before[p] + kTile * r);
-        }
-      }
+      for (int r = 0; r < rows; r++) sum_of(result, p, r, block > 0).store(result.before[p] + kTile * r);
     }
   }
+  write_some(a, former, 2 * kTile);
+  result.has_before = a.k32 > kExactBlock;
+  result.row = row, result.rows = rows, result.first_panel = panel, result.num_panels = Panels;
+  result.panel = result.written = 0;
 }
 
 // f += the products with groups [group, group + num), whose weights stand in `unpacked`; num is at most 4.
@@ -198,16 +223,24 @@ inline void linear_int4_tiles(const LinearArgs& a, int first_panel, int last_pan
 }
 
 inline void linear_int8_tiles(const LinearArgs& a, int first_panel, int last_panel) {
+  Result results[2];
+  Result *result = &results[0], *former = &results[1];
   for (int row = 0; row < a.m; row += kTile) {
     const int rows = a.m - row < kTile ? a.m - row : kTile;
     TileShapes shapes;
     for (int t = 0; t < 6; t++) shapes.set(t, rows, kTileBytes);
     for (int t = 6; t < 8; t++) shapes.set(t, kTile, kTileBytes);
     PHI_TILES_LOAD_SHAPES(shapes);
-    int panel = first_panel;
-    for (; panel + 2 <= last_panel; panel += 2) tiles_int8<2>(a, panel, row, rows);
-    if (panel < last_panel) tiles_int8<1>(a, panel, row, rows);
+    for (int panel = first_panel; panel < last_panel; panel += 2) {
+      if (panel + 2 <= last_panel) {
+        tiles_int8<2>(a, panel, row, rows, *result, *former);
+      } else {
+        tiles_int8<1>(a, panel, row, rows, *result, *former);
+      }
+      std::swap(result, former);
+    }
   }
+  write_some(a, *former, 2 * kTile);
   PHI_TILES_RELEASE();
 }
 

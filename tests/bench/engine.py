@@ -148,6 +148,8 @@ def start(parsed: argparse.Namespace) -> dict[str, PeerProcess]:
         if parsed.cache_dir:
             arguments += ["--cache-dir", str(parsed.cache_dir.absolute())]
         wanted.append((dtype, sys.executable, "own_engine", arguments))
+        for isa in parsed.isa:
+            wanted.append((f"{dtype} {isa}", sys.executable, "own_engine", [*arguments, "--isa", isa]))
     pythons = dict(item.split("=", 1) for item in parsed.peer_python)
     models = [item.split("=", 1) for item in parsed.peer_model]
     if parsed.peers:
@@ -175,7 +177,7 @@ def run(parsed: argparse.Namespace) -> dict[str, Any]:
     machine = measure_machine(parsed.threads)
     print(machine.describe(), flush=True)
     contestants = start(parsed)
-    own = [name for name in contestants if name in parsed.dtype]
+    own = [name for name in contestants if name.split()[0] in parsed.dtype]
     costs = {name: contestants[name].ask("costs").result for name in own}
     results: dict[str, Any] = {"machine": vars(machine), "cases": []}
     try:
@@ -218,7 +220,7 @@ def line(
     if case.streams:
         shown += f"  {1000 * case.streams / rate.rate:.1f} ms a step"
     if name in costs:
-        limit = case.limit(costs[name], machine, _FACTORS.get(name, "int16"))
+        limit = case.limit(costs[name], machine, _FACTORS.get(name.split()[0], "int16"))
         shown += f"  {rate.rate / limit:.0%} of the limit {limit:.0f}"
     elif own and own[0] in rates:
         shown += f"  {own[0]} is {rates[own[0]].rate / rate.rate:.2f} x"
@@ -232,6 +234,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--dtype", nargs="*", default=["auto"], help="of ours; none: peers only")
     parser.add_argument("--kv-cache-dtype", default="auto")
+    parser.add_argument("--isa", nargs="*", default=[], help="beside the best instruction set, e.g. avx512_vnni avx2")
     parser.add_argument("--chunk", type=int, default=256, help="tokens of a prompt in one step of ours")
     parser.add_argument("--batch", type=int, nargs="*", default=[1, 2, 4, 8, 16, 32, 64])
     parser.add_argument("--context", type=int, nargs="*", default=[128, 2048])

@@ -47,58 +47,112 @@ extern "C" int64_t read_bytes(const char* p, size_t nbytes) {
            _mm256_extract_epi64(a, 3);
 }
 
+// The operations of a round of each kind of product, by the widest instructions that the engine's kernels use.
 // 12 independent sums, enough for the latency of any CPU with these instructions. The empty asm keeps each product
 // apart; `x` is used from a register as a kernel would.
 #define EACH(F) F(0) F(1) F(2) F(3) F(4) F(5) F(6) F(7) F(8) F(9) F(10) F(11)
 
-// 32 operations (16 products, 16 additions) a sum and round, by vpmaddwd and vpaddd.
-extern "C" int64_t multiply_int16(size_t rounds) {
-    __m256i x = _mm256_set1_epi16(3), y = _mm256_set1_epi16(5);
-#define DECLARE(i) __m256i s##i = _mm256_setzero_si256();
-    EACH(DECLARE)
-    for (size_t n = 0; n < rounds; n++) {
-        asm volatile("" : "+x"(x));
-#define STEP(i) s##i = _mm256_add_epi32(s##i, _mm256_madd_epi16(x, y)); asm volatile("" : "+x"(s##i), "+x"(y));
-        EACH(STEP)
-    }
-    int64_t sum = 0;
-#define ADD(i) sum += _mm256_extract_epi32(s##i, 0);
-    EACH(ADD)
-    return sum;
-}
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
+typedef __m512i Ints;
+typedef __m512 Floats;
+#define WIDTH 16
+#define ZERO _mm512_setzero_si512()
+#define SET(n) _mm512_set1_epi8(n)
+#define FIRST(s) _mm512_cvtsi512_si32(s)
+#define ADD_INT16(s, x, y) _mm512_dpwssd_epi32(s, x, y)
+#define ADD_INT8(s, x, y) _mm512_dpbusd_epi32(s, x, y)
+#define SET_F(x) _mm512_set1_ps(x)
+#define ADD_FLOAT32(f, x, y) _mm512_fmadd_ps(f, x, y)
+#define FIRST_F(f) _mm512_cvtss_f32(f)
+#else
+// By vpmaddwd and vpaddd; by vpmaddubsw, vpmaddwd and vpaddd; by vfmadd.
+typedef __m256i Ints;
+typedef __m256 Floats;
+#define WIDTH 8
+#define ZERO _mm256_setzero_si256()
+#define SET(n) _mm256_set1_epi8(n)
+#define FIRST(s) _mm256_extract_epi32(s, 0)
+#define ADD_INT16(s, x, y) _mm256_add_epi32(s, _mm256_madd_epi16(x, y))
+#define ADD_INT8(s, x, y) \
+    _mm256_add_epi32(s, _mm256_madd_epi16(_mm256_maddubs_epi16(x, y), _mm256_set1_epi16(1)))
+#define SET_F(x) _mm256_set1_ps(x)
+#define ADD_FLOAT32(f, x, y) _mm256_fmadd_ps(f, x, y)
+#define FIRST_F(f) _mm256_cvtss_f32(f)
+#endif
 
-// 64 operations a sum and round, by vpmaddubsw, vpmaddwd and vpaddd.
-extern "C" int64_t multiply_int8(size_t rounds) {
-    __m256i x = _mm256_set1_epi8(3), y = _mm256_set1_epi8(5), one = _mm256_set1_epi16(1);
-    EACH(DECLARE)
-    for (size_t n = 0; n < rounds; n++) {
-        asm volatile("" : "+x"(x));
-#define STEP_B(i) s##i = _mm256_add_epi32(s##i, _mm256_madd_epi16(_mm256_maddubs_epi16(x, y), one)); \
-    asm volatile("" : "+x"(s##i), "+x"(y));
-        EACH(STEP_B)
+#define DECLARE(i) Ints s##i = ZERO;
+#define ADD(i) sum += FIRST(s##i);
+#define MULTIPLY(kind, step)                       \
+    static int64_t multiply_##kind##_by_vectors(size_t rounds) { \
+        Ints x = SET(3), y = SET(5);               \
+        EACH(DECLARE)                              \
+        for (size_t n = 0; n < rounds; n++) {      \
+            asm volatile("" : "+v"(x));            \
+            EACH(step)                             \
+        }                                          \
+        int64_t sum = 0;                           \
+        EACH(ADD)                                  \
+        return sum;                                \
     }
-    int64_t sum = 0;
-    EACH(ADD)
-    return sum;
-}
+#define STEP_16(i) s##i = ADD_INT16(s##i, x, y); asm volatile("" : "+v"(s##i), "+v"(y));
+#define STEP_8(i) s##i = ADD_INT8(s##i, x, y); asm volatile("" : "+v"(s##i), "+v"(y));
+MULTIPLY(int16, STEP_16)
+MULTIPLY(int8, STEP_8)
 
-// 16 operations a sum and round, by vfmadd.
 extern "C" int64_t multiply_float32(size_t rounds) {
-    __m256 x = _mm256_set1_ps(0.5f), y = _mm256_set1_ps(1.0f);
-#define DECLARE_F(i) __m256 f##i = _mm256_set1_ps(i);
+    Floats x = SET_F(0.5f), y = SET_F(1.0f);
+#define DECLARE_F(i) Floats f##i = SET_F(i);
     EACH(DECLARE_F)
     for (size_t n = 0; n < rounds; n++) {
-        asm volatile("" : "+x"(x));
-#define STEP_F(i) f##i = _mm256_fmadd_ps(f##i, x, y); asm volatile("" : "+x"(f##i));
+        asm volatile("" : "+v"(x));
+#define STEP_F(i) f##i = ADD_FLOAT32(f##i, x, y); asm volatile("" : "+v"(f##i));
         EACH(STEP_F)
     }
     float sum = 0;
-#define ADD_F(i) sum += _mm256_cvtss_f32(f##i);
+#define ADD_F(i) sum += FIRST_F(f##i);
     EACH(ADD_F)
     return (int64_t)sum;
 }
+extern "C" int64_t ops_float32() { return 12 * 2 * WIDTH; }
+
+#if defined(__AMX_INT8__)
+#include <sys/syscall.h>
+#include <unistd.h>
+static bool tiles() {
+    static const bool allowed = syscall(SYS_arch_prctl, 0x1023, 18) == 0;
+    return allowed;
+}
+static void load_shapes() {
+    alignas(64) uint8_t shapes[64] = {1};
+    for (int i = 0; i < 8; i++) shapes[16 + 2 * i] = 64, shapes[48 + i] = 16;
+    asm volatile("ldtilecfg %0" : : "m"(shapes));
+}
+#else
+static bool tiles() { return false; }
+#endif
+
+// An int16 number times an int8 one takes two products of bytes.
+extern "C" int64_t ops_int16() { return tiles() ? 2 * 2 * 16 * 16 * 64 : 12 * 4 * WIDTH; }
+extern "C" int64_t ops_int8() { return tiles() ? 4 * 2 * 16 * 16 * 64 : 12 * 8 * WIDTH; }
+static int64_t multiply_tiles(size_t rounds) {
+#if defined(__AMX_INT8__)
+    load_shapes();
+    for (size_t n = 0; n < rounds; n++) {
+        asm volatile("tdpbssd %tmm7, %tmm4, %tmm0\n tdpbusd %tmm7, %tmm5, %tmm1\n"
+                     "tdpbssd %tmm6, %tmm4, %tmm2\n tdpbusd %tmm6, %tmm5, %tmm3");
+    }
+    asm volatile("tilerelease");
+#endif
+    return rounds;
+}
+extern "C" int64_t multiply_int16(size_t rounds) {
+    return tiles() ? multiply_tiles(rounds) : multiply_int16_by_vectors(rounds);
+}
+extern "C" int64_t multiply_int8(size_t rounds) {
+    return tiles() ? multiply_tiles(rounds) : multiply_int8_by_vectors(rounds);
+}
 """
-_OPS_PER_ROUND = {"int16": 12 * 32, "int8": 12 * 64, "float32": 12 * 16}
+_KINDS = ("int16", "int8", "float32")
 
 
 @dataclass(frozen=True)
@@ -129,10 +183,10 @@ def measure_machine(threads: int) -> Machine:
         begin = -(-buffer.ctypes.data // 4096) * 4096
         seconds = _together(threads, lambda i: library.read_bytes(begin + i * 8 * share, 8 * share - 4096))
         bandwidth = (8 * share - 4096) * threads / seconds
-        rounds = 10_000_000
+        rounds = 5_000_000
         peaks = {}
-        for name, ops in _OPS_PER_ROUND.items():
-            multiply = getattr(library, f"multiply_{name}")
+        for name in _KINDS:
+            multiply, ops = getattr(library, f"multiply_{name}"), getattr(library, f"ops_{name}")()
             peaks[name] = ops * rounds * threads / _together(threads, lambda i, call=multiply: call(rounds))
     return Machine(threads, bandwidth, peaks)
 
@@ -149,7 +203,7 @@ def _compile(folder: Path) -> Any:
         return None
     loaded = ctypes.CDLL(str(library))
     loaded.read_bytes.argtypes = [ctypes.c_size_t, ctypes.c_size_t]
-    for name in _OPS_PER_ROUND:
+    for name in _KINDS:
         getattr(loaded, f"multiply_{name}").argtypes = [ctypes.c_size_t]
     return loaded
 

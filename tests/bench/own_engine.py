@@ -32,13 +32,13 @@ _KV_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torc
 class OwnEngine:
     """`chunk` is the number of prompt tokens in one step, as `engine.max_num_batched_tokens`."""
 
-    def __init__(self, served: ServedModel, cache_dir: Path, threads: int, chunk: int):
+    def __init__(self, served: ServedModel, cache_dir: Path, threads: int, chunk: int, isa: str | None = None):
         torch.set_num_threads(threads)
         self._served = served
         self._config = served.config
         self._chunk = chunk
         buffer, self._index = _packed(served, cache_dir)
-        self._network = _network(served, view_weights(buffer, self._index), threads)
+        self._network = _network(served, view_weights(buffer, self._index), threads, isa)
         self._caches: list[KVCache] = []
         # How many tokens each cache holds of the prompt of stream 0.
         self._filled: list[int] = []
@@ -136,14 +136,14 @@ def _packed(served: ServedModel, cache_dir: Path) -> tuple[np.ndarray, WeightInd
     return np.frombuffer(memory, dtype=np.uint8), found
 
 
-def _network(served: ServedModel, weights: dict[str, torch.Tensor], threads: int) -> Any:
+def _network(served: ServedModel, weights: dict[str, torch.Tensor], threads: int, isa: str | None) -> Any:
     if served.dtype in ("float32", "bfloat16"):
         return Phi3ForCausalLM(served.config, weights, getattr(torch, served.dtype))
     from phi_cluster.model.ops.library import load
     from phi_cluster.model.quantized_phi3 import QuantizedPhi3ForCausalLM
 
     kv = served.layout.kv
-    return QuantizedPhi3ForCausalLM(served.config, weights, kv, served.kv_cache_dtype, load(), threads)
+    return QuantizedPhi3ForCausalLM(served.config, weights, kv, served.kv_cache_dtype, load(isa), threads)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -153,6 +153,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--chunk", type=int, default=256)
     parser.add_argument("--max-model-len", type=int, default=4096)
     parser.add_argument("--cache-dir", type=Path)
+    parser.add_argument("--isa", help="as PHI_CLUSTER_ISA")
 
 
 def make(parsed: argparse.Namespace) -> OwnEngine:
@@ -167,7 +168,7 @@ def make(parsed: argparse.Namespace) -> OwnEngine:
         },
     )
     folder = resolve_model(config.model, config.cache_path)
-    return OwnEngine(describe_model(config, folder), config.cache_path, parsed.threads, parsed.chunk)
+    return OwnEngine(describe_model(config, folder), config.cache_path, parsed.threads, parsed.chunk, parsed.isa)
 
 
 if __name__ == "__main__":
