@@ -177,7 +177,7 @@ class ForwardedTurns:
             # The turn itself finds out what is wrong.
             return Here()
         turn = AskedTurn() if found is None else AskedTurn(found.seat, found.num_tokens)
-        return place(turn, peers.own, peers.others, self._costs)
+        return place(turn, peers.own, peers.others, peers.costs(self._costs))
 
 
 def conversation_name(request: TurnRequest) -> bytes:

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
-from phi_cluster.cluster.placement import NodeLoad
+from phi_cluster.cluster.placement import Costs, NodeLoad
 from phi_cluster.cluster.replica_report import SILENT_AFTER_SECONDS, ReplicaReport
 from phi_cluster.cluster.session.recycler import RecycleReason
 from phi_cluster.cluster.session.reports import KeeperReport
@@ -41,10 +41,13 @@ class PeerReplica:
 
 @dataclass(frozen=True)
 class PeerNews:
-    """All that is told of a cluster of several nodes, the one that is told included."""
+    """All that is told of a cluster of several nodes, the one that is told included. Its slowest node's speeds, of those
+    that have measured them (0: none has)."""
 
     nodes: tuple[NodeLoad, ...] = ()
     replicas: tuple[PeerReplica, ...] = ()
+    move_bytes_per_second: float = 0.0
+    compute_tokens_per_second: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,8 @@ class PeerBook:
         self._replicas: dict[str, tuple[float, PeerReplica]] = {}
         # By node: KV memory of turns under way, and the budget.
         self._memory: dict[str, tuple[int, int]] = {}
+        # By node: bytes a second of its moves, tokens a second of its turns.
+        self._speeds: dict[str, tuple[float, float]] = {}
         self._draining: frozenset[str] = frozenset()
 
     def take_replica(self, report: ReplicaReport) -> None:
@@ -77,6 +82,7 @@ class PeerBook:
     def take_keeper(self, report: KeeperReport) -> None:
         idle = sum(one.stats.kv_cache_bytes for one in report.sessions if not one.stats.in_turn)
         self._memory[report.node_id] = max(report.reserved_nbytes - idle, 0), report.budget_nbytes
+        self._speeds[report.node_id] = report.move_bytes_per_second, report.compute_tokens_per_second
 
     def drain(self, node_ids: Iterable[str]) -> None:
         """These nodes, and no others, are about to go."""
@@ -85,6 +91,7 @@ class PeerBook:
     def forget_node(self, node_id: str) -> None:
         """The node is dead."""
         self._memory.pop(node_id, None)
+        self._speeds.pop(node_id, None)
         self._replicas = {name: one for name, one in self._replicas.items() if one[1].node_id != node_id}
 
     @property
@@ -105,7 +112,9 @@ class PeerBook:
         chosen = sorted(by_node)[:_MAX_NODES]
         nodes = tuple(self._load(node_id, by_node[node_id]) for node_id in chosen)
         replicas = (one for node_id in chosen for one in sorted(by_node[node_id], key=_by_room)[:_MAX_REPLICAS])
-        return PeerNews(nodes, tuple(replicas))
+        moving = _slowest(one[0] for one in self._speeds.values())
+        computing = _slowest(one[1] for one in self._speeds.values())
+        return PeerNews(nodes, tuple(replicas), moving, computing)
 
     def _load(self, node_id: str, replicas: list[PeerReplica]) -> NodeLoad:
         used, budget = self._memory.get(node_id, (0, 0))
@@ -152,6 +161,15 @@ class PeerTable:
     @property
     def has_peers(self) -> bool:
         return bool(self._news.nodes) and self._clock() - self._told_at <= _STALE_SECONDS
+
+    def costs(self, assumed: Costs) -> Costs:
+        """With the speeds that were measured in the place of those that are assumed."""
+        news = self._news
+        return replace(
+            assumed,
+            move_bytes_per_second=news.move_bytes_per_second or assumed.move_bytes_per_second,
+            compute_tokens_per_second=news.compute_tokens_per_second or assumed.compute_tokens_per_second,
+        )
 
     @property
     def own(self) -> NodeLoad:
@@ -207,6 +225,10 @@ class PeerTable:
         if until is not None and self._clock() >= until:
             del self._suspects[peer.replica_id]
         return peer.replica_id in self._suspects
+
+
+def _slowest(speeds: Iterable[float]) -> float:
+    return min((one for one in speeds if one), default=0.0)
 
 
 def _by_room(one: PeerReplica) -> tuple[float, str]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 
 from phi_cluster.cluster.peers import PeerBook, PeerNews, PeerTable, ReplicaOrders
+from phi_cluster.cluster.placement import Costs
 from phi_cluster.cluster.replica_report import ReplicaReport
 
 
@@ -45,10 +47,36 @@ def report(name, node, num_open=0, address=None):
     )
 
 
-def keeper(node, leased, budget, *sessions):
-    """`sessions`: (bytes, whether in a turn)."""
+def keeper(node, leased, budget, *sessions, speeds=(0.0, 0.0)):
+    """`sessions`: (bytes, whether in a turn); `speeds`: of moves and of computing."""
     told = [SimpleNamespace(stats=SimpleNamespace(kv_cache_bytes=size, in_turn=turn)) for size, turn in sessions]
-    return SimpleNamespace(node_id=node, reserved_nbytes=leased, budget_nbytes=budget, sessions=told)
+    return SimpleNamespace(
+        node_id=node,
+        reserved_nbytes=leased,
+        budget_nbytes=budget,
+        sessions=told,
+        move_bytes_per_second=speeds[0],
+        compute_tokens_per_second=speeds[1],
+    )
+
+
+def test_what_leaving_a_node_costs_is_what_the_slowest_one_has_measured(book, clock):
+    table = PeerTable("a", lambda: 0, clock)
+    book.take_replica(report("1", "a"))
+    book.take_replica(report("2", "b"))
+    assumed = Costs(1000, move_bytes_per_second=5.0, compute_tokens_per_second=6.0)
+
+    def told():
+        table.take(ReplicaOrders(None, "a", book.news()), 0)
+        return table.costs(assumed)
+
+    assert told() == assumed
+    book.take_keeper(keeper("a", 0, 0, speeds=(0.0, 70.0)))
+    book.take_keeper(keeper("b", 0, 0, speeds=(3e6, 90.0)))
+    assert told() == replace(assumed, move_bytes_per_second=3e6, compute_tokens_per_second=70.0)
+    book.forget_node("b")
+    book.take_replica(report("3", "c"))
+    assert told() == replace(assumed, compute_tokens_per_second=70.0)
 
 
 def test_one_node_is_told_nothing(book):
