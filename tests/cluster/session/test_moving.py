@@ -90,6 +90,14 @@ async def test_a_session_moves_with_the_same_bytes(nodes, kit, place):
     assert (grant.num_kept_tokens, grant.num_computed_tokens, grant.turns) == (100, 100, 1)
 
 
+async def test_its_pages_are_given_back_also_if_somebody_still_maps_them(nodes, kit):
+    here, there = nodes
+    mapped = Segment.open(entry_of(here).session.memory, here.layout, kit.fingerprint)
+    assert await there.keeper.move_here(KEY, "a")
+    assert (mapped.num_tokens, mapped.nbytes_resident) == (0, 4096)
+    mapped.close()
+
+
 async def test_it_comes_back_and_goes_on(nodes):
     here, there = nodes
     assert await there.keeper.move_here(KEY, "a")
