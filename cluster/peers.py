@@ -41,8 +41,8 @@ class PeerReplica:
 
 @dataclass(frozen=True)
 class PeerNews:
-    """All that is told of a cluster of several nodes, the one that is told included. Its slowest node's speeds, of those
-    that have measured them (0: none has)."""
+    """All that is told of a cluster of several nodes, the one that is told included; and the slowest node's speeds, of
+    those that have measured them (0: none has)."""
 
     nodes: tuple[NodeLoad, ...] = ()
     replicas: tuple[PeerReplica, ...] = ()
