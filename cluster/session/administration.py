@@ -57,7 +57,7 @@ class Administration:
         wait = self._custody.config.turn_wait
         while True:
             entry = self._custody.known(key)
-            stats = await (entry.session.clear(wait) if entry.session else entry.actor.handle.clear.remote(key, wait))
+            stats = await (entry.session.clear(wait) if entry.session else entry.actor.call("clear", key, wait))
             if isinstance(stats, SessionStats):
                 self._custody.settle(entry, stats)
                 await self._hibernation.forget(key)
@@ -86,7 +86,7 @@ class Administration:
                 else:
                     # An actor that died keeps nobody from deleting what it left.
                     with contextlib.suppress(RayActorError):
-                        await entry.actor.handle.delete.remote(key, wait)
+                        await entry.actor.call("delete", key, wait)
                     await custody.hands.end_actor(entry)
                     custody.journal(key).delete()
                 self._roster.forget(entry, deleted=True)

@@ -212,9 +212,11 @@ class SessionDirectory:
             if isinstance(answer, HeldBy):
                 self._remember(digest, answer.actor)
             elif isinstance(answer, Moved):
-                if self._holders.pop(digest, None) is None:
+                if actor is None:
                     # Not even the keeper has it: an unnamed conversation that is gone.
                     return answer
+                if self._holders.get(digest) is actor:
+                    del self._holders[digest]
             else:
                 return answer
         raise Unavailable("the session cannot be reached; try again", retry_after=2)

@@ -143,6 +143,11 @@ class NodeSessions:
         await self._hibernation.start()
         self._custody.events.add(EventKind.KEEPER_STARTED)
 
+    async def _start_for(self, key: SessionKey) -> None:
+        """Nobody is sent to an actor that has died: Ray restarted it, and its next process would know of nothing."""
+        await self.start()
+        await self._custody.actor_died(key)
+
     # A turn.
 
     async def begin_turn(self, request: BeginTurn) -> TurnGrant | HeldBy:
@@ -160,6 +165,8 @@ class NodeSessions:
             else:
                 entry, took = await self._open(request.key)
                 came += took
+                # Ray has restarted an actor that died: only here is it known that the next process has no session.
+                await self._custody.actor_died(request.key)
             if entry.session is None:
                 return HeldBy(entry.actor.handle)
             self._custody.hands.want_actor(entry)
@@ -181,7 +188,7 @@ class NodeSessions:
         return entry, (Stretch(name, began, max(self._clock() - began, 0.0)),)
 
     async def commit(self, commit: CommitTurn) -> SessionStats | HeldBy | Moved:
-        await self.start()
+        await self._start_for(commit.key)
         entry = self._roster.find(commit.key)
         if entry is None and commit.key.ephemeral:
             # Nothing to add to: an unnamed conversation died with the keeper that held it.
@@ -202,7 +209,7 @@ class NodeSessions:
         return stats
 
     async def abandon(self, key: SessionKey, epoch: int) -> SessionStats | HeldBy | Moved:
-        await self.start()
+        await self._start_for(key)
         entry = self._roster.find(key)
         if entry is None:
             return Moved(key)
@@ -221,6 +228,7 @@ class NodeSessions:
         self, key: SessionKey, epoch: int, source: SegmentRef, num_tokens: int
     ) -> int | HeldBy | Moved:
         """See `Session.lay_prompt`."""
+        await self._start_for(key)
         entry = self._roster.find(key)
         if entry is None:
             return Moved(key)
@@ -229,7 +237,7 @@ class NodeSessions:
         return await entry.session.lay_prompt(epoch, source, num_tokens)
 
     async def withdraw(self, key: SessionKey, claim: str) -> bool | HeldBy | Moved:
-        await self.start()
+        await self._start_for(key)
         entry = self._roster.find(key)
         if entry is None:
             return Moved(key)

@@ -14,7 +14,7 @@ from random import Random
 from typing import Any, cast
 from unittest import mock
 
-from ray.exceptions import RayError
+from ray.exceptions import ActorUnavailableError, RayError
 
 from phi_cluster.cluster.config import KVConfig, SessionsConfig
 from phi_cluster.cluster.errors import PhiError
@@ -51,27 +51,56 @@ class Actors:
         self._world = world
 
     def create(self) -> ActorHandle:
-        world = self._world
-        process = world.add_process("actor", up_in=world.rng.choice((0.05, 0.3, 1.0)))
-        journals = Journals(world.disk, process, world.parts.journal)
-        process.instance = world.parts.host(world.settings, journals.open, process.identity)
-        return world.handle(process)
+        handle = ActorHandle(self._world.network, self._process())
+        self._world.actors[f"actor-{handle.process_.identity.pid}"] = handle
+        self._restart_at_death(handle)
+        return handle
 
     def names(self) -> list[str]:
-        return [str(pid) for pid, process in self._world.processes.items() if process.kind == "actor" and process.alive]
+        return list(self._world.actors)
 
     def find(self, name: str) -> ActorHandle:
-        process = self._world.processes[int(name)]
-        if not process.alive:
+        if name not in self._world.actors:
             raise ValueError(f"no actor {name}")
-        return self._world.handle(process)
+        return self._world.actors[name]
 
     async def kill_for_sure(self, identity: ProcessId) -> None:
         self._world.kill(self._world.processes[identity.pid])
 
     def kill(self, handle: ActorHandle) -> None:
-        if self._world.loop.current is None or self._world.loop.current.alive:
+        if self._caller_lives():
+            self._world.actors = {name: other for name, other in self._world.actors.items() if other is not handle}
             self._world.kill_later(handle.process_, 0.005)
+
+    async def restart(self, handle: ActorHandle, identity: ProcessId) -> ProcessId:
+        if self._caller_lives():
+            self._world.kill_later(self._world.processes[identity.pid], 0.005)
+        for _ in range(10_000):
+            await asyncio.sleep(0.05)
+            found = handle.process_
+            if found.identity != identity and found.up_at <= self._world.loop.now:
+                return found.identity
+        raise ActorUnavailableError("it does not come up", None)
+
+    def _caller_lives(self) -> bool:
+        return self._world.loop.current is None or self._world.loop.current.alive
+
+    def _process(self) -> Process:
+        world = self._world
+        process = world.add_process("actor", up_in=world.rng.choice((0.05, 0.3, 1.0)))
+        journals = Journals(world.disk, process, world.parts.journal)
+        process.instance = world.parts.host(world.settings, journals.open, process.identity)
+        return process
+
+    def _restart_at_death(self, handle: ActorHandle) -> None:
+        """As Ray does: at once, and whoever has the handle calls the new process."""
+
+        def restart() -> None:
+            if handle in self._world.actors.values():
+                handle.process_ = self._process()
+                self._restart_at_death(handle)
+
+        handle.process_.at_death.append(restart)
 
 
 class Poison:
@@ -116,6 +145,8 @@ class World:
             hold=self.segments.hold,
         )
         self.processes: dict[int, Process] = {}
+        # Session actors by name, but those that were killed for good.
+        self.actors: dict[str, ActorHandle] = {}
         self.poison = Poison()
         self._handles: dict[Process, ActorHandle] = {}
         self.task_errors = (PhiError, RayError)
