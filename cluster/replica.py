@@ -98,7 +98,7 @@ class Replica:
         self._engine_baseline = (0, 0)
         self._weights = MappedWeights()
         self._recycling: asyncio.Task[None] | None = None
-        self._sessions = SessionDirectory(self._keeper, self._metrics.journals)
+        self._sessions = SessionDirectory(self._keeper, config.state_path, self._metrics.journals)
         self._keys = None if config.keys_path is None else KeyFile(config.keys_path)
         spawner = EngineSpawner(served, config, runtime_dir, num_threads, self._node_id)
         hang_timeout = config.engine.hang_timeout
@@ -176,6 +176,7 @@ class Replica:
             max_model_len=served.max_model_len,
             vocab_size=served.config.vocab_size,
             max_body_bytes=server.max_body,
+            max_import_bytes=server.max_import,
             max_choices=min(MAX_CHOICES, self._config.engine.max_num_seqs),
             body_seconds=server.body_timeout,
             write_seconds=server.write_timeout,

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import io
 import uuid
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from ray.exceptions import RayActorError, RayError, RayTaskError
@@ -32,7 +34,9 @@ from phi_cluster.cluster.messages import (
 from phi_cluster.cluster.session.keeper import HeldBy
 from phi_cluster.cluster.session.recycler import RecycleReason
 from phi_cluster.cluster.session.session import SessionStats
-from phi_cluster.cluster.session_api import SessionPage, SessionQuery
+from phi_cluster.cluster.session.spool import open_spooled
+from phi_cluster.cluster.session.uploads import Uploads
+from phi_cluster.cluster.session_api import Download, ImportLimits, SessionPage, SessionQuery
 from phi_cluster.cluster.turn_api import Rates
 
 _T = TypeVar("_T")
@@ -58,11 +62,13 @@ class JournalObserver(Protocol):
 
 
 class SessionDirectory:
-    """For one event loop. `keeper()` finds the keeper's handle (it may be a new one after a restart)."""
+    """For one event loop. `keeper()` finds the keeper's handle (it may be a new one after a restart); `spool_folder`:
+    see uploads.py."""
 
-    def __init__(self, keeper: Callable[[], Any], journals: JournalObserver | None = None):
+    def __init__(self, keeper: Callable[[], Any], spool_folder: Path, journals: JournalObserver | None = None):
         self._keeper = keeper
         self._journals = journals
+        self._uploads = Uploads(spool_folder)
         self._holders: OrderedDict[str, Any] = OrderedDict()
         self._background: set[asyncio.Future[Any]] = set()
         # By session: the memory of its last turn is being settled with the keeper.
@@ -163,20 +169,31 @@ class SessionDirectory:
         """What the conversation's text is (see Transcript.text)."""
         return await self._ask_keeper("said", SessionKey(tenant, session_id))
 
-    async def export(self, tenant: str, session_id: str, cache_up_to: int | None = None) -> bytes:
-        return await self._ask_keeper("export", SessionKey(tenant, session_id), cache_up_to)
+    async def export(self, tenant: str, session_id: str, cache_up_to: int | None = None) -> Download:
+        """Raises Unavailable too."""
+        answer = await self._ask_keeper("export", SessionKey(tenant, session_id), cache_up_to)
+        if isinstance(answer, bytes):
+            return Download(io.BytesIO(answer), len(answer))
+        try:
+            return Download(open_spooled(answer), answer.nbytes)
+        except OSError:
+            raise Unavailable("the keeper has died with the exported session; try again", retry_after=1) from None
+        finally:
+            self._in_background(self._told_fetched(answer.token))
 
     async def import_session(
-        self, tenant: str, new_session_id: str | None, data: bytes, vocab_size: int
+        self, tenant: str, new_session_id: str | None, data: AsyncIterator[bytes], limits: ImportLimits
     ) -> dict[str, Any]:
+        """Raises Overloaded and StorageFull too."""
         new = SessionKey(tenant, new_session_id or uuid.uuid4().hex)
-        try:
-            return await self._ask_keeper("import_session", new, data, vocab_size)
-        except SessionExists:
-            if new_session_id is not None:
-                raise
-            # Nobody else knows the name: the first answer was lost.
-            return await self.get(tenant, new.session_id)
+        async with self._uploads.received(data) as received:
+            try:
+                return await self._ask_keeper("import_session", new, received, limits)
+            except SessionExists:
+                if new_session_id is not None:
+                    raise
+                # Nobody else knows the name: the first answer was lost.
+                return await self.get(tenant, new.session_id)
 
     async def fork(self, tenant: str, session_id: str, new_session_id: str | None, turn: int | None) -> dict[str, Any]:
         new = SessionKey(tenant, new_session_id or uuid.uuid4().hex)
@@ -242,6 +259,11 @@ class SessionDirectory:
             settling = self._in_background(self._ask_keeper("settle", key, stats.kv_cache_bytes))
             self._settling[key.digest] = settling
             settling.add_done_callback(lambda _: self._settled(key.digest, settling))
+
+    async def _told_fetched(self, token: bytes) -> None:
+        # Else it waits a minute.
+        with contextlib.suppress(PhiError, RayError):
+            await self._ask_keeper("export_fetched", token)
 
     async def _withdraw(self, request: BeginTurn, begin: asyncio.Future[TurnGrant]) -> None:
         if not begin.done():

@@ -17,6 +17,7 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -43,7 +44,7 @@ from phi_cluster.cluster.session.accounts import Accounts, ForgetfulStore, Usage
 from phi_cluster.cluster.session.actor import session_settings
 from phi_cluster.cluster.session.actor_pool import RayActors
 from phi_cluster.cluster.session.administration import Administration
-from phi_cluster.cluster.session.cache_export import SECRET_NBYTES, CacheExports, ExportSecret, split
+from phi_cluster.cluster.session.cache_export import SECRET_NBYTES, CacheExports, ExportSecret, opened
 from phi_cluster.cluster.session.catalog import Catalog
 from phi_cluster.cluster.session.conversation import name_digest
 from phi_cluster.cluster.session.custody import Custody
@@ -65,9 +66,10 @@ from phi_cluster.cluster.session.retention import Retention
 from phi_cluster.cluster.session.roster import Entry
 from phi_cluster.cluster.session.segment_layout import SegmentLayout
 from phi_cluster.cluster.session.session import SessionSettings, SessionStats
+from phi_cluster.cluster.session.spool import SpoolRef
 from phi_cluster.cluster.session.tenant_memory import TenantMemory
 from phi_cluster.cluster.session.usage_file import UsageFile
-from phi_cluster.cluster.session_api import SessionPage, SessionQuery
+from phi_cluster.cluster.session_api import ImportLimits, SessionPage, SessionQuery
 from phi_cluster.cluster.turn_api import Rates
 from phi_cluster.monitoring.session_metrics import SessionMetrics
 
@@ -101,11 +103,13 @@ class NodeSessions:
         kv: KVConfig,
         budget_nbytes: int,
         store: HibernationStore | None,
+        spool_folder: Path,
         usage: UsageStore | None = None,
         export_secret: Callable[[], bytes] | None = None,
     ):
-        """`store` None: no session hibernates; `usage` None: the tenants' totals end with this object; `export_secret`:
-        see cache_export.py (None: one that nobody else will ever know). Raises OSError if totals cannot be read."""
+        """`store` None: no session hibernates; `spool_folder`: see cache_export.py; `usage` None: the tenants' totals
+        end with this object; `export_secret`: see cache_export.py (None: one that nobody else will ever know). Raises
+        OSError if totals cannot be read."""
         self._layout = settings.layout
         self._clock = settings.clock
         self._node_id = node_id
@@ -115,7 +119,7 @@ class NodeSessions:
         self._roster = self._custody.roster
         self._hibernation = Hibernation(self._custody, store)
         secret = os.urandom(SECRET_NBYTES)
-        caches = CacheExports(self._custody, export_secret or (lambda: secret))
+        caches = CacheExports(self._custody, export_secret or (lambda: secret), spool_folder)
         self._administration = Administration(self._custody, self._hibernation, caches, node_id)
         glances = Glances(self._custody)
         self._elsewhere = Elsewhere(self._custody, self._administration)
@@ -333,23 +337,28 @@ class NodeSessions:
         await self.start()
         return await self._retention.sweep()
 
-    async def export(self, key: SessionKey, cache_up_to: int | None = None) -> bytes:
+    async def export(self, key: SessionKey, cache_up_to: int | None = None) -> bytes | SpoolRef:
         """The session as a file; see `Administration.export`. Raises NotFound."""
         await self.start()
         return await self._administration.export(key, cache_up_to)
+
+    async def export_fetched(self, token: bytes) -> None:
+        """The file of an export is open where it was asked for."""
+        self._administration.fetched(token)
 
     async def said(self, key: SessionKey) -> str:
         """The conversation's text. Raises NotFound and the journal's errors."""
         await self.start()
         return self._administration.said(key)
 
-    async def import_session(self, key: SessionKey, data: bytes, vocab_size: int) -> dict[str, Any]:
+    async def import_session(self, key: SessionKey, data: bytes | SpoolRef, limits: ImportLimits) -> dict[str, Any]:
         """Makes a session of such a file. Raises SessionExists, BadExport and LimitReached."""
         await self.start()
         self._accounts.check_new_session(key, self._roster.named(key.tenant))
-        if split(data)[1] is not None:
-            await self._memory.come_within(key.tenant, len(data))
-        return await self._administration.import_session(key, data, vocab_size)
+        with opened(data, limits.max_turns_nbytes) as given:
+            if given.has_cache:
+                await self._memory.come_within(key.tenant, given.nbytes)
+            return await self._administration.import_session(key, given, limits.vocab_size)
 
     async def fork(self, key: SessionKey, new: SessionKey, turn: int | None) -> dict[str, Any]:
         """See `Forks.fork`; returns the new session's description. Raises LimitReached too."""
@@ -480,4 +489,6 @@ class Keeper(NodeSessions):
             key = read_key(kv.hibernate_key_file) if kv.hibernate_key_file else None
             store = FileHibernationStore(state_path, kv.hibernate_quota, key)
         secret = ExportSecret(state_path / "export.key")
-        super().__init__(settings, journals, actors, node_id, sessions, kv, budget_nbytes, store, usage, secret)
+        super().__init__(
+            settings, journals, actors, node_id, sessions, kv, budget_nbytes, store, state_path, usage, secret
+        )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import aclosing
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from phi_cluster.cluster.engine_link import EngineLink
@@ -32,7 +33,7 @@ class Replica:
         self.process = process
         self._world = world
         parts = world.parts
-        self.directory = parts.directory(world.find_keeper)
+        self.directory = parts.directory(world.find_keeper, Path("/nonexistent"))
         self._standbys = StandbyEngines(world.num_standbys, self._start_engine, pauses=(0.3, 1.0), join_seconds=1.0)
         self.engines = parts.engine_client(self._start_engine, self._standbys, ready_wait=READY_WAIT)
         limits = TurnLimits(world.layout.max_model_len, world.max_turns, TURN_WAIT, world.lease_tokens)

@@ -10,6 +10,7 @@ import logging
 from collections import Counter, deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from random import Random
 from typing import Any, cast
 from unittest import mock
@@ -296,7 +297,7 @@ class World:
         actors = cast(Any, Actors(self))
         store = self.parts.store(self.disk, process) if self._hibernates else None
         process.instance = self.parts.keeper(
-            self.settings, journals, actors, "node", self._sessions, self._kv, self.budget, store
+            self.settings, journals, actors, "node", self._sessions, self._kv, self.budget, store, Path("/nonexistent")
         )
 
     def _start_replica(self, slot: int) -> None:

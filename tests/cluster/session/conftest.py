@@ -327,7 +327,9 @@ class Node:
         kv = KVConfig(reserve_wait=options.pop("reserve_wait", 0.2))
         sessions = SessionsConfig(**{"warm_actors": 0, "turn_wait": 0.2, "spawn_interval": 3600, **options})
         actors = cast(Any, self.actors)
-        self.keeper = NodeSessions(settings, self.journals, actors, "node", sessions, kv, budget, store, None, secret)
+        self.keeper = NodeSessions(
+            settings, self.journals, actors, "node", sessions, kv, budget, store, state_dir, None, secret
+        )
 
     async def listed(self, tenant: str) -> list[dict[str, Any]]:
         """Descriptions of the tenant's sessions, in order of their ids."""
