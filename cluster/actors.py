@@ -20,8 +20,9 @@ def create(actor_class: Any, options: dict[str, Any], *arguments: Any) -> Any:
     return actor_class.options(**options).remote(*arguments)
 
 
-def keeper_name(node_id: str) -> str:
-    return f"keeper-{node_id}"
+def keeper_names(node_id: str) -> tuple[str, str]:
+    """The first keeper of a node has the first, its successor the second, and so on in turn."""
+    return f"keeper-{node_id}", f"keeper-{node_id}-next"
 
 
 def weight_store_name(node_id: str) -> str:

@@ -24,10 +24,10 @@ import ray
 from ray.exceptions import RayError
 
 from phi_cluster.cluster import ray_cluster
-from phi_cluster.cluster.actors import CONTROLLER, NAMESPACE, create, detached_options, keeper_name, weight_store_name
+from phi_cluster.cluster.actors import CONTROLLER, NAMESPACE, create, detached_options, keeper_names, weight_store_name
 from phi_cluster.cluster.config import Config
 from phi_cluster.cluster.controller import Controller
-from phi_cluster.cluster.errors import StartError
+from phi_cluster.cluster.errors import KeeperMoved, StartError
 from phi_cluster.cluster.preflight import (
     Machine,
     check_config,
@@ -42,7 +42,7 @@ from phi_cluster.cluster.runtime_dir import clear_dead_servers, remove_runtime_d
 from phi_cluster.cluster.served_model import ServedModel, choose_dtypes, describe_model
 from phi_cluster.cluster.session.hibernation_store import check_key
 from phi_cluster.cluster.session.journals import JournalPlace
-from phi_cluster.cluster.session.keeper import Keeper
+from phi_cluster.cluster.session.keeper_actor import Keeper
 from phi_cluster.cluster.session.redis_server import check_server
 from phi_cluster.cluster.weight_store import WeightStore, ensure_packed
 from phi_cluster.model.hub import resolve_model
@@ -157,9 +157,12 @@ class Server:
             self.stop()
             raise
 
-    @property
-    def keeper(self) -> Any:
-        return ray.get_actor(keeper_name(self._node_id), namespace=NAMESPACE)
+    def _close_keeper(self) -> int:
+        """Of the one that is in charge; returns how many sessions are kept."""
+        for name in keeper_names(self._node_id):
+            with contextlib.suppress(ValueError, KeeperMoved):
+                return int(ray.get(ray.get_actor(name, namespace=NAMESPACE).close.remote(), timeout=10))
+        return 0
 
     def num_streams(self) -> int:
         """Requests that are running or waiting, as of a second ago."""
@@ -181,7 +184,7 @@ class Server:
                 while not has_ended and self.num_streams() and time.monotonic() < deadline:
                     time.sleep(0.2)
                 if self._node_id:
-                    kept = ray.get(self.keeper.close.remote(), timeout=10)
+                    kept = self._close_keeper()
             except Exception:
                 # Parts may be dead already; the rest is ended all the same.
                 kept = 0
@@ -223,15 +226,17 @@ class Server:
                 served,
                 config.cache_path,
             )
+            name = keeper_names(self._node_id)[0]
             keeper = create(
                 Keeper,
-                detached_options(keeper_name(self._node_id), self._node_id),
+                detached_options(name, self._node_id),
                 served.layout,
                 served.fingerprint,
                 JournalPlace(config.state_path, config.journal),
                 config.sessions.model_copy(update={"max_actors": prepared.num_session_actors}),
                 config.kv,
                 prepared.budget_nbytes,
+                name,
             )
             controller = create(
                 Controller,
@@ -241,7 +246,8 @@ class Server:
                 _build_info(prepared),
                 self._runtime_dir,
             )
-            ray.get([store.weights.remote(), keeper.start.remote(), controller.start.remote()])
+            ray.get([store.weights.remote(), controller.start.remote()])
+            _start_keeper(keeper)
 
     def _start_edge(self, config: Config, loading: Future[tuple[ModuleType, Any]], report: Report) -> None:
         with self._timed("edge", report):
@@ -261,6 +267,19 @@ class Server:
         yield
         self.timeline[part] = time.monotonic() - begin
         report.started(part, self.timeline[part])
+
+
+def _start_keeper(keeper: Any, timeout: float = 10.0) -> None:
+    """Waits for the end of one that an earlier server of the same state directory had, which may just be dying."""
+    deadline = time.monotonic() + timeout
+    while True:
+        try:
+            ray.get(keeper.start.remote())
+            return
+        except KeeperMoved:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.1)
 
 
 def _build_info(prepared: Prepared) -> dict[str, str]:

@@ -24,12 +24,12 @@ from prometheus_client.core import Metric
 from prometheus_client.registry import CollectorRegistry
 from ray.exceptions import RayError
 
-from phi_cluster.cluster.actors import NAMESPACE, keeper_name
+from phi_cluster.cluster.actors import NAMESPACE, keeper_names
 from phi_cluster.cluster.cluster_news import ClusterNews
 from phi_cluster.cluster.cluster_view import ClusterView
 from phi_cluster.cluster.config import Config
 from phi_cluster.cluster.engine_recycler import EnginePolicy, EngineRecycles
-from phi_cluster.cluster.errors import PhiError
+from phi_cluster.cluster.errors import KeeperMoved, PhiError
 from phi_cluster.cluster.events import EventKind
 from phi_cluster.cluster.growth import GrowthWatch
 from phi_cluster.cluster.logs import log_as
@@ -168,9 +168,7 @@ class Controller:
                 self._news.forget_node(node["NodeID"])
                 continue
             try:
-                keeper = ray.get_actor(keeper_name(node["NodeID"]), namespace=NAMESPACE)
-                told = self._news.events_of(node["NodeID"])
-                report = await asyncio.wait_for(keeper.report.remote(told), _KEEPER_SECONDS)
+                keeper, report = await self._report_of(node["NodeID"])
             except (ValueError, RayError) as error:
                 # No keeper there (yet), or it is being restarted.
                 logger.info("no report of node %s: %s", node["NodeID"], type(error).__name__)
@@ -191,21 +189,27 @@ class Controller:
             logger.warning("the controller has grown too much and is renewed")
             await kill_for_sure(process_id())
 
+    async def _report_of(self, node_id: str) -> tuple[Any, KeeperReport]:
+        """The keeper that is in charge there, and what it tells. Raises ValueError if there is none, RayError and
+        TimeoutError."""
+        for name in keeper_names(node_id):
+            with suppress(ValueError, KeeperMoved):
+                keeper = ray.get_actor(name, namespace=NAMESPACE)
+                told = self._news.events_of(node_id)
+                return keeper, await asyncio.wait_for(keeper.report.remote(told), _KEEPER_SECONDS)
+        raise ValueError(f"no keeper of node {node_id} is in charge")
+
     async def _renew_keeper(self, keeper: Any, report: KeeperReport) -> None:
-        """If it has grown too much. Ray starts another one; whoever asks meanwhile asks again."""
+        """If it has grown too much: it makes its successor itself."""
         if not self._keeper_growth.exceeds(report.node_id, report.process, report.private_nbytes, time.monotonic()):
             return
-        # A process is killed where it runs.
-        if report.node_id != ray.get_runtime_context().get_node_id():
-            return
         try:
-            is_ready = await asyncio.wait_for(keeper.prepare_end.remote(), _RECYCLE_SECONDS)
+            is_renewed = await asyncio.wait_for(keeper.renew.remote(), _RECYCLE_SECONDS)
         except (PhiError, RayError, asyncio.TimeoutError) as error:
-            logger.info("the keeper was not renewed: %s", error)
+            logger.info("the keeper was not renewed: %s", type(error).__name__)
             return
-        if is_ready:
-            logger.warning("the keeper (pid %d) has grown too much and is renewed", report.process.pid)
-            await kill_for_sure(report.process)
+        if is_renewed:
+            logger.warning("the keeper (pid %d) has grown too much and has been renewed", report.process.pid)
 
     async def _prune_logs(self) -> None:
         now = time.monotonic()

@@ -21,7 +21,7 @@ import ray
 from ray import serve
 from ray.exceptions import RayError
 
-from phi_cluster.cluster.actors import CONTROLLER, NAMESPACE, keeper_name
+from phi_cluster.cluster.actors import CONTROLLER, NAMESPACE, keeper_names
 from phi_cluster.cluster.admission import AdmittedTurns, UsageOfKeys
 from phi_cluster.cluster.config import Config
 from phi_cluster.cluster.engine_client import EngineClient
@@ -48,6 +48,7 @@ from phi_cluster.cluster.responses.making import MakerLimits
 from phi_cluster.cluster.responses.run import Tools
 from phi_cluster.cluster.served_model import ServedModel
 from phi_cluster.cluster.session.directory import SessionDirectory
+from phi_cluster.cluster.session.keeper_finder import KeeperFinder
 from phi_cluster.cluster.session.recycler import RecycleReason
 from phi_cluster.cluster.session.reports import private_or_zero
 from phi_cluster.cluster.spoken import SpokenReader
@@ -98,7 +99,9 @@ class Replica:
         self._engine_baseline = (0, 0)
         self._weights = MappedWeights()
         self._recycling: asyncio.Task[None] | None = None
-        self._sessions = SessionDirectory(self._keeper, config.state_path, self._metrics.journals)
+        find = partial(ray.get_actor, namespace=NAMESPACE)
+        finder = KeeperFinder(find, keeper_names(self._node_id))
+        self._sessions = SessionDirectory(finder, config.state_path, self._metrics.journals)
         self._keys = None if config.keys_path is None else KeyFile(config.keys_path)
         spawner = EngineSpawner(served, config, runtime_dir, num_threads, self._node_id)
         hang_timeout = config.engine.hang_timeout
@@ -325,9 +328,6 @@ class Replica:
             logger.warning("the engine was not renewed (%s): %s", reason.value, error)
         finally:
             self._recycling = None
-
-    def _keeper(self) -> Any:
-        return ray.get_actor(keeper_name(self._node_id), namespace=NAMESPACE)
 
 
 async def _others_serve() -> bool:

@@ -164,6 +164,14 @@ class ActorPool:
         self._returning.add(returning)
         returning.add_done_callback(self._returning.discard)
 
+    def leave(self) -> list[tuple[Any, ProcessId]]:
+        """Those that are warm, for another pool; those that are being restarted end."""
+        for returning in self._returning:
+            returning.cancel()
+        warm = [(actor.handle, actor.process) for actor in self._warm]
+        self._warm.clear()
+        return warm
+
     def end_all(self) -> None:
         for returning in self._returning:
             returning.cancel()

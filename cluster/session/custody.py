@@ -76,13 +76,12 @@ class Custody:
         )
 
     async def start(self) -> None:
-        """Finds what is stored and what actors hold; then tends to the sessions."""
+        """Finds what is stored and what actors hold. Then `hands` may be started."""
         for key in await asyncio.to_thread(lambda: list(self.journals.keys())):
             self.roster.add_stored(key)
         for entry in await self.hands.adopt_actors():
             assert entry.last_stats is not None
             self.ledger.settle(entry.key.digest, entry.last_stats.kv_cache_bytes)
-        self.hands.start()
 
     # Looking.
 

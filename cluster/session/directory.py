@@ -13,25 +13,29 @@ import io
 import uuid
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
-from phi_cluster.cluster.errors import PhiError, SessionExists, StaleEpoch, Unavailable
+from phi_cluster.cluster.errors import KeeperMoved, PhiError, SessionExists, StaleEpoch, Unavailable
 from phi_cluster.cluster.messages import (
     JOURNAL_BEGIN,
     AdmitTurn,
     BeginTurn,
     CommitTurn,
     Moved,
+    ProcessId,
     SegmentRef,
     SessionKey,
     Stretch,
     TurnGrant,
     TurnUsage,
 )
+from phi_cluster.cluster.processes import end_of
 from phi_cluster.cluster.session.keeper import HeldBy
+from phi_cluster.cluster.session.keeper_finder import KeeperFinder
 from phi_cluster.cluster.session.recycler import RecycleReason
 from phi_cluster.cluster.session.session import SessionStats
 from phi_cluster.cluster.session.spool import open_spooled
@@ -47,6 +51,8 @@ _RETRIES = 300
 _RETRY_SECONDS = 0.1
 # So many hops are made at once; who needs more goes round in circles, because something is about to change.
 _QUICK_HOPS = 3
+# For an answer that came just before its sender died.
+_LATE_SECONDS = 0.05
 
 
 class JournalObserver(Protocol):
@@ -62,14 +68,20 @@ class JournalObserver(Protocol):
 
 
 class SessionDirectory:
-    """For one event loop. `keeper()` finds the keeper's handle (it may be a new one after a restart); `spool_folder`:
-    see uploads.py."""
+    """For one event loop. `spool_folder`: see uploads.py; `end_of`: see processes.py."""
 
-    def __init__(self, keeper: Callable[[], Any], spool_folder: Path, journals: JournalObserver | None = None):
+    def __init__(
+        self,
+        keeper: KeeperFinder,
+        spool_folder: Path,
+        journals: JournalObserver | None = None,
+        end_of: Callable[[ProcessId], AbstractContextManager[asyncio.Future[None]]] = end_of,
+    ):
         self._keeper = keeper
         self._journals = journals
+        self._end_of = end_of
         self._uploads = Uploads(spool_folder)
-        self._holders: OrderedDict[str, Any] = OrderedDict()
+        self._holders: OrderedDict[str, HeldBy] = OrderedDict()
         self._background: set[asyncio.Future[Any]] = set()
         # By session: the memory of its last turn is being settled with the keeper.
         self._settling: dict[str, asyncio.Future[None]] = {}
@@ -216,8 +228,13 @@ class SessionDirectory:
                 await asyncio.sleep(_RETRY_SECONDS)
             actor = self._holders.get(digest)
             try:
-                holder = actor if actor is not None else self._find_keeper()
-                answer = await _unwrapped(getattr(holder, method).remote(*arguments))
+                if actor is not None:
+                    answer = await self._ask_actor(actor, method, *arguments)
+                else:
+                    answer = await _unwrapped(getattr(self._find_keeper(), method).remote(*arguments))
+            except KeeperMoved:
+                await self._on_keeper_moved(attempt)
+                continue
             except RayActorError:
                 # The keeper is being restarted, or the actor died: the keeper knows where the session goes on.
                 self._holders.pop(digest, None)
@@ -227,7 +244,7 @@ class SessionDirectory:
                     await asyncio.sleep(_RETRY_SECONDS)
                 continue
             if isinstance(answer, HeldBy):
-                self._remember(digest, answer.actor)
+                self._remember(digest, answer)
             elif isinstance(answer, Moved):
                 if actor is None:
                     # Not even the keeper has it: an unnamed conversation that is gone.
@@ -238,13 +255,36 @@ class SessionDirectory:
                 return answer
         raise Unavailable("the session cannot be reached; try again", retry_after=2)
 
+    async def _ask_actor(self, held: HeldBy, method: str, *arguments: Any) -> Any:
+        """Raises RayActorError as soon as its process has ended: Ray, which restarts the actor, tells it only a second
+        later."""
+        answer = asyncio.ensure_future(_unwrapped(getattr(held.actor, method).remote(*arguments)))
+        # Whoever asked may have gone.
+        answer.add_done_callback(lambda late: late.cancelled() or late.exception())
+        with self._end_of(held.process) as ended:
+            await asyncio.wait({answer, ended}, return_when=asyncio.FIRST_COMPLETED)
+            if not answer.done():
+                # It may have been on the way.
+                await asyncio.wait({answer}, timeout=_LATE_SECONDS)
+        if answer.done():
+            return answer.result()
+        raise RayActorError(error_msg="the session's actor has died")
+
     async def _ask_keeper(self, method: str, *arguments: Any) -> Any:
-        for _ in range(_RETRIES):
+        for attempt in range(_RETRIES):
             try:
                 return await _unwrapped(getattr(self._find_keeper(), method).remote(*arguments))
+            except KeeperMoved:
+                await self._on_keeper_moved(attempt)
             except RayActorError:
                 await asyncio.sleep(_RETRY_SECONDS)
         raise Unavailable("the keeper of this node does not answer; try again", retry_after=2)
+
+    async def _on_keeper_moved(self, attempt: int) -> None:
+        self._keeper.moved()
+        if attempt:
+            # Neither is in charge yet.
+            await asyncio.sleep(_RETRY_SECONDS)
 
     def _find_keeper(self) -> Any:
         """Raises RayActorError while there is none."""
@@ -277,7 +317,7 @@ class SessionDirectory:
         with contextlib.suppress(PhiError, RayError):
             await self.abandon(grant.key, grant.epoch)
 
-    def _remember(self, digest: str, actor: Any) -> None:
+    def _remember(self, digest: str, actor: HeldBy) -> None:
         self._holders[digest] = actor
         self._holders.move_to_end(digest)
         if len(self._holders) > _REMEMBERED_HOLDERS:

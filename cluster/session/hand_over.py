@@ -11,13 +11,14 @@ import contextlib
 import logging
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
+from typing import Any
 
 from ray.exceptions import RayError, RayTaskError
 
 from phi_cluster.cluster.config import SessionsConfig
 from phi_cluster.cluster.errors import PhiError, SessionBusy
 from phi_cluster.cluster.events import EventKind, EventLog
-from phi_cluster.cluster.messages import Moved, SegmentRef, SessionKey
+from phi_cluster.cluster.messages import Moved, ProcessId, SegmentRef, SessionKey
 from phi_cluster.cluster.session.actor_pool import ANSWER_SECONDS, ActorPool, PooledActor
 from phi_cluster.cluster.session.journal import Journal
 from phi_cluster.cluster.session.recycler import RecycleReason
@@ -122,6 +123,20 @@ class HandOvers:
         if entry.actor is not None:
             self._pool.end(entry.actor)
 
+    def known_actor(self, handle: Any, process: ProcessId) -> PooledActor:
+        """As a predecessor had it."""
+        return self._pool.pooled(handle, process)
+
+    def add_warm(self, handle: Any, process: ProcessId) -> None:
+        """One that a predecessor had ready."""
+        self._pool.add(self.known_actor(handle, process))
+
+    def leave_warm(self) -> list[tuple[Any, ProcessId]]:
+        """For a successor: those that are ready. Those that are being started end; nothing is tended to any more."""
+        if self._tending is not None:
+            self._tending.cancel()
+        return self._pool.leave()
+
     def actor_lost(self, actor: PooledActor) -> None:
         """Its process is dead, and its session goes on without it."""
         self._pool.end(actor)
@@ -172,7 +187,7 @@ class HandOvers:
         entry = Entry(
             held.key, actor=pooled, private_baseline=private_or_zero(pooled.process.pid), last_stats=held.stats
         )
-        self._hold(entry, held.memory)
+        self.hold(entry, held.memory)
         return entry
 
     async def on_silence(self, entry: Entry) -> None:
@@ -187,7 +202,7 @@ class HandOvers:
             self.recycles[RecycleReason.UNRESPONSIVE.value] += 1
             self._events.add(EventKind.SESSION_ACTOR_HUNG, entry.key)
 
-    def _hold(self, entry: Entry, ref: SegmentRef | None) -> None:
+    def hold(self, entry: Entry, ref: SegmentRef | None) -> None:
         """Whatever becomes of the actor: its memory is not lost with it. (One that cannot be had is computed again.)"""
         memory = None
         if ref is not None:
@@ -231,7 +246,7 @@ class HandOvers:
             else:
                 await self._cancel(key, predecessor)
             raise
-        self._hold(entry, ref)
+        self.hold(entry, ref)
         held, entry.session, entry.actor, entry.wants_actor = entry.session, None, successor, False
         entry.silent_since = None
         # It may be dead by now. Whatever it is, the predecessor is let go: it must not keep those who wait there.

@@ -22,6 +22,7 @@ from phi_cluster.cluster.errors import PhiError
 from phi_cluster.cluster.messages import ProcessId, TurnGrant
 from phi_cluster.cluster.session.actor_pool import ANSWER_SECONDS
 from phi_cluster.cluster.session.keeper import KeeperReport, NodeSessions
+from phi_cluster.cluster.session.keeper_finder import KeeperFinder
 from phi_cluster.cluster.session.segment import SegmentLayout
 from phi_cluster.cluster.session.session import SessionSettings
 from phi_cluster.cluster.turn_api import TurnRequest
@@ -265,8 +266,8 @@ class World:
             self._handles[process] = ActorHandle(self.network, process)
         return self._handles[process]
 
-    def find_keeper(self) -> ActorHandle:
-        return self.handle(self.keeper)
+    def keeper_finder(self) -> KeeperFinder:
+        return KeeperFinder(lambda name: self.handle(self.keeper), ["keeper"])
 
     def kill(self, process: Process) -> None:
         """At once, wherever it is."""

@@ -20,7 +20,7 @@ import pytest
 from ray.exceptions import RayActorError
 
 from phi_cluster.cluster.config import KVConfig, SessionsConfig
-from phi_cluster.cluster.errors import PhiError
+from phi_cluster.cluster.errors import KeeperMoved, PhiError
 from phi_cluster.cluster.messages import BeginTurn, CommitTurn, ProcessId, SessionKey, TurnGrant
 from phi_cluster.cluster.session.actor import SessionHost
 from phi_cluster.cluster.session.hibernation_store import FileHibernationStore
@@ -324,11 +324,12 @@ class Node:
         budget = options.pop("budget", 2**30)
         store = options.pop("store", FileHibernationStore(state_dir, 2**30, reserve_nbytes=0))
         secret = options.pop("export_secret", None)
+        succession = {name: options.pop(name, None) for name in ("charge", "make_successor")}
         kv = KVConfig(reserve_wait=options.pop("reserve_wait", 0.2))
         sessions = SessionsConfig(**{"warm_actors": 0, "turn_wait": 0.2, "spawn_interval": 3600, **options})
         actors = cast(Any, self.actors)
         self.keeper = NodeSessions(
-            settings, self.journals, actors, "node", sessions, kv, budget, store, state_dir, None, secret
+            settings, self.journals, actors, "node", sessions, kv, budget, store, state_dir, None, secret, **succession
         )
 
     async def listed(self, tenant: str) -> list[dict[str, Any]]:
@@ -378,7 +379,8 @@ class Node:
         return dict(self.keeper._custody.ledger._leases)
 
     async def close(self) -> None:
-        await self.keeper.close()
+        with contextlib.suppress(KeeperMoved):
+            await self.keeper.close()
         for entry in self.keeper._roster:
             if entry.session is not None:
                 entry.session._conversation.close()
