@@ -169,6 +169,8 @@ class NodeSessions:
         self._starting: asyncio.Task[None] | None = None
         self._charge = charge or SoleCharge()
         self._make_successor = make_successor
+        # One that is up, until there is a moment for it.
+        self._successor: Successor | None = None
         self._on_charge = on_charge
         self._door = Door()
         self._renewing = asyncio.Lock()
@@ -464,14 +466,14 @@ class NodeSessions:
         if self._make_successor is None or self._renewing.locked() or self._door.is_left:
             return False
         async with self._renewing:
-            # It starts while all goes on here.
-            successor = await self._make_successor()
+            # It starts while all goes on here, and waits if it must.
+            successor = self._successor = self._successor or await self._make_successor()
             if await self._door.shut(_DRAIN_SECONDS):
                 estate = self._bequeath()
                 if estate is not None:
+                    self._successor = None
                     return await self._hand_on(successor, estate)
                 self._door.open()
-            successor.give_up()
             return False
 
     def _bequeath(self) -> Estate | None:
