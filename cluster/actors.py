@@ -22,8 +22,19 @@ def create(actor_class: Any, options: dict[str, Any], *arguments: Any) -> Any:
     return actor_class.options(**options).remote(*arguments)
 
 
-def keeper_name(node_id: str) -> str:
-    return f"keeper-{node_id}"
+def keeper_names(node_id: str) -> tuple[str, str]:
+    """The first keeper of a node has the first, its successor the second, and so on in turn."""
+    return f"keeper-{node_id}", f"keeper-{node_id}-next"
+
+
+def keeper_of(node_id: str) -> Any:
+    """A node's keeper; while one follows another it may be the one that is not in charge, which says so (KeeperMoved).
+    Raises ValueError if there is none."""
+    first, second = keeper_names(node_id)
+    try:
+        return ray.get_actor(first, namespace=NAMESPACE)
+    except ValueError:
+        return ray.get_actor(second, namespace=NAMESPACE)
 
 
 def weight_store_name(node_id: str) -> str:

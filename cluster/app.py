@@ -20,10 +20,10 @@ import ray
 from ray.exceptions import RayError
 
 from phi_cluster.cluster import ray_cluster
-from phi_cluster.cluster.actors import CONTROLLER, NAMESPACE, end_actors, keeper_name
+from phi_cluster.cluster.actors import CONTROLLER, NAMESPACE, end_actors, keeper_names
 from phi_cluster.cluster.cluster_record import withdraw
 from phi_cluster.cluster.config import Config
-from phi_cluster.cluster.errors import StartError
+from phi_cluster.cluster.errors import KeeperMoved, StartError
 from phi_cluster.cluster.head import claim, start_head, start_head_again
 from phi_cluster.cluster.node_tasks import check_nodes
 from phi_cluster.cluster.preflight import object_store_nbytes
@@ -55,9 +55,12 @@ class Server:
             self.stop()
             raise
 
-    @property
-    def keeper(self) -> Any:
-        return ray.get_actor(keeper_name(self._node_id), namespace=NAMESPACE)
+    def _close_keeper(self) -> int:
+        """Of the one that is in charge; returns how many sessions are kept."""
+        for name in keeper_names(self._node_id):
+            with contextlib.suppress(ValueError, KeeperMoved):
+                return int(ray.get(ray.get_actor(name, namespace=NAMESPACE).close.remote(), timeout=10))
+        return 0
 
     def num_streams(self) -> int:
         """Requests that are running or waiting, as of a second ago."""
@@ -88,7 +91,7 @@ class Server:
             while not has_ended and self.num_streams() and time.monotonic() < deadline:
                 time.sleep(0.2)
             if self._node_id:
-                kept = ray.get(self.keeper.close.remote(), timeout=10)
+                kept = self._close_keeper()
         except Exception:
             # Parts may be dead already; the rest is ended all the same.
             kept = 0

@@ -9,13 +9,15 @@ import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, BinaryIO
 
 import httpx
 
 from phi_cluster.cluster.errors import PhiError, Unavailable
 
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
+# Of a file, in memory at once.
+_CHUNK_NBYTES = 2**18
 
 
 @dataclass
@@ -76,22 +78,28 @@ class Client:
             raise _refusal(answer.status_code, answer.content)
         return answer.json() if answer.content else None
 
-    def download(self, path: str) -> bytes:
-        """What a GET brings."""
-        return self._bytes("GET", path)
-
-    def upload(self, path: str, data: bytes) -> Any:
-        """A POST of bytes; returns the JSON answer."""
-        return json.loads(self._bytes("POST", path, data))
-
-    def _bytes(self, method: str, path: str, data: bytes | None = None) -> bytes:
+    def download(self, path: str) -> Iterator[bytes]:
+        """What a GET brings, a piece at a time."""
         try:
-            answer = self._http.request(method, path, content=data)
+            with self._http.stream("GET", path) as stream:
+                if stream.is_error:
+                    raise _refusal(stream.status_code, stream.read())
+                yield from stream.iter_bytes(_CHUNK_NBYTES)
+        except httpx.ConnectError:
+            raise Unavailable(f"no server answers at {self._url}; start one with: phi-cluster serve") from None
+        except httpx.TransportError:
+            raise Unavailable(f"the connection to {self._url} broke before all had come") from None
+
+    def upload(self, path: str, file: BinaryIO, nbytes: int) -> Any:
+        """A POST of so many bytes that a file has; returns the JSON answer."""
+        pieces = iter(lambda: file.read(_CHUNK_NBYTES), b"")
+        try:
+            answer = self._http.request("POST", path, content=pieces, headers={"content-length": str(nbytes)})
         except httpx.TransportError:
             raise Unavailable(f"no server answers at {self._url}; start one with: phi-cluster serve") from None
         if answer.is_error:
             raise _refusal(answer.status_code, answer.content)
-        return answer.content
+        return answer.json()
 
     def events(self, after: int) -> Iterator[dict[str, Any]]:
         """What happens to the cluster behind the event numbered `after`, until the server ends the stream."""

@@ -133,6 +133,11 @@ class ServerConfig(_Section):
         30000, ge=1024, le=64000, description="first of the loopback ports that replicas listen on behind the ingress"
     )
     max_body: Bytes = Field(8 * 2**20, ge=1, description="largest request body")
+    max_import: Bytes = Field(
+        2 * 2**30,
+        ge=1,
+        description="largest session that is imported or exported with its KV cache (its turns alone: max_body)",
+    )
     body_timeout: Seconds = Field(30.0, description="a request's body must have come within this time")
     write_timeout: Seconds = Field(
         60.0, ge=1.0, description="a client that takes nothing of its reply for so long is taken for gone"

@@ -24,13 +24,13 @@ from prometheus_client.core import Metric
 from prometheus_client.registry import CollectorRegistry
 from ray.exceptions import RayError
 
-from phi_cluster.cluster.actors import NAMESPACE, keeper_name, weight_store_name
+from phi_cluster.cluster.actors import NAMESPACE, keeper_names, keeper_of, weight_store_name
 from phi_cluster.cluster.cluster_news import ClusterNews
 from phi_cluster.cluster.cluster_view import ClusterView
 from phi_cluster.cluster.config import Config
 from phi_cluster.cluster.draining_nodes import DrainingNodes
 from phi_cluster.cluster.engine_recycler import EnginePolicy, EngineRecycles
-from phi_cluster.cluster.errors import PhiError
+from phi_cluster.cluster.errors import KeeperMoved, PhiError
 from phi_cluster.cluster.events import EventKind
 from phi_cluster.cluster.growth import GrowthWatch
 from phi_cluster.cluster.kv_load import KVLoad, KVLoads
@@ -106,7 +106,7 @@ class Controller:
         self._kv_loads = KVLoads()
         self._rests = NodeRests(config.nodes.idle_timeout, time.monotonic)
         self._node_starts = NodeStarts(served, config, self._news) if config.has_nodes else None
-        self._draining = DrainingNodes(self._news, _keeper_of) if config.has_nodes else None
+        self._draining = DrainingNodes(self._news, keeper_of) if config.has_nodes else None
         self._peers = PeerBook()
         self._logs = logs_folder(runtime_dir)
         self._logs_pruned_at = -math.inf
@@ -215,9 +215,7 @@ class Controller:
             if self._rests.rests(node["NodeID"]):
                 continue
             try:
-                keeper = _keeper_of(node["NodeID"])
-                told = self._news.events_of(node["NodeID"])
-                report = await asyncio.wait_for(keeper.report.remote(told), _KEEPER_SECONDS)
+                keeper, report = await self._report_of(node["NodeID"])
             except (ValueError, RayError) as error:
                 # No keeper there (yet), or it is being restarted.
                 if isinstance(error, ValueError) and self._node_starts is not None:
@@ -255,7 +253,7 @@ class Controller:
             await asyncio.wait_for(keeper.evacuate.remote(targets, _RECYCLE_SECONDS / 2), _RECYCLE_SECONDS)
             await asyncio.wait_for(keeper.close.remote(), _RECYCLE_SECONDS)
         self._rests.rest(node_id)
-        for name in (keeper_name(node_id), weight_store_name(node_id)):
+        for name in (*keeper_names(node_id), weight_store_name(node_id)):
             with suppress(ValueError):
                 ray.kill(ray.get_actor(name, namespace=NAMESPACE))
         self._peers.forget_node(node_id)
@@ -264,18 +262,27 @@ class Controller:
         self._news.add(EventKind.NODE_RESTS, reason=node_id[:12])
         return True
 
+    async def _report_of(self, node_id: str) -> tuple[Any, KeeperReport]:
+        """The keeper that is in charge there, and what it tells. Raises ValueError if there is none, RayError and
+        TimeoutError."""
+        for name in keeper_names(node_id):
+            with suppress(ValueError, KeeperMoved):
+                keeper = ray.get_actor(name, namespace=NAMESPACE)
+                told = self._news.events_of(node_id)
+                return keeper, await asyncio.wait_for(keeper.report.remote(told), _KEEPER_SECONDS)
+        raise ValueError(f"no keeper of node {node_id} is in charge")
+
     async def _renew_keeper(self, keeper: Any, report: KeeperReport) -> None:
-        """If it has grown too much. Ray starts another one; whoever asks meanwhile asks again."""
+        """If it has grown too much: it makes its successor itself."""
         if not self._keeper_growth.exceeds(report.node_id, report.process, report.private_nbytes, time.monotonic()):
             return
         try:
-            is_ready = await asyncio.wait_for(keeper.prepare_end.remote(), _RECYCLE_SECONDS)
+            is_renewed = await asyncio.wait_for(keeper.renew.remote(), _RECYCLE_SECONDS)
         except (PhiError, RayError, asyncio.TimeoutError) as error:
-            logger.info("the keeper was not renewed: %s", error)
+            logger.info("the keeper was not renewed: %s", type(error).__name__)
             return
-        if is_ready:
-            logger.warning("the keeper (pid %d) has grown too much and is renewed", report.process.pid)
-            await self._end_process(report.node_id, report.process)
+        if is_renewed:
+            logger.warning("the keeper (pid %d) has grown too much and has been renewed", report.process.pid)
 
     async def _prune_logs(self) -> None:
         now = time.monotonic()
@@ -336,11 +343,6 @@ class Controller:
             except (PhiError, RayError, asyncio.TimeoutError) as error:
                 # In a long turn, deleted meanwhile, or its actor died: the next round looks again.
                 logger.info("a session was not recycled (%s): %s", order.reason.value, error)
-
-
-def _keeper_of(node_id: str) -> Any:
-    """Raises ValueError."""
-    return ray.get_actor(keeper_name(node_id), namespace=NAMESPACE)
 
 
 def _snapshot(s: SessionReport, now: float) -> SessionSnapshot:

@@ -131,6 +131,14 @@ class GaveWay(Overloaded):
     """A turn that holds memory and wants more must let others go first: it gives all of it back and begins again."""
 
 
+class KeeperMoved(PhiError):
+    """Asked of a keeper that is not in charge (any more, or yet): nothing has happened, ask the other one."""
+
+    status = 503
+    type = "server_error"
+    code = "keeper_moved"
+
+
 class LimitReached(PhiError):
     """The key's own limit, not the server's: try again after `retry_after` seconds (None: waiting alone does not help).
 

@@ -13,11 +13,11 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
-from phi_cluster.cluster.actors import CONTROLLER, NAMESPACE, create, detached_options, keeper_name, weight_store_name
+from phi_cluster.cluster.actors import CONTROLLER, NAMESPACE, create, detached_options, keeper_names, weight_store_name
 from phi_cluster.cluster.cluster_record import ClusterRecord, publish, published
 from phi_cluster.cluster.controller import Controller
 from phi_cluster.cluster.errors import StartError
-from phi_cluster.cluster.node_tasks import node_actors
+from phi_cluster.cluster.node_tasks import node_actors, start_keeper
 from phi_cluster.cluster.preparation import Prepared, build_info
 
 _START_SECONDS = 300.0
@@ -48,16 +48,18 @@ def start_head(prepared: Prepared, node_id: str, runtime_dir: Path) -> None:
         build_info(prepared),
         runtime_dir,
     )
-    ray.get([store.weights.remote(), keeper.start.remote(), controller.start.remote()], timeout=_START_SECONDS)
+    ray.get([store.weights.remote(), controller.start.remote()], timeout=_START_SECONDS)
+    start_keeper(keeper)
 
 
 def start_head_again(prepared: Prepared, node_id: str, runtime_dir: Path) -> None:
     """Like `start_head`, on a Ray that may have had them before: where all of them live they are kept, else what is
     left of a head or a server that is gone is replaced."""
-    names = (CONTROLLER, keeper_name(node_id), weight_store_name(node_id))
-    if all(_answers(name) for name in names):
+    keepers = keeper_names(node_id)
+    others = (CONTROLLER, weight_store_name(node_id))
+    if any(_answers(name) for name in keepers) and all(_answers(name) for name in others):
         return
-    for name in names:
+    for name in (*keepers, *others):
         _end(name)
     start_head(prepared, node_id, runtime_dir)
 

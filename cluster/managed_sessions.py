@@ -7,13 +7,14 @@ are and what is done with them (session/directory.py), or of HTTP.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any
 
 from phi_cluster.cluster.engine_client import EngineClient
 from phi_cluster.cluster.responses.store import Branch
 from phi_cluster.cluster.session.directory import SessionDirectory
-from phi_cluster.cluster.session_api import SessionPage, SessionQuery
+from phi_cluster.cluster.session_api import Download, ImportLimits, SessionPage, SessionQuery
 from phi_cluster.cluster.spoken import SpokenReader
 
 
@@ -49,13 +50,13 @@ class ManagedSessions:
         # A long one takes a while.
         return await asyncio.to_thread(self._spoken.messages, text)
 
-    async def export(self, tenant: str, session_id: str, cache_up_to: int | None = None) -> bytes:
+    async def export(self, tenant: str, session_id: str, cache_up_to: int | None = None) -> Download:
         return await self._directory.export(tenant, session_id, cache_up_to)
 
     async def import_session(
-        self, tenant: str, new_session_id: str | None, data: bytes, vocab_size: int
+        self, tenant: str, new_session_id: str | None, data: AsyncIterator[bytes], limits: ImportLimits
     ) -> dict[str, Any]:
-        return self._with_engine(await self._directory.import_session(tenant, new_session_id, data, vocab_size))
+        return self._with_engine(await self._directory.import_session(tenant, new_session_id, data, limits))
 
     async def fork(self, tenant: str, session_id: str, new_session_id: str | None, turn: int | None) -> dict[str, Any]:
         return self._with_engine(await self._directory.fork(tenant, session_id, new_session_id, turn))

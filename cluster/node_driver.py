@@ -61,7 +61,7 @@ def _main(what: str, head: str, address: str, runtime_dir: str) -> None:
     from ray.exceptions import RayError
 
     from phi_cluster.cluster import ray_cluster
-    from phi_cluster.cluster.actors import CONTROLLER, NAMESPACE, keeper_name
+    from phi_cluster.cluster.actors import CONTROLLER, NAMESPACE, keeper_of
 
     ray_cluster.connect(Path(runtime_dir), head, address)
     own_id = ray.get_runtime_context().get_node_id()
@@ -69,7 +69,7 @@ def _main(what: str, head: str, address: str, runtime_dir: str) -> None:
     while True:
         try:
             if not node_id:
-                ray.get(ray.get_actor(keeper_name(own_id), namespace=NAMESPACE).start.remote(), timeout=10)
+                ray.get(keeper_of(own_id).start.remote(), timeout=10)
                 break
             controller = ray.get_actor(CONTROLLER, namespace=NAMESPACE)
             if ray.get(controller.is_drained.remote(node_id), timeout=10):

@@ -7,12 +7,14 @@ session.directory.OtherNodes. Knows nothing of what keepers are asked.
 from __future__ import annotations
 
 from collections.abc import Collection
+from functools import partial
 from typing import Any
 
 import ray
 
-from phi_cluster.cluster.actors import NAMESPACE, keeper_name
+from phi_cluster.cluster.actors import NAMESPACE, keeper_names
 from phi_cluster.cluster.peers import PeerTable
+from phi_cluster.cluster.session.keeper_finder import KeeperFinder
 
 
 class NodeKeepers:
@@ -20,6 +22,7 @@ class NodeKeepers:
 
     def __init__(self, peers: PeerTable):
         self._peers = peers
+        self._finders: dict[str, KeeperFinder] = {}
 
     @property
     def own_id(self) -> str:
@@ -36,4 +39,16 @@ class NodeKeepers:
 
     def keeper(self, node_id: str) -> Any:
         """Raises ValueError if there is none."""
-        return ray.get_actor(keeper_name(node_id), namespace=NAMESPACE)
+        return self._finder(node_id)()
+
+    def moved(self, node_id: str) -> None:
+        """The one that was found last is not in charge."""
+        self._finder(node_id).moved()
+
+    def _finder(self, node_id: str) -> KeeperFinder:
+        if node_id not in self._finders:
+            # Of nodes that are gone nothing is kept.
+            self._finders = {name: one for name, one in self._finders.items() if name in self.ids}
+            find = partial(ray.get_actor, namespace=NAMESPACE)
+            self._finders[node_id] = KeeperFinder(find, keeper_names(node_id))
+        return self._finders[node_id]

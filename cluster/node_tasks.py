@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -15,9 +16,9 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from phi_cluster.cluster.actors import NAMESPACE, create, detached_options, keeper_name, weight_store_name
+from phi_cluster.cluster.actors import NAMESPACE, create, detached_options, keeper_names, weight_store_name
 from phi_cluster.cluster.config import Config
-from phi_cluster.cluster.errors import StartError
+from phi_cluster.cluster.errors import KeeperMoved, StartError
 from phi_cluster.cluster.keys import KeyFile
 from phi_cluster.cluster.logs import log_as
 from phi_cluster.cluster.messages import ProcessId
@@ -29,7 +30,7 @@ from phi_cluster.cluster.ray_environment import environment
 from phi_cluster.cluster.runtime_dir import RUNTIME_DIR_VARIABLE, current_runtime_dir, open_runtime_dir
 from phi_cluster.cluster.served_model import ServedModel, choose_dtypes
 from phi_cluster.cluster.session.journals import JournalPlace
-from phi_cluster.cluster.session.keeper import Keeper
+from phi_cluster.cluster.session.keeper_actor import Keeper
 from phi_cluster.cluster.weight_store import WeightStore, packed_paths
 
 # An actor of a node that has just been lost may still have its name.
@@ -45,17 +46,33 @@ def node_actors(node_id: str, served: ServedModel, config: Config, plan: NodePla
         config.cache_path,
         plan.num_standbys,
     )
+    name = keeper_names(node_id)[0]
     keeper = create(
         Keeper,
-        detached_options(keeper_name(node_id), node_id),
+        detached_options(name, node_id),
         served.layout,
         served.fingerprint,
         JournalPlace(config.state_path, config.journal),
         config.sessions.model_copy(update={"max_actors": plan.num_session_actors}),
         config.kv,
         plan.budget_nbytes,
+        name,
     )
     return store, keeper
+
+
+def start_keeper(keeper: Any, seconds: float = 10.0) -> None:
+    """Waits for the end of one that an earlier server of the same state directory had, which may just be dying. Raises
+    KeeperMoved, RayError."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            ray.get(keeper.start.remote(), timeout=_START_SECONDS)
+            return
+        except KeeperMoved:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.1)
 
 
 async def start_node(node_id: str, source_node_id: str, served: ServedModel, config: Config) -> list[str]:
@@ -147,7 +164,8 @@ def _start_node(node_id: str, source_node_id: str, served: ServedModel, config: 
     available = machine.available_nbytes + object_store_nbytes(weights_nbytes)
     plan = plan_node(config, replace(machine, available_nbytes=available), weights_nbytes, notes.append)
     store, keeper = node_actors(node_id, served, config, plan)
-    ray.get([store.weights.remote(), keeper.start.remote()], timeout=_START_SECONDS)
+    ray.get(store.weights.remote(), timeout=_START_SECONDS)
+    start_keeper(keeper)
     return notes
 
 

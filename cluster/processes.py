@@ -11,6 +11,7 @@ import contextlib
 import os
 import resource
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 from phi_cluster.cluster.messages import ProcessId
@@ -77,6 +78,38 @@ async def kill_for_sure(process: ProcessId) -> None:
             await _until_exit(fd)
     finally:
         if fd >= 0:
+            os.close(fd)
+
+
+@contextlib.contextmanager
+def end_of(process: ProcessId) -> Iterator[asyncio.Future[None]]:
+    """A future that is done when the process has ended, as the kernel tells: within a millisecond. It is watched until
+    this is left; where the kernel cannot be asked, it is never done."""
+    loop = asyncio.get_running_loop()
+    ended: asyncio.Future[None] = loop.create_future()
+
+    def tell() -> None:
+        if not ended.done():
+            ended.set_result(None)
+
+    fd = -1
+    try:
+        fd = os.pidfd_open(process.pid)
+    except ProcessLookupError:
+        tell()
+    except (AttributeError, OSError):
+        # A kernel or a Python without them.
+        pass
+    else:
+        loop.add_reader(fd, tell)
+        if not is_alive(process):
+            # Another process has its pid by now.
+            tell()
+    try:
+        yield ended
+    finally:
+        if fd >= 0:
+            loop.remove_reader(fd)
             os.close(fd)
 
 

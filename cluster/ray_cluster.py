@@ -1,8 +1,8 @@
 """The Ray that we start for ourselves, here or as one more node of a cluster, or that runs already: its processes, our
 connection to it, and the end.
 
-Owns: starting, joining, draining and stopping (its environment is ray_environment.py's). Knows nothing of Serve and of
-our actors.
+Owns: starting, joining, draining and stopping, without the parts of Ray that nobody needs here (its environment is
+ray_environment.py's). Knows nothing of Serve and of our actors.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 
 import ray
 
+from phi_cluster.cluster import node_agent
 from phi_cluster.cluster.errors import StartError
 
 LOOPBACK = "127.0.0.1"
@@ -26,6 +27,8 @@ _NAMESPACE = "phi-cluster"
 _END_SECONDS = 20.0
 # How long the head may take to be told that a node leaves.
 _DRAIN_SECONDS = 20.0
+# Of the raylet's command: what it runs as the agent of its node.
+_AGENT = "dashboard_agent_command"
 
 
 def start_ray(
@@ -60,6 +63,7 @@ def _init(runtime_dir: Path, **options: Any) -> None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            _replace_agent()
             ray.init(
                 namespace=_NAMESPACE,
                 log_to_driver=False,
@@ -78,7 +82,9 @@ class RayNode:
 
     def __init__(self, runtime_dir: Path, head: str, address: str, num_cpus: int, object_store_nbytes: int):
         """Starts them. `head` is HOST:PORT; `address` this machine's, as the others reach it."""
-        command = [sys.executable, "-P", "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats"]
+        # Ray's command, with our agent in the place of Ray's.
+        script = f"from {__name__} import run_ray_command; run_ray_command()"
+        command = [sys.executable, "-P", "-c", script, "start", "--block", "--disable-usage-stats"]
         options = {
             "--address": head,
             "--node-ip-address": address,
@@ -136,6 +142,34 @@ def drain_node(head: str, node_id: str, seconds: float) -> None:
         raise StartError(f"Ray did not drain the node: nobody answers at {head}") from None
     if done.returncode:
         raise StartError(f"Ray did not drain the node: {' '.join((done.stdout + done.stderr).split())[-300:]}")
+
+
+def run_ray_command() -> None:
+    """The program `ray`, whose raylet gets our agent."""
+    _replace_agent()
+    from ray.scripts.scripts import main
+
+    main()
+
+
+def _replace_agent() -> None:
+    """The raylet that is started next gets an agent that does nothing (node_agent.py). Ray has no setting for it; where
+    these names are no more, its own stays."""
+    services: Any = getattr(ray._private, "services", None)
+    start = getattr(services, "start_ray_process", None)
+    if start is None or getattr(start, "is_ours", False):
+        return
+
+    def start_ray_process(command: list[str], *arguments: Any, **options: Any) -> Any:
+        told = dict(part[2:].split("=", 1) for part in command if part.startswith("--") and "=" in part)
+        if _AGENT in told and "session_dir" in told and "node_id" in told:
+            ours = [sys.executable, "-I", "-S", node_agent.__file__, told["session_dir"], told["node_id"]]
+            agent = f"--{_AGENT}={subprocess.list2cmdline(ours)}"
+            command = [agent if part.startswith(f"--{_AGENT}=") else part for part in command]
+        return start(command, *arguments, **options)
+
+    start_ray_process.is_ours = True  # type: ignore[attr-defined]
+    services.start_ray_process = start_ray_process
 
 
 def _end_log_monitor() -> None:

@@ -22,7 +22,7 @@ from ray import serve
 from ray.exceptions import RayError
 from starlette.middleware import Middleware
 
-from phi_cluster.cluster.actors import CONTROLLER, NAMESPACE, keeper_name, weight_store_name
+from phi_cluster.cluster.actors import CONTROLLER, NAMESPACE, keeper_names, keeper_of, weight_store_name
 from phi_cluster.cluster.admission import AdmittedTurns, UsageOfKeys
 from phi_cluster.cluster.config import Config
 from phi_cluster.cluster.engine_client import EngineClient
@@ -61,6 +61,7 @@ from phi_cluster.cluster.responses.run import Tools
 from phi_cluster.cluster.runtime_dir import current_runtime_dir
 from phi_cluster.cluster.served_model import ServedModel
 from phi_cluster.cluster.session.directory import SessionDirectory
+from phi_cluster.cluster.session.keeper_finder import KeeperFinder
 from phi_cluster.cluster.session.memfd import PAGE_NBYTES
 from phi_cluster.cluster.session.recycler import RecycleReason
 from phi_cluster.cluster.session.reports import private_or_zero
@@ -121,11 +122,13 @@ class Replica:
         self._head_watch = HeadWatch() if starts_head else None
         self._weights = MappedWeights()
         self._recycling: asyncio.Task[None] | None = None
+        finder = KeeperFinder(partial(ray.get_actor, namespace=NAMESPACE), keeper_names(self._node_id))
         self._keys = None if config.keys_path is None else KeyFile(config.keys_path)
         self._peers = PeerTable(self._node_id, lambda: self._turns.num_open, capacity=config.engine.max_num_seqs)
         self._told = asyncio.Event()
         self._sessions = SessionDirectory(
-            self._keeper,
+            finder,
+            config.state_path,
             self._metrics.journals,
             NodeKeepers(self._peers),
             None if self._keys is None else self._keys.limits_of,
@@ -230,6 +233,7 @@ class Replica:
             max_model_len=served.max_model_len,
             vocab_size=served.config.vocab_size,
             max_body_bytes=server.max_body,
+            max_import_bytes=server.max_import,
             max_choices=min(MAX_CHOICES, self._config.engine.max_num_seqs),
             body_seconds=server.body_timeout,
             write_seconds=server.write_timeout,
@@ -413,16 +417,13 @@ class Replica:
         finally:
             self._recycling = None
 
-    def _keeper(self) -> Any:
-        return ray.get_actor(keeper_name(self._node_id), namespace=NAMESPACE)
-
 
 async def _of_this_node(node_id: str) -> tuple[ServedModel, int]:
     """The model as it is on this node, and how many engines may stand by: once the node's actors are up."""
     deadline = time.monotonic() + _START_SECONDS
     while True:
         try:
-            keeper = ray.get_actor(keeper_name(node_id), namespace=NAMESPACE)
+            keeper = keeper_of(node_id)
             store = ray.get_actor(weight_store_name(node_id), namespace=NAMESPACE)
             await keeper.start.remote()
             return await store.served.remote()

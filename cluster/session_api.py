@@ -1,18 +1,23 @@
 """What the HTTP edge asks of sessions: one of them, or all of a tenant's in pages.
 
-Owns: the query for a page, the page, and the protocol of whoever looks after sessions. A leaf: the edge calls it,
-`managed_sessions` implements it, tests fake it. Knows nothing of HTTP, Ray, actors and journals.
+Owns: the query for a page, the page, files that are exported, and the protocol of whoever looks after sessions. A leaf:
+the edge calls it, `managed_sessions` implements it, tests fake it. Knows nothing of HTTP, Ray, actors and journals.
 """
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, TypeAlias, get_args
+from io import RawIOBase
+from typing import Any, BinaryIO, Literal, Protocol, TypeAlias, get_args
 
 SessionSort: TypeAlias = Literal["id", "kv_cache_bytes", "age", "idle", "tokens", "turns"]
 SessionState: TypeAlias = Literal["active", "held", "hibernated", "stored"]
 SESSION_SORTS: tuple[SessionSort, ...] = get_args(SessionSort)
 SESSION_STATES: tuple[SessionState, ...] = get_args(SessionState)
+# Of a download, in memory at once.
+_CHUNK_NBYTES = 2**18
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,35 @@ class SessionPage:
     totals: dict[str, Any]
     has_more: bool
     last: str | None
+
+
+@dataclass(frozen=True)
+class ImportLimits:
+    """Of a file that is imported: ids are below `vocab_size`, the turns in it take no more than `max_turns_nbytes`."""
+
+    vocab_size: int
+    max_turns_nbytes: int
+
+
+@dataclass
+class Download:
+    """A file to be read a piece at a time: `nbytes` from where `file` is. Whoever has it closes it."""
+
+    file: BinaryIO | RawIOBase
+    nbytes: int
+
+    async def chunks(self) -> AsyncIterator[bytes]:
+        """Its bytes, in order. Raises OSError, also if there are too few."""
+        left = self.nbytes
+        while left:
+            chunk = await asyncio.to_thread(self.file.read, min(left, _CHUNK_NBYTES))
+            if not chunk:
+                raise OSError("the file ends too early")
+            left -= len(chunk)
+            yield chunk
+
+    def close(self) -> None:
+        self.file.close()
 
 
 class SessionAdmin(Protocol):
@@ -75,16 +109,16 @@ class SessionAdmin(Protocol):
         said in messages."""
         ...
 
-    async def export(self, tenant: str, session_id: str, cache_up_to: int | None = None) -> bytes:
+    async def export(self, tenant: str, session_id: str, cache_up_to: int | None = None) -> Download:
         """The session's turns as a file; with as much of its KV cache as makes the file no longer than `cache_up_to`
         bytes (None: with none of it)."""
         ...
 
     async def import_session(
-        self, tenant: str, new_session_id: str | None, data: bytes, vocab_size: int
+        self, tenant: str, new_session_id: str | None, data: AsyncIterator[bytes], limits: ImportLimits
     ) -> dict[str, Any]:
         """A session made of such a file (None: under a name that is made for it); returns its description. Raises
-        `SessionExists`, and `InvalidRequest` for a file that is not one."""
+        `SessionExists`, `InvalidRequest` for a file that is not one, and what `data` raises."""
         ...
 
     async def fork(self, tenant: str, session_id: str, new_session_id: str | None, turn: int | None) -> dict[str, Any]:

@@ -51,10 +51,9 @@ def run_sessions(parsed: argparse.Namespace) -> int:
             print(f"deleted {parsed.id}")
         elif parsed.action == "export":
             file = parsed.file or Path(f"{parsed.id}.phisession")
-            data = client.download(f"/v1/sessions/{parsed.id}/export{'?kv=true' if parsed.kv else ''}")
+            pieces = client.download(f"/v1/sessions/{parsed.id}/export{'?kv=true' if parsed.kv else ''}")
             # Conversations are private, and an earlier export is not overwritten by mistake.
-            _write_new(file, data)
-            print(f"exported {parsed.id} to {file} ({len(data)} bytes)")
+            print(f"exported {parsed.id} to {file} ({_write_new(file, pieces)} bytes)")
         elif parsed.action == "show":
             for name, value in client.ask("GET", f"/v1/sessions/{parsed.id}").items():
                 print(f"{name:<16} {value}")
@@ -68,20 +67,27 @@ def run_sessions(parsed: argparse.Namespace) -> int:
 def _import(client: Client, parsed: argparse.Namespace) -> int:
     if parsed.file is None:
         raise StartError("phi-cluster sessions import needs --file")
+    query = f"?id={parsed.to}" if parsed.to else ""
     try:
-        data = parsed.file.read_bytes()
+        with parsed.file.open("rb") as file:
+            imported = client.upload(f"/v1/sessions/import{query}", file, os.fstat(file.fileno()).st_size)
     except OSError as error:
         raise StartError(f"cannot read {parsed.file}: {error.strerror}") from None
-    query = f"?id={parsed.to}" if parsed.to else ""
-    _print_rows([client.upload(f"/v1/sessions/import{query}", data)])
+    _print_rows([imported])
     return 0
 
 
-def _write_new(file: Path, data: bytes) -> None:
-    """Raises StartError, also if there is such a file."""
+def _write_new(file: Path, pieces: Iterator[bytes]) -> int:
+    """Returns how many bytes. What did not come whole is not left. Raises StartError, also if there is such a file, and
+    what the pieces raise."""
     try:
-        with open(os.open(file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as opened:
-            opened.write(data)
+        fd = os.open(file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+        try:
+            with open(fd, "wb") as opened:
+                return sum(opened.write(piece) for piece in pieces)
+        except BaseException:
+            file.unlink(missing_ok=True)
+            raise
     except OSError as error:
         raise StartError(f"cannot write {file}: {error.strerror}") from None
 

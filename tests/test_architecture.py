@@ -53,6 +53,7 @@ MAY_IMPORT_RAY = {
     "cluster.session.actor",
     "cluster.session.actor_pool",
     "cluster.session.keeper",
+    "cluster.session.keeper_actor",
     "cluster.session.directory",
     "cluster.session.hand_over",
     "cluster.session.custody",

@@ -8,6 +8,7 @@ decides who is asking). Knows nothing of the fields in it.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
 from typing import Any
 
 from pydantic_core import from_json
@@ -16,6 +17,9 @@ from starlette.requests import Request
 
 from phi_cluster.cluster.errors import BodyTooLarge, InvalidRequest, RequestTimeout
 from phi_cluster.cluster.http.edge import EdgeSettings
+
+# A long body that comes slower is given up.
+_LEAST_BYTES_A_SECOND = 2**17
 
 
 async def read_object(request: Request, settings: EdgeSettings, *, may_be_empty: bool = False) -> dict[str, Any]:
@@ -39,26 +43,46 @@ async def read_object(request: Request, settings: EdgeSettings, *, may_be_empty:
     return given
 
 
+async def read_import(request: Request, settings: EdgeSettings) -> AsyncIterator[bytes]:
+    """The body of an import as it comes, a piece at a time. It may take `body_seconds`, and longer the more there is of
+    it. Raises `BodyTooLarge` and `RequestTimeout`."""
+    loop, size = asyncio.get_running_loop(), 0
+    begin = loop.time()
+    pieces = _read_up_to(request, settings.max_import_bytes)
+    while True:
+        seconds = settings.body_seconds + size / _LEAST_BYTES_A_SECOND
+        try:
+            piece = await asyncio.wait_for(anext(pieces, None), max(begin + seconds - loop.time(), 0.0))
+        except asyncio.TimeoutError:
+            raise RequestTimeout(f"{size} bytes of the body came within {seconds:g} s: that is too slow") from None
+        if piece is None:
+            return
+        size += len(piece)
+        yield piece
+
+
 async def read_bytes(request: Request, settings: EdgeSettings) -> bytes:
     """The body as it came. Raises `BodyTooLarge` as soon as it is known to be too large, and `RequestTimeout`."""
+
+    async def read() -> bytes:
+        return b"".join([piece async for piece in _read_up_to(request, settings.max_body_bytes)])
+
     try:
-        return await asyncio.wait_for(_read_up_to(request, settings.max_body_bytes), settings.body_seconds)
+        return await asyncio.wait_for(read(), settings.body_seconds)
     except asyncio.TimeoutError:
         raise RequestTimeout(f"The body did not come within {settings.body_seconds:g} s") from None
 
 
-async def _read_up_to(request: Request, max_bytes: int) -> bytes:
+async def _read_up_to(request: Request, max_bytes: int) -> AsyncIterator[bytes]:
     announced = request.headers.get("content-length", "")
     if announced.isdecimal() and (len(announced) > 18 or int(announced) > max_bytes):
         raise _too_large(max_bytes)
-    chunks: list[bytes] = []
     size = 0
-    async for chunk in request.stream():
-        size += len(chunk)
+    async for piece in request.stream():
+        size += len(piece)
         if size > max_bytes:
             raise _too_large(max_bytes)
-        chunks.append(chunk)
-    return b"".join(chunks)
+        yield piece
 
 
 def _too_large(max_bytes: int) -> BodyTooLarge:

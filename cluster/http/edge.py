@@ -32,6 +32,8 @@ class EdgeSettings:
     # Token ids are 0 ... vocab_size - 1.
     vocab_size: int
     max_body_bytes: int = 8 * 2**20
+    # Of a session that is imported with its KV cache, and so of one that is exported.
+    max_import_bytes: int = 2 * 2**30
     # The most replies to one prompt.
     max_choices: int = 16
     # Seconds of silence after which a stream gets a comment line.
@@ -55,6 +57,7 @@ class EdgeSettings:
             "max_model_len",
             "vocab_size",
             "max_body_bytes",
+            "max_import_bytes",
             "max_choices",
             "keep_alive_seconds",
             "body_seconds",

@@ -15,10 +15,11 @@ from starlette.responses import Response
 
 from phi_cluster.cluster.errors import InvalidRequest
 from phi_cluster.cluster.http.auth import tenant_of
-from phi_cluster.cluster.http.body import read_bytes, read_object
+from phi_cluster.cluster.http.body import read_import, read_object
 from phi_cluster.cluster.http.caller import SESSION_ID_PATTERN, SESSION_ID_RULE, check_session_id
 from phi_cluster.cluster.http.edge import Edge
 from phi_cluster.cluster.http.errors import to_json
+from phi_cluster.cluster.http.file_response import FileResponse
 from phi_cluster.cluster.http.openapi import error_docs
 from phi_cluster.cluster.http.paging import flag_of, parameters_of
 from phi_cluster.cluster.http.session_query import (
@@ -27,6 +28,7 @@ from phi_cluster.cluster.http.session_query import (
     owner_of,
     session_query,
 )
+from phi_cluster.cluster.session_api import ImportLimits
 
 SessionId = Annotated[str, Path(description=SESSION_ID_RULE, json_schema_extra={"pattern": SESSION_ID_PATTERN})]
 
@@ -114,14 +116,16 @@ def sessions_router(edge: Edge) -> APIRouter:
             }
         )
 
-    @router.post("/import", response_model=None, openapi_extra=_IMPORT, responses=_docs(SessionStats, 400, 409, 413))
+    @router.post(
+        "/import", response_model=None, openapi_extra=_IMPORT, responses=_docs(SessionStats, 400, 409, 413, 507)
+    )
     async def import_session(request: Request) -> Response:
         """A session of what an export gave, under the id in the query, or one that is made. A KV cache in it is taken
         if this server has written it, or one that shares its `export.key`; else it is computed anew."""
-        new_id = _import_id(request)
-        data = await read_bytes(request, edge.settings)
-        tenant, vocab_size = tenant_of(request), edge.settings.vocab_size
-        return _json(_described(await sessions.import_session(tenant, new_id, data, vocab_size)))
+        new_id, tenant = _import_id(request), tenant_of(request)
+        limits = ImportLimits(edge.settings.vocab_size, edge.settings.max_body_bytes)
+        data = read_import(request, edge.settings)
+        return _json(_described(await sessions.import_session(tenant, new_id, data, limits)))
 
     @router.get(
         "/{session_id}/export",
@@ -131,12 +135,12 @@ def sessions_router(edge: Edge) -> APIRouter:
     )
     async def export_session(request: Request, session_id: SessionId) -> Response:
         """The session's turns as a file that `import` takes; with `kv=true` its KV cache too, as much of it as
-        `server.max_body` would let in again."""
+        `server.max_import` would let in again."""
         check_session_id(session_id, "session_id")
         with_cache = flag_of(parameters_of(request, ("kv",)), "kv")
-        cache_up_to = edge.settings.max_body_bytes if with_cache else None
-        data = await sessions.export(tenant_of(request), session_id, cache_up_to)
-        return Response(data, media_type="application/octet-stream")
+        cache_up_to = edge.settings.max_import_bytes if with_cache else None
+        download = await sessions.export(tenant_of(request), session_id, cache_up_to)
+        return FileResponse(download, edge.settings.write_seconds)
 
     @router.get(
         "/{session_id}", response_model=None, openapi_extra=OF_A_TENANT, responses=_docs(SessionStats, 400, 404)

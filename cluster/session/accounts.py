@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 from phi_cluster.cluster.errors import LimitReached
 from phi_cluster.cluster.messages import AdmitTurn, ProcessId, SessionKey, TenantLimits, TurnUsage
@@ -195,6 +195,14 @@ class Accounts:
         if tenant is not None:
             return [self._account(tenant).totals]
         return [self._accounts[name].totals for name in sorted(self._accounts)]
+
+    def leave(self) -> dict[str, Any]:
+        """For a successor: buckets, turns and totals as they are."""
+        return {"accounts": self._accounts, "changed": self._changed}
+
+    def inherit(self, left: dict[str, Any]) -> None:
+        """What a predecessor left."""
+        self._accounts, self._changed = left["accounts"], left["changed"]
 
     async def save(self) -> None:
         """Stores what has changed since the last time. Raises OSError, and then the next time tries again."""

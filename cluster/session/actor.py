@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import ray
 
+from phi_cluster.cluster.errors import Unavailable
 from phi_cluster.cluster.logs import log_as
 from phi_cluster.cluster.messages import (
     BeginTurn,
@@ -33,6 +35,16 @@ def session_settings(layout: SegmentLayout, fingerprint: str) -> SessionSettings
     return SessionSettings(layout, fingerprint, time.time, is_alive)
 
 
+@dataclass(frozen=True)
+class Held:
+    """A process and the session that it has, with its memory; None: it has none."""
+
+    process: ProcessId
+    key: SessionKey | None = None
+    stats: SessionStats | None = None
+    memory: SegmentRef | None = None
+
+
 class SessionHost:
     """Every method answers `Moved` for a session that is not here. `journal` opens a session's."""
 
@@ -45,19 +57,27 @@ class SessionHost:
     async def process(self) -> ProcessId:
         return self._process
 
-    async def activate(self, key: SessionKey, ref: SegmentRef, recycled: bool, last_used: float) -> SessionStats:
+    async def activate(
+        self, process: ProcessId, key: SessionKey, ref: SegmentRef, recycled: bool, last_used: float
+    ) -> SessionStats:
         """Takes the session over from a process that is handing over; that one must hold on until this returns.
 
-        Raises SegmentGone or SegmentMismatch, and the journal's errors.
+        `process`: who is to take it. Raises Unavailable if that is not this one (it has died, and its actor was
+        restarted here: nobody would know who has the session), SegmentGone or SegmentMismatch, and the journal's
+        errors.
         """
+        if process != self._process:
+            raise Unavailable("the session's actor was restarted; try again", retry_after=1)
         journal = self._journal(key)
         self._session = Session.take_over(ref, journal, self._settings, recycled=recycled, last_used=last_used)
         return self._session.describe()
 
-    async def held(self) -> tuple[SessionKey, SessionStats, SegmentRef | None] | None:
+    async def held(self) -> Held:
         """What is here, for a keeper that was restarted."""
         session = self._session
-        return None if session is None else (session.key, session.describe(), session.memory)
+        if session is None:
+            return Held(self._process)
+        return Held(self._process, session.key, session.describe(), session.memory)
 
     async def begin_turn(self, request: BeginTurn) -> TurnGrant | Moved:
         session = self._find(request.key)

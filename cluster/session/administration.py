@@ -15,7 +15,7 @@ from ray.exceptions import RayActorError
 from phi_cluster.cluster.errors import Overloaded
 from phi_cluster.cluster.events import EventKind
 from phi_cluster.cluster.messages import SessionKey
-from phi_cluster.cluster.session.cache_export import CacheExports, split
+from phi_cluster.cluster.session.cache_export import CacheExports, ImportFile
 from phi_cluster.cluster.session.custody import Custody, Recorded
 from phi_cluster.cluster.session.hibernation import Hibernation
 from phi_cluster.cluster.session.hibernation_store import StorageFull
@@ -25,6 +25,7 @@ from phi_cluster.cluster.session.reports import public_description, stored_descr
 from phi_cluster.cluster.session.roster import Entry
 from phi_cluster.cluster.session.session import SessionStats
 from phi_cluster.cluster.session.session_export import BadExport, pack_session, unpack_session
+from phi_cluster.cluster.session.spool import SpoolRef
 from phi_cluster.cluster.session.transcript import Transcript
 
 
@@ -57,7 +58,7 @@ class Administration:
         wait = self._custody.config.turn_wait
         while True:
             entry = self._custody.known(key)
-            stats = await (entry.session.clear(wait) if entry.session else entry.actor.handle.clear.remote(key, wait))
+            stats = await (entry.session.clear(wait) if entry.session else entry.actor.call("clear", key, wait))
             if isinstance(stats, SessionStats):
                 self._custody.settle(entry, stats)
                 await self._hibernation.forget(key)
@@ -86,7 +87,7 @@ class Administration:
                 else:
                     # An actor that died keeps nobody from deleting what it left.
                     with contextlib.suppress(RayActorError):
-                        await entry.actor.handle.delete.remote(key, wait)
+                        await entry.actor.call("delete", key, wait)
                     await custody.hands.end_actor(entry)
                     custody.journal(key).delete()
                 self._roster.forget(entry, deleted=True)
@@ -106,10 +107,11 @@ class Administration:
         await self._hibernation.hibernate(key, is_asked=True)
         return await self.describe(key)
 
-    async def export(self, key: SessionKey, cache_up_to: int | None = None) -> bytes:
+    async def export(self, key: SessionKey, cache_up_to: int | None = None) -> bytes | SpoolRef:
         """The session's record as a file (session_export.py), as of its last turn; with as much of its cache as makes
-        the file no longer than `cache_up_to` bytes (cache_export.py), where there is one. Raises the journal's errors;
-        with a cache SessionBusy and StorageFull too."""
+        the file no longer than `cache_up_to` bytes (cache_export.py), where there is one: then it is a file that is to
+        be fetched (see `fetched`). Raises the journal's errors; with a cache SessionBusy, Overloaded and StorageFull
+        too."""
         self._custody.check_known(key)
 
         def turns_file(recorded: Recorded) -> bytes:
@@ -127,19 +129,22 @@ class Administration:
             self._custody.check_known(key)
         return turns_file(self._custody.recorded(key))
 
-    async def import_session(self, key: SessionKey, data: bytes, vocab_size: int) -> dict[str, Any]:
+    def fetched(self, token: bytes) -> None:
+        """See `CacheExports.fetched`."""
+        self._caches.fetched(token)
+
+    async def import_session(self, key: SessionKey, given: ImportFile, vocab_size: int) -> dict[str, Any]:
         """Makes a session of such a file, with the cache in it if that is to be believed and there is room. Raises
         SessionExists, BadExport, and the journal's errors."""
         custody = self._custody
-        turns, start = split(data)
         # Long ones take a while.
-        export = await asyncio.to_thread(unpack_session, turns, key, vocab_size)
+        export = await asyncio.to_thread(unpack_session, given.turns, key, vocab_size)
         if export.fingerprint != custody.settings.fingerprint:
             raise BadExport("the session was exported from another model, whose token ids mean nothing to this one")
         # Before any memory is taken.
         custody.check_free(key)
         token_ids = Transcript.replay(export.turns).token_ids
-        async with self._caches.unpacked(data, turns, start, len(export.turns), token_ids) as memory:
+        async with self._caches.unpacked(given, len(export.turns), token_ids) as memory:
             custody.make(key, export.turns, export.fingerprint, memory, EventKind.SESSION_IMPORTED)
         return await self.describe(key)
 

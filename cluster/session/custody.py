@@ -65,16 +65,23 @@ class Custody:
         self.ledger = Ledger(budget_nbytes)
         self.leases = KVLeases(self.ledger, self.make_room, kv.reserve_wait)
         self.roster = Roster(self.open_session, sessions.max_ephemeral)
-        self.hands = HandOvers(self.roster, ActorPool(actors), settings, self.journal, sessions, self.events, metrics)
+        self.hands = HandOvers(
+            self.roster,
+            ActorPool(actors, sessions.warm_actors, settings.is_alive),
+            settings,
+            self.journal,
+            sessions,
+            self.events,
+            metrics,
+        )
 
     async def start(self) -> None:
-        """Finds what is stored and what actors hold; then tends to the sessions."""
+        """Finds what is stored and what actors hold. Then `hands` may be started."""
         for key in await asyncio.to_thread(lambda: list(self.journals.keys())):
             self.roster.add_stored(key)
         for entry in await self.hands.adopt_actors():
             assert entry.last_stats is not None
             self.ledger.settle(entry.key.digest, entry.last_stats.kv_cache_bytes)
-        self.hands.start()
 
     # Looking.
 
@@ -163,7 +170,7 @@ class Custody:
         """Fresh statistics; of an actor that does not answer, the last that are known."""
         if entry.session is None:
             try:
-                stats = await asyncio.wait_for(entry.actor.handle.describe.remote(entry.key), 2.0)
+                stats = await asyncio.wait_for(entry.actor.call("describe", entry.key), 2.0)
             except RayError:
                 await self.actor_died(entry.key)
             except asyncio.TimeoutError:
@@ -181,7 +188,8 @@ class Custody:
     # An actor's death.
 
     async def actor_died(self, key: SessionKey) -> None:
-        """Somebody could not reach the session's actor: if it is dead, the session goes on here, in its memory."""
+        """Somebody could not reach the session's actor, or is about to: if its process is dead, the session goes on
+        here, in its memory."""
         entry = self.roster.find(key)
         if entry is None or entry.actor is None or self.settings.is_alive(entry.actor.process):
             return
@@ -190,7 +198,7 @@ class Custody:
                 return
             if entry.actor is not None and not self.settings.is_alive(entry.actor.process):
                 self.events.add(EventKind.SESSION_ACTOR_DIED, key)
-                began = self.settings.clock()
+                began, actor = self.settings.clock(), entry.actor
                 self.metrics.recoveries.lost("session_actor", "death" if entry.silent_since is None else "hang")
                 try:
                     entry.session, entry.actor = self._inherit(entry), None
@@ -201,6 +209,7 @@ class Custody:
                     self.leases.release(key.digest)
                 entry.hold(None)
                 entry.silent_since = None
+                self.hands.actor_lost(actor)
                 self.metrics.recoveries.recovered("session_actor", max(self.settings.clock() - began, 0.0))
 
     def _inherit(self, entry: Entry) -> Session:
@@ -248,7 +257,7 @@ class Custody:
         if entry.session is not None:
             entry.session.drop_cache()
         else:
-            await entry.actor.handle.drop_cache.remote(key)
+            await entry.actor.call("drop_cache", key)
         self.settle(entry, await self.stats(entry))
         self.events.add(EventKind.MEMORY_GIVEN_WAY, key, reason="turn")
 

@@ -10,22 +10,26 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import io
 import math
 import uuid
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
+from contextlib import AbstractContextManager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
-from phi_cluster.cluster.errors import PhiError, SessionExists, StaleEpoch, Unavailable
+from phi_cluster.cluster.errors import KeeperMoved, PhiError, SessionExists, StaleEpoch, Unavailable
 from phi_cluster.cluster.messages import (
     JOURNAL_BEGIN,
     AdmitTurn,
     BeginTurn,
     CommitTurn,
     Moved,
+    ProcessId,
     SegmentRef,
     SessionKey,
     Stretch,
@@ -33,12 +37,16 @@ from phi_cluster.cluster.messages import (
     TurnGrant,
     TurnUsage,
 )
+from phi_cluster.cluster.processes import end_of
 from phi_cluster.cluster.session.journal import Glance
 from phi_cluster.cluster.session.keeper import HeldBy
+from phi_cluster.cluster.session.keeper_finder import KeeperFinder
 from phi_cluster.cluster.session.merged_pages import merged_page, survey_query
 from phi_cluster.cluster.session.recycler import RecycleReason
 from phi_cluster.cluster.session.session import SessionStats
-from phi_cluster.cluster.session_api import SessionPage, SessionQuery
+from phi_cluster.cluster.session.spool import open_spooled
+from phi_cluster.cluster.session.uploads import Uploads
+from phi_cluster.cluster.session_api import Download, ImportLimits, SessionPage, SessionQuery
 from phi_cluster.cluster.turn_api import Rates
 
 _T = TypeVar("_T")
@@ -54,6 +62,8 @@ _QUICK_HOPS = 3
 _PATIENCE = 30
 # So often a keeper is told what a tenant may use: it may be another one by now.
 _TELL_LIMITS_SECONDS = 30.0
+# For an answer that came just before its sender died.
+_LATE_SECONDS = 0.05
 
 
 class JournalObserver(Protocol):
@@ -88,25 +98,34 @@ class OtherNodes(Protocol):
         """Raises ValueError if there is none (yet, or any more)."""
         ...
 
+    def moved(self, node_id: str) -> None:
+        """The keeper that was found last is not in charge."""
+        ...
+
 
 class SessionDirectory:
-    """For one event loop. `keeper()` finds the keeper's handle (it may be a new one after a restart). `others` None:
-    this node is alone. `limits_of`: what tenants may use, where that is limited."""
+    """For one event loop. `keeper()` finds the keeper's handle (it may be a new one after a restart); `spool_folder`:
+    see uploads.py; `end_of`: see processes.py. `others` None: this node is alone. `limits_of`: what tenants may use,
+    where that is limited."""
 
     def __init__(
         self,
-        keeper: Callable[[], Any],
+        keeper: KeeperFinder,
+        spool_folder: Path,
         journals: JournalObserver | None = None,
         others: OtherNodes | None = None,
         limits_of: Callable[[str], TenantLimits] | None = None,
+        end_of: Callable[[ProcessId], AbstractContextManager[asyncio.Future[None]]] = end_of,
     ):
         self._keeper = keeper
         self._journals = journals
+        self._end_of = end_of
+        self._uploads = Uploads(spool_folder)
         self._others = others
         self._limits_of = limits_of
         # By tenant: what this node's keeper was told, and when (the loop's seconds).
         self._limits_told: dict[str, tuple[TenantLimits, float]] = {}
-        self._holders: OrderedDict[str, Any] = OrderedDict()
+        self._holders: OrderedDict[str, HeldBy] = OrderedDict()
         self._background: set[asyncio.Future[Any]] = set()
         # By session: the memory of its last turn is being settled with the keeper.
         self._settling: dict[str, asyncio.Future[None]] = {}
@@ -252,20 +271,38 @@ class SessionDirectory:
         """What the conversation's text is (see Transcript.text)."""
         return await self._ask_holder("said", SessionKey(tenant, session_id))
 
-    async def export(self, tenant: str, session_id: str, cache_up_to: int | None = None) -> bytes:
-        return await self._ask_holder("export", SessionKey(tenant, session_id), cache_up_to)
+    async def export(self, tenant: str, session_id: str, cache_up_to: int | None = None) -> Download:
+        """Raises Unavailable too."""
+        key = SessionKey(tenant, session_id)
+        # A file with a cache is handed over on one node: what another one has in memory is fetched from there before.
+        if cache_up_to is not None and (
+            (seat := await self._seat_elsewhere(key)) is None or await self.move_here(key, seat)
+        ):
+            answer = await self._ask_keeper("export", key, cache_up_to)
+        else:
+            answer = await self._ask_holder("export", key)
+        if isinstance(answer, bytes):
+            return Download(io.BytesIO(answer), len(answer))
+        try:
+            return Download(open_spooled(answer), answer.nbytes)
+        except OSError:
+            raise Unavailable("the keeper has died with the exported session; try again", retry_after=1) from None
+        finally:
+            self._in_background(self._told_fetched(answer.token))
 
     async def import_session(
-        self, tenant: str, new_session_id: str | None, data: bytes, vocab_size: int
+        self, tenant: str, new_session_id: str | None, data: AsyncIterator[bytes], limits: ImportLimits
     ) -> dict[str, Any]:
+        """Raises Overloaded and StorageFull too."""
         new = SessionKey(tenant, new_session_id or uuid.uuid4().hex)
-        try:
-            return await self._ask_keeper("import_session", new, data, vocab_size)
-        except SessionExists:
-            if new_session_id is not None:
-                raise
-            # Nobody else knows the name: the first answer was lost.
-            return await self.get(tenant, new.session_id)
+        async with self._uploads.received(data) as received:
+            try:
+                return await self._ask_keeper("import_session", new, received, limits)
+            except SessionExists:
+                if new_session_id is not None:
+                    raise
+                # Nobody else knows the name: the first answer was lost.
+                return await self.get(tenant, new.session_id)
 
     async def fork(self, tenant: str, session_id: str, new_session_id: str | None, turn: int | None) -> dict[str, Any]:
         new = SessionKey(tenant, new_session_id or uuid.uuid4().hex)
@@ -288,8 +325,13 @@ class SessionDirectory:
                 await asyncio.sleep(_RETRY_SECONDS)
             actor = self._holders.get(digest)
             try:
-                holder = actor if actor is not None else self._find_keeper()
-                answer = await _unwrapped(getattr(holder, method).remote(*arguments))
+                if actor is not None:
+                    answer = await self._ask_actor(actor, method, *arguments)
+                else:
+                    answer = await _unwrapped(getattr(self._find_keeper(), method).remote(*arguments))
+            except KeeperMoved:
+                await self._on_keeper_moved(attempt)
+                continue
             except RayActorError:
                 # The keeper is being restarted, or the actor died: the keeper knows where the session goes on.
                 self._holders.pop(digest, None)
@@ -299,36 +341,54 @@ class SessionDirectory:
                     await asyncio.sleep(_RETRY_SECONDS)
                 continue
             if isinstance(answer, HeldBy):
-                self._remember(digest, answer.actor)
+                self._remember(digest, answer)
             elif isinstance(answer, Moved):
-                if self._holders.pop(digest, None) is None:
+                if actor is None:
                     # Not even the keeper has it: an unnamed conversation that is gone.
                     return answer
+                if self._holders.get(digest) is actor:
+                    del self._holders[digest]
             else:
                 return answer
         raise Unavailable("the session cannot be reached; try again", retry_after=2)
 
+    async def _ask_actor(self, held: HeldBy, method: str, *arguments: Any) -> Any:
+        """Raises RayActorError as soon as its process has ended: Ray, which restarts the actor, tells it only a second
+        later."""
+        answer = asyncio.ensure_future(_unwrapped(getattr(held.actor, method).remote(*arguments)))
+        # Whoever asked may have gone.
+        answer.add_done_callback(lambda late: late.cancelled() or late.exception())
+        with self._end_of(held.process) as ended:
+            await asyncio.wait({answer, ended}, return_when=asyncio.FIRST_COMPLETED)
+            if not answer.done():
+                # It may have been on the way.
+                await asyncio.wait({answer}, timeout=_LATE_SECONDS)
+        if answer.done():
+            return answer.result()
+        raise RayActorError(error_msg="the session's actor has died")
+
     async def _ask_keeper(self, method: str, *arguments: Any) -> Any:
-        for _ in range(_RETRIES):
+        for attempt in range(_RETRIES):
             try:
                 return await _unwrapped(getattr(self._find_keeper(), method).remote(*arguments))
+            except KeeperMoved:
+                await self._on_keeper_moved(attempt)
             except RayActorError:
                 await asyncio.sleep(_RETRY_SECONDS)
         raise Unavailable("the keeper of this node does not answer; try again", retry_after=2)
 
     async def _ask_holder(self, method: str, key: SessionKey, *arguments: Any) -> Any:
         """The keeper of the node where the session's memory is, if that is another one that lives; else this node's."""
-        if self._others is not None and self._others.ids:
-            seen: Glance | None = await self._ask_keeper("locate", key)
-            seat = None if seen is None else seen.seat
-            if seat is not None and seat in self._others.ids:
-                for _ in range(_PATIENCE):
-                    try:
-                        return await _unwrapped(getattr(self._others.keeper(seat), method).remote(key, *arguments))
-                    except (ValueError, RayActorError):
-                        await asyncio.sleep(_RETRY_SECONDS)
-                    if seat not in self._others.ids:
-                        break
+        seat = await self._seat_elsewhere(key)
+        for _ in range(_PATIENCE if seat is not None else 0):
+            assert seat is not None
+            assert self._others is not None
+            if seat not in self._others.ids:
+                break
+            try:
+                return await self._ask_other(seat, method, key, *arguments)
+            except (ValueError, RayActorError):
+                await asyncio.sleep(_RETRY_SECONDS)
         return await self._ask_keeper(method, key, *arguments)
 
     async def _ask_head(self, method: str, *arguments: Any) -> Any:
@@ -338,7 +398,7 @@ class SessionDirectory:
             return await self._ask_keeper(method, *arguments)
         for _ in range(_RETRIES):
             try:
-                return await _unwrapped(getattr(others.keeper(others.head_id), method).remote(*arguments))
+                return await self._ask_other(others.head_id, method, *arguments)
             except (ValueError, RayActorError):
                 await asyncio.sleep(_RETRY_SECONDS)
         raise Unavailable("the keeper of the accounts does not answer; try again", retry_after=2)
@@ -349,9 +409,25 @@ class SessionDirectory:
         if node_id == self._others.own_id:
             return await self._ask_keeper(method, *arguments)
         try:
-            return await _unwrapped(getattr(self._others.keeper(node_id), method).remote(*arguments))
+            return await self._ask_other(node_id, method, *arguments)
         except (ValueError, RayActorError):
             return None
+
+    async def _ask_other(self, node_id: str, method: str, *arguments: Any) -> Any:
+        """Another node's keeper, once. Raises ValueError and RayActorError if there is none, or none in charge."""
+        assert self._others is not None
+        try:
+            return await _unwrapped(getattr(self._others.keeper(node_id), method).remote(*arguments))
+        except KeeperMoved:
+            self._others.moved(node_id)
+            raise ValueError(f"node {node_id} is changing its keeper") from None
+
+    async def _seat_elsewhere(self, key: SessionKey) -> str | None:
+        """The other node, if one that lives, that began the session's last turn."""
+        if self._others is None or not self._others.ids:
+            return None
+        seen: Glance | None = await self._ask_keeper("locate", key)
+        return seen.seat if seen is not None and seen.seat in self._others.ids else None
 
     async def _tell_limits(self, tenant: str) -> None:
         """This node's keeper, where another one keeps the accounts: memory is its own to limit."""
@@ -362,6 +438,12 @@ class SessionDirectory:
         if limits != told or now - at > _TELL_LIMITS_SECONDS:
             await self._ask_keeper("learn_limits", tenant, limits)
             self._limits_told[tenant] = limits, now
+
+    async def _on_keeper_moved(self, attempt: int) -> None:
+        self._keeper.moved()
+        if attempt:
+            # Neither is in charge yet.
+            await asyncio.sleep(_RETRY_SECONDS)
 
     def _find_keeper(self) -> Any:
         """Raises RayActorError while there is none."""
@@ -377,6 +459,11 @@ class SessionDirectory:
             self._settling[key.digest] = settling
             settling.add_done_callback(lambda _: self._settled(key.digest, settling))
 
+    async def _told_fetched(self, token: bytes) -> None:
+        # Else it waits a minute.
+        with contextlib.suppress(PhiError, RayError):
+            await self._ask_keeper("export_fetched", token)
+
     async def _withdraw(self, request: BeginTurn, begin: asyncio.Future[TurnGrant]) -> None:
         if not begin.done():
             # Whatever comes of it: if the turn begins all the same, it is ended.
@@ -389,7 +476,7 @@ class SessionDirectory:
         with contextlib.suppress(PhiError, RayError):
             await self.abandon(grant.key, grant.epoch)
 
-    def _remember(self, digest: str, actor: Any) -> None:
+    def _remember(self, digest: str, actor: HeldBy) -> None:
         self._holders[digest] = actor
         self._holders.move_to_end(digest)
         if len(self._holders) > _REMEMBERED_HOLDERS:

@@ -11,13 +11,14 @@ import contextlib
 import logging
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
+from typing import Any
 
 from ray.exceptions import RayError, RayTaskError
 
 from phi_cluster.cluster.config import SessionsConfig
 from phi_cluster.cluster.errors import PhiError, SessionBusy
 from phi_cluster.cluster.events import EventKind, EventLog
-from phi_cluster.cluster.messages import Moved, SegmentRef, SessionKey
+from phi_cluster.cluster.messages import Moved, ProcessId, SegmentRef, SessionKey
 from phi_cluster.cluster.session.actor_pool import ANSWER_SECONDS, ActorPool, PooledActor
 from phi_cluster.cluster.session.journal import Journal
 from phi_cluster.cluster.session.recycler import RecycleReason
@@ -75,7 +76,7 @@ class HandOvers:
         self._pool.end_all()
         for entry in self._roster:
             if entry.actor is not None:
-                self._pool.end(entry.actor)
+                self._pool.actors.kill(entry.actor.handle)
 
     def want_actor(self, entry: Entry) -> None:
         """The session is in use here: it gets an actor of its own when its turn has ended."""
@@ -122,6 +123,24 @@ class HandOvers:
         if entry.actor is not None:
             self._pool.end(entry.actor)
 
+    def known_actor(self, handle: Any, process: ProcessId) -> PooledActor:
+        """As a predecessor had it."""
+        return self._pool.pooled(handle, process)
+
+    def add_warm(self, handle: Any, process: ProcessId) -> None:
+        """One that a predecessor had ready."""
+        self._pool.add(self.known_actor(handle, process))
+
+    def leave_warm(self) -> list[tuple[Any, ProcessId]]:
+        """For a successor: those that are ready. Those that are being started end; nothing is tended to any more."""
+        if self._tending is not None:
+            self._tending.cancel()
+        return self._pool.leave()
+
+    def actor_lost(self, actor: PooledActor) -> None:
+        """Its process is dead, and its session goes on without it."""
+        self._pool.end(actor)
+
     async def adopt_actors(self) -> list[Entry]:
         """Finds the actors that an earlier keeper of this node had, and enters their sessions."""
         empty: list[PooledActor] = []
@@ -142,8 +161,7 @@ class HandOvers:
         for entry in holders.values():
             if entry.last_stats is not None and entry.last_stats.state == "handing_over":
                 # The keeper died in between, and nobody follows. (One that dies now is found dead later.)
-                with contextlib.suppress(RayError, asyncio.TimeoutError):
-                    await asyncio.wait_for(entry.actor.handle.cancel_hand_over.remote(entry.key), ANSWER_SECONDS)
+                await self._cancel(entry.key, entry.actor)
         # Entered all at once: if anything above fails, looking again finds the same.
         for pooled in empty:
             self._pool.add(pooled)
@@ -158,17 +176,18 @@ class HandOvers:
         except ValueError:
             return None
         try:
-            pooled = PooledActor(handle, await asyncio.wait_for(handle.process.remote(), ANSWER_SECONDS))
             held = await asyncio.wait_for(handle.held.remote(), ANSWER_SECONDS)
         except (RayError, asyncio.TimeoutError):
             # An error is no proof of its death: it may still hold a session, and hand turns out.
             self._pool.actors.kill(handle)
             return None
-        if held is None or held[1].state == "moved":
+        pooled = self._pool.pooled(handle, held.process)
+        if held.key is None or held.stats is None or held.stats.state == "moved":
             return pooled
-        key, stats, ref = held
-        entry = Entry(key, actor=pooled, private_baseline=private_or_zero(pooled.process.pid), last_stats=stats)
-        self._hold(entry, ref)
+        entry = Entry(
+            held.key, actor=pooled, private_baseline=private_or_zero(pooled.process.pid), last_stats=held.stats
+        )
+        self.hold(entry, held.memory)
         return entry
 
     async def on_silence(self, entry: Entry) -> None:
@@ -183,7 +202,7 @@ class HandOvers:
             self.recycles[RecycleReason.UNRESPONSIVE.value] += 1
             self._events.add(EventKind.SESSION_ACTOR_HUNG, entry.key)
 
-    def _hold(self, entry: Entry, ref: SegmentRef | None) -> None:
+    def hold(self, entry: Entry, ref: SegmentRef | None) -> None:
         """Whatever becomes of the actor: its memory is not lost with it. (One that cannot be had is computed again.)"""
         memory = None
         if ref is not None:
@@ -201,7 +220,7 @@ class HandOvers:
                 ref = await entry.session.begin_hand_over(_WAIT_SECONDS)
             else:
                 # One that hangs would hold the lock for ever.
-                stats = await asyncio.wait_for(predecessor.handle.describe.remote(key), ANSWER_SECONDS)
+                stats = await asyncio.wait_for(predecessor.call("describe", key), ANSWER_SECONDS)
                 ref = await self._begin(key, predecessor)
         except (PhiError, RayError, asyncio.TimeoutError):
             self._pool.add(successor)
@@ -211,7 +230,9 @@ class HandOvers:
             return
         last_used = self._settings.clock() - stats.idle_seconds
         try:
-            entry.last_stats = await successor.handle.activate.remote(key, ref, predecessor is not None, last_used)
+            entry.last_stats = await successor.call(
+                "activate", successor.process, key, ref, predecessor is not None, last_used
+            )
         except RayError as error:
             if isinstance(error, RayTaskError):
                 # It refused (the journal cannot be written, the memory is gone): it holds nothing, and is used again.
@@ -225,7 +246,7 @@ class HandOvers:
             else:
                 await self._cancel(key, predecessor)
             raise
-        self._hold(entry, ref)
+        self.hold(entry, ref)
         held, entry.session, entry.actor, entry.wants_actor = entry.session, None, successor, False
         entry.silent_since = None
         # It may be dead by now. Whatever it is, the predecessor is let go: it must not keep those who wait there.
@@ -247,7 +268,7 @@ class HandOvers:
         actor = entry.actor
         if actor is None:
             return
-        stats = await asyncio.wait_for(actor.handle.describe.remote(entry.key), ANSWER_SECONDS)
+        stats = await asyncio.wait_for(actor.call("describe", entry.key), ANSWER_SECONDS)
         ref = await self._begin(entry.key, actor, wait_seconds)
         if isinstance(ref, Moved) or isinstance(stats, Moved):
             return
@@ -271,7 +292,7 @@ class HandOvers:
     ) -> SegmentRef | Moved:
         """Raises SessionBusy and RayError, and the session is as before."""
         try:
-            return await predecessor.handle.begin_hand_over.remote(key, wait_seconds)
+            return await predecessor.call("begin_hand_over", key, wait_seconds)
         except RayTaskError:
             raise
         except RayError:
@@ -283,7 +304,7 @@ class HandOvers:
         """The predecessor goes on as before, unless it is dead."""
         for _ in range(_CANCELS):
             try:
-                await asyncio.wait_for(predecessor.handle.cancel_hand_over.remote(key), ANSWER_SECONDS)
+                await asyncio.wait_for(predecessor.call("cancel_hand_over", key), ANSWER_SECONDS)
                 return
             except RayTaskError:
                 # No hand-over is under way.
@@ -294,7 +315,7 @@ class HandOvers:
     async def _let_go(self, key: SessionKey, predecessor: PooledActor) -> None:
         """The session is with its successor: the predecessor tells those who wait, and ends."""
         try:
-            await asyncio.wait_for(predecessor.handle.complete_hand_over.remote(key), ANSWER_SECONDS)
+            await asyncio.wait_for(predecessor.call("complete_hand_over", key), ANSWER_SECONDS)
         except (RayError, asyncio.TimeoutError) as error:
             # It is dead, or hangs: its end tells them as well.
             logger.info("a predecessor did not let go by itself: %s", type(error).__name__)
@@ -313,7 +334,7 @@ class HandOvers:
                 logger.exception("sessions could not be tended to")
 
     def _num_actors(self) -> int:
-        return sum(entry.actor is not None for entry in self._roster) + self._pool.num_warm
+        return sum(entry.actor is not None for entry in self._roster) + self._pool.num_waiting
 
     def _waiting(self) -> list[Entry]:
         """Sessions that want an actor and are between two turns, those that were used last first: in a long queue they
@@ -331,7 +352,7 @@ class HandOvers:
     async def _tend_once(self) -> None:
         waiting = self._waiting()
         wanted = min(len(waiting), 1) + self._config.warm_actors
-        if self._pool.num_warm < wanted and self._num_actors() < self._config.max_actors:
+        if self._pool.num_waiting < wanted and self._num_actors() < self._config.max_actors:
             self._pool.add(await self._pool.spawn())
         for entry in waiting[: self._pool.num_warm]:
             async with entry.moving:

@@ -12,6 +12,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable
+from typing import Any
 
 from ray.exceptions import RayError
 
@@ -49,6 +50,14 @@ class Hibernation:
         self._waking: dict[str, asyncio.Task[None]] = {}
         self.policy = HibernationPolicy()
         self.counts: Counter[str] = Counter()
+
+    def leave(self) -> dict[str, Any]:
+        """For a successor: what is asleep, and the speeds that were measured."""
+        return {"asleep": self._asleep, "policy": self.policy}
+
+    def inherit(self, left: dict[str, Any]) -> None:
+        """What a predecessor left, in the place of `start`."""
+        self._asleep, self.policy = left["asleep"], left["policy"]
 
     async def start(self) -> None:
         """Finds what is asleep; what has no journal goes. Once, when the roster knows all journals."""

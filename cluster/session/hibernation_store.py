@@ -96,6 +96,8 @@ class FileHibernationStore:
         self._quota = quota_nbytes
         self._reserve = reserve_nbytes
         self._cipher = PieceCipher(key)
+        # What there is, looked up once: nobody else writes here, and there may be thousands.
+        self._files: dict[str, Hibernated] | None = None
 
     def scan(self) -> dict[str, Hibernated]:
         for path in self._folder.glob("??/*.kv.tmp"):
@@ -117,6 +119,7 @@ class FileHibernationStore:
                     found[header.digest] = Hibernated(status.st_size, status.st_mtime)
                 else:
                     path.unlink()
+        self._files = dict(found)
         return found
 
     def write(
@@ -128,7 +131,7 @@ class FileHibernationStore:
         on_drop: Callable[[str], None] = lambda digest: None,
     ) -> Hibernated:
         path = self._path(digest)
-        path.unlink(missing_ok=True)
+        self.delete(digest)
         # There is a journal, so there is its folder; but not if it was deleted by hand.
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._make_room(file_nbytes(segment, num_tokens), on_drop)
@@ -146,8 +149,10 @@ class FileHibernationStore:
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
+        kept = Hibernated(nbytes, time.time())
+        self._known()[digest] = kept
         _sync_dir(path.parent)
-        return Hibernated(nbytes, time.time())
+        return kept
 
     def take(self, digest: str, segment: Segment, mark: Mark) -> None:
         path = self._path(digest)
@@ -160,7 +165,7 @@ class FileHibernationStore:
             finally:
                 os.close(fd)
         finally:
-            path.unlink(missing_ok=True)
+            self.delete(digest)
 
     def open(self, digest: str, layout: SegmentLayout, fingerprint: str, mark: Mark) -> HibernatedPayload:
         fd = os.open(self._path(digest), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
@@ -172,28 +177,37 @@ class FileHibernationStore:
 
     def delete(self, digest: str) -> None:
         self._path(digest).unlink(missing_ok=True)
+        self._known().pop(digest, None)
 
     def _make_room(self, nbytes: int, on_drop: Callable[[str], None]) -> None:
         """Deletes the oldest files until so many bytes fit. Raises StorageFull, with none deleted for nothing."""
-        files = []
-        for path in self._folder.glob("??/*.kv"):
-            with contextlib.suppress(FileNotFoundError):
-                status = path.stat()
-                files.append((status.st_mtime, status.st_size, path))
+        files = dict(self._known())
         disk = os.statvfs(self._folder)
-        used = sum(size for _, size, _ in files)
+        used = sum(kept.nbytes for kept in files.values())
         missing = max(used + nbytes - self._quota, nbytes + self._reserve - disk.f_bavail * disk.f_frsize)
         if missing > used:
             raise StorageFull(
                 f"no room on the disk for {nbytes} bytes of KV cache: free some, or raise kv.hibernate_quota"
             )
-        for _, size, path in sorted(files):
+        if missing <= 0:
+            return
+        for digest, kept in sorted(files.items(), key=lambda one: one[1].at):
             if missing <= 0:
                 return
-            logger.info("the oldest hibernated cache is dropped for want of room: %d bytes", size)
-            path.unlink(missing_ok=True)
-            on_drop(path.stem)
-            missing -= size
+            logger.info("the oldest hibernated cache is dropped for want of room: %d bytes", kept.nbytes)
+            self.delete(digest)
+            on_drop(digest)
+            missing -= kept.nbytes
+
+    def _known(self) -> dict[str, Hibernated]:
+        if self._files is None:
+            found = {}
+            for path in self._folder.glob("??/*.kv"):
+                with contextlib.suppress(FileNotFoundError):
+                    status = path.stat()
+                    found[path.stem] = Hibernated(status.st_size, status.st_mtime)
+            self._files = found
+        return self._files
 
     def _path(self, digest: str) -> Path:
         return self._folder / digest[:2] / f"{digest}.kv"

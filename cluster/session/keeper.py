@@ -12,20 +12,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
 
-import ray
+from ray.exceptions import RayError, RayTaskError
 
-from phi_cluster.cluster.actors import NAMESPACE, keeper_name
 from phi_cluster.cluster.config import KVConfig, SessionsConfig
-from phi_cluster.cluster.errors import Overloaded, PhiError
+from phi_cluster.cluster.errors import KeeperMoved, Overloaded
 from phi_cluster.cluster.events import EventKind
-from phi_cluster.cluster.logs import log_as
 from phi_cluster.cluster.messages import (
     OPENED,
     WOKEN,
@@ -41,12 +41,11 @@ from phi_cluster.cluster.messages import (
     TurnGrant,
     TurnUsage,
 )
-from phi_cluster.cluster.processes import private_bytes, process_id
+from phi_cluster.cluster.processes import kill_for_sure, private_bytes, process_id
 from phi_cluster.cluster.session.accounts import Accounts, ForgetfulStore, UsageStore
-from phi_cluster.cluster.session.actor import session_settings
 from phi_cluster.cluster.session.actor_pool import RayActors
 from phi_cluster.cluster.session.administration import Administration
-from phi_cluster.cluster.session.cache_export import SECRET_NBYTES, CacheExports, ExportSecret, split
+from phi_cluster.cluster.session.cache_export import SECRET_NBYTES, CacheExports, opened
 from phi_cluster.cluster.session.catalog import Catalog, Known
 from phi_cluster.cluster.session.conversation import name_digest
 from phi_cluster.cluster.session.custody import Custody
@@ -55,9 +54,8 @@ from phi_cluster.cluster.session.evacuation import Evacuation, Evacuations
 from phi_cluster.cluster.session.forks import Forks
 from phi_cluster.cluster.session.glances import Glances
 from phi_cluster.cluster.session.hibernation import Hibernation
-from phi_cluster.cluster.session.hibernation_store import FileHibernationStore, HibernationStore, read_key
+from phi_cluster.cluster.session.hibernation_store import HibernationStore
 from phi_cluster.cluster.session.journal import Glance, Journals, JournalUnavailable
-from phi_cluster.cluster.session.journals import JournalPlace, open_journals
 from phi_cluster.cluster.session.moving import MoveResult, Moves
 from phi_cluster.cluster.session.moving_memory import Piece
 from phi_cluster.cluster.session.node_processes import NodeProcesses
@@ -71,20 +69,26 @@ from phi_cluster.cluster.session.reports import (
 )
 from phi_cluster.cluster.session.retention import Retention
 from phi_cluster.cluster.session.roster import Entry
-from phi_cluster.cluster.session.segment_layout import SegmentLayout
 from phi_cluster.cluster.session.session import SessionSettings, SessionStats
+from phi_cluster.cluster.session.spool import SpoolRef
+from phi_cluster.cluster.session.succession import Charge, Door, Estate, SoleCharge, bequeath, inherit
 from phi_cluster.cluster.session.tenant_memory import TenantMemory
-from phi_cluster.cluster.session.usage_file import UsageFile
-from phi_cluster.cluster.session_api import SessionPage, SessionQuery
+from phi_cluster.cluster.session_api import ImportLimits, SessionPage, SessionQuery
 from phi_cluster.cluster.turn_api import Rates
 from phi_cluster.monitoring.session_metrics import SessionMetrics
 
 logger = logging.getLogger(__name__)
 
+_T = TypeVar("_T")
+
 # A session that the keeper holds closes its journal's file after so long without a turn.
 _REST_SECONDS = 30.0
 # Between two looks at how much disk the journals take.
 _JOURNALS_SECONDS = 20.0
+# For calls that are inside when the keeper is renewed; they are short, but for those that wait.
+_DRAIN_SECONDS = 0.5
+# A successor that is up takes over in a fraction of a second.
+_SUCCEED_SECONDS = 20.0
 # Why the keeper takes sessions back from their actors.
 _DEACTIVATION_REASONS = (
     RecycleReason.IDLE.value,
@@ -95,9 +99,34 @@ _DEACTIVATION_REASONS = (
 
 @dataclass(frozen=True)
 class HeldBy:
-    """The session is with this actor: call it directly from now on."""
+    """The session is with this actor, in this process: call it directly from now on."""
 
     actor: Any
+    process: ProcessId
+
+
+class Successor(Protocol):
+    """A keeper that is up and not in charge."""
+
+    async def succeed(self, estate: Estate) -> int:
+        """See `NodeSessions.succeed`."""
+        ...
+
+    def give_up(self) -> None:
+        """It is not wanted after all: it ends."""
+        ...
+
+
+def _call(method: Callable[..., Awaitable[_T]]) -> Callable[..., Awaitable[_T]]:
+    """One that others make: through the door, once there is all to answer it with."""
+
+    @functools.wraps(method)
+    async def called(self: NodeSessions, *arguments: Any) -> _T:
+        async with self._door.inside():
+            await self.start()
+            return await method(self, *arguments)
+
+    return called
 
 
 class NodeSessions:
@@ -113,13 +142,19 @@ class NodeSessions:
         kv: KVConfig,
         budget_nbytes: int,
         store: HibernationStore | None,
+        spool_folder: Path,
         usage: UsageStore | None = None,
         export_secret: Callable[[], bytes] | None = None,
+        charge: Charge | None = None,
+        make_successor: Callable[[], Awaitable[Successor]] | None = None,
+        on_charge: Callable[[], None] = lambda: None,
         peers: Callable[[str], Any] | None = None,
     ):
-        """`store` None: no session hibernates; `usage` None: the tenants' totals end with this object; `export_secret`:
-        see cache_export.py (None: one that nobody else will ever know); `peers`: see moving.py (None: there is no other
-        node). Raises OSError if totals cannot be read."""
+        """`store` None: no session hibernates; `spool_folder`: see cache_export.py; `usage` None: the tenants' totals
+        end with this object; `export_secret`: see cache_export.py (None: one that nobody else will ever know).
+        `charge`, `make_successor`: see succession.py (None: there is no other keeper, and will be none); `on_charge` is
+        called when this one begins to serve. `peers`: see moving.py (None: there is no other node). Raises OSError if
+        totals cannot be read."""
         self._layout = settings.layout
         self._clock = settings.clock
         self._node_id = node_id
@@ -132,7 +167,7 @@ class NodeSessions:
         self._moves = Moves(self._custody, self._hibernation, peers or _no_peers)
         self._evacuations = Evacuations(self._custody, self._hibernation, peers or _no_peers, node_id)
         secret = os.urandom(SECRET_NBYTES)
-        caches = CacheExports(self._custody, export_secret or (lambda: secret))
+        caches = CacheExports(self._custody, export_secret or (lambda: secret), spool_folder)
         self._administration = Administration(self._custody, self._hibernation, caches, node_id)
         glances = Glances(self._custody)
         self._elsewhere = Elsewhere(self._custody, self._administration)
@@ -140,7 +175,7 @@ class NodeSessions:
         self._forks = Forks(self._custody)
         self._retention = Retention(self._custody, self._administration, self._hibernation, glances, sessions.retention)
         self._accounts = Accounts(usage or ForgetfulStore(), settings.clock, settings.is_alive, node_id)
-        self._processes = NodeProcesses(self._accounts, _keeper_of)
+        self._processes = NodeProcesses(self._accounts, peers or _no_peers)
         self._memory = TenantMemory(
             self._custody, lambda tenant: self._accounts.limits_of(tenant).kv_bytes, kv.reserve_wait
         )
@@ -148,6 +183,13 @@ class NodeSessions:
         self._journal_nbytes = 0
         self._journals_seen_at = -math.inf
         self._starting: asyncio.Task[None] | None = None
+        self._charge = charge or SoleCharge()
+        self._make_successor = make_successor
+        # One that is up, until there is a moment for it.
+        self._successor: Successor | None = None
+        self._on_charge = on_charge
+        self._door = Door()
+        self._renewing = asyncio.Lock()
 
     async def start(self) -> int:
         """Finds what is stored and what actors hold; then tends to the sessions. Idempotent; returns the pid."""
@@ -156,15 +198,24 @@ class NodeSessions:
         await asyncio.shield(self._starting)
         return os.getpid()
 
-    async def _start(self) -> None:
-        await self._custody.start()
-        await self._hibernation.start()
+    async def _start(self, estate: Estate | None = None) -> None:
+        if not self._charge.take():
+            raise KeeperMoved("the sessions of this node have another keeper; try again", retry_after=1)
+        if estate is None:
+            await self._custody.start()
+            await self._hibernation.start()
+        else:
+            inherit(self._custody, estate)
+            self._accounts.inherit(estate.rest["accounts"])
+            self._hibernation.inherit(estate.rest["hibernation"])
+        self._custody.hands.start()
         self._custody.events.add(EventKind.KEEPER_STARTED)
+        self._on_charge()
 
     # A turn.
 
+    @_call
     async def begin_turn(self, request: BeginTurn) -> TurnGrant | HeldBy:
-        await self.start()
         if request.key.ephemeral and not request.key.session_id:
             # It may be here already: then its answer was lost, and nobody would ever end that turn.
             for begun in self._roster:
@@ -178,8 +229,10 @@ class NodeSessions:
             else:
                 entry, took = await self._open(request.key)
                 came += took
+                # Ray has restarted an actor that died: only here is it known that the next process has no session.
+                await self._custody.actor_died(request.key)
             if entry.session is None:
-                return HeldBy(entry.actor.handle)
+                return HeldBy(entry.actor.handle, entry.actor.process)
             self._custody.hands.want_actor(entry)
             grant = await entry.session.begin_turn(request)
             if isinstance(grant, TurnGrant):
@@ -199,8 +252,9 @@ class NodeSessions:
         entry = self._roster.open(key)
         return entry, (Stretch(name, began, max(self._clock() - began, 0.0)),)
 
+    @_call
     async def commit(self, commit: CommitTurn) -> SessionStats | HeldBy | Moved:
-        await self.start()
+        await self._custody.actor_died(commit.key)
         entry = self._roster.find(commit.key)
         if entry is None and commit.key.ephemeral:
             # Nothing to add to: an unnamed conversation died with the keeper that held it.
@@ -210,7 +264,7 @@ class NodeSessions:
             return Moved(commit.key)
         entry = entry or self._roster.open(commit.key)
         if entry.session is None:
-            return HeldBy(entry.actor.handle)
+            return HeldBy(entry.actor.handle, entry.actor.process)
         stats = entry.session.commit(commit)
         if isinstance(stats, SessionStats):
             seconds = asyncio.get_running_loop().time() - entry.turn_began
@@ -220,13 +274,14 @@ class NodeSessions:
             self._custody.drop_surplus()
         return stats
 
+    @_call
     async def abandon(self, key: SessionKey, epoch: int) -> SessionStats | HeldBy | Moved:
-        await self.start()
+        await self._custody.actor_died(key)
         entry = self._roster.find(key)
         if entry is None:
             return Moved(key)
         if entry.session is None:
-            return HeldBy(entry.actor.handle)
+            return HeldBy(entry.actor.handle, entry.actor.process)
         entry.session.abandon(epoch)
         stats = entry.session.describe()
         self._custody.settle(entry, stats)
@@ -236,79 +291,85 @@ class NodeSessions:
         self._custody.drop_surplus()
         return stats
 
+    @_call
     async def lay_prompt(
         self, key: SessionKey, epoch: int, source: SegmentRef, num_tokens: int
     ) -> int | HeldBy | Moved:
         """See `Session.lay_prompt`."""
+        await self._custody.actor_died(key)
         entry = self._roster.find(key)
         if entry is None:
             return Moved(key)
         if entry.session is None:
-            return HeldBy(entry.actor.handle)
+            return HeldBy(entry.actor.handle, entry.actor.process)
         return await entry.session.lay_prompt(epoch, source, num_tokens)
 
+    @_call
     async def withdraw(self, key: SessionKey, claim: str) -> bool | HeldBy | Moved:
-        await self.start()
+        await self._custody.actor_died(key)
         entry = self._roster.find(key)
         if entry is None:
             return Moved(key)
-        return entry.session.withdraw(claim) if entry.session else HeldBy(entry.actor.handle)
+        return entry.session.withdraw(claim) if entry.session else HeldBy(entry.actor.handle, entry.actor.process)
 
+    @_call
     async def reserve(self, key: SessionKey, num_tokens: int, num_shared_tokens: int = 0) -> None:
         """Leases memory for the session to hold `num_tokens`, of which the first have their keys and values in another
         one's. Raises Overloaded and LimitReached."""
-        await self.start()
         nbytes = self._layout.nbytes_used(num_tokens) - self._layout.nbytes_shared(num_shared_tokens)
         await self._memory.reserve(key, nbytes)
         if self._roster.find(key) is None:
             # Its client left while it waited, and the session went: nobody would ever give this back.
             self._custody.leases.release(key.digest)
 
+    @_call
     async def settle_early(self, key: SessionKey) -> None:
         """The session's turn goes on without more memory than it has."""
-        await self.start()
         entry = self._roster.find(key)
         if entry is not None:
             self._custody.leases.settle(key.digest, (await self._custody.stats(entry)).kv_cache_bytes)
 
+    @_call
     async def settle(self, key: SessionKey, nbytes: int) -> None:
         """A turn with the session's actor is over."""
-        await self.start()
         if self._roster.find(key) is not None:
             self._custody.leases.settle(key.digest, nbytes)
 
+    @_call
     async def drop_cache(self, key: SessionKey) -> None:
         """The session's turn gave way to others: so does its memory, unless another turn of it has begun."""
-        await self.start()
         await self._custody.drop_cache(key)
 
+    @_call
     async def actor_died(self, key: SessionKey) -> None:
         """A replica could not reach the session's actor: if it is dead, the session goes on here, in its memory."""
-        await self.start()
         await self._custody.actor_died(key)
 
     # What tenants may use.
 
+    @_call
     async def admit(self, ask: AdmitTurn) -> Rates:
         """Before each turn of a tenant with a key. Raises LimitReached."""
-        await self.start()
         return self._accounts.admit(ask, self._roster.named(ask.key.tenant))
 
+    @_call
     async def charge(self, usage: TurnUsage) -> None:
         """After it, however it ended."""
         self._accounts.charge(usage)
 
+    @_call
     async def learn_limits(self, tenant: str, limits: TenantLimits) -> None:
         """Another node's keeper keeps the accounts of all."""
         self._accounts.learn(tenant, limits)
 
+    @_call
     async def are_alive(self, processes: list[ProcessId]) -> list[bool]:
         """Processes of this node."""
         return [self._custody.settings.is_alive(process) for process in processes]
 
+    @_call
     async def usage(self, tenant: str | None) -> list[dict[str, Any]]:
         """Under the names of the HTTP API; None: of all tenants that have used anything."""
-        await self.start()
         return [
             public_usage(
                 totals,
@@ -321,116 +382,124 @@ class NodeSessions:
 
     # Between nodes.
 
+    @_call
     async def move_here(self, key: SessionKey, source_node_id: str, always: bool = False) -> bool:
         """See `Moves.move_here`."""
-        await self.start()
         return await self._moves.move_here(key, source_node_id, always=always)
 
+    @_call
     async def evacuate(self, targets: Sequence[str], seconds: float = 60.0) -> Evacuation:
         """See `Evacuations.evacuate`."""
-        await self.start()
         return await self._evacuations.evacuate(targets, seconds)
 
+    @_call
     async def offer(self, key: SessionKey) -> Offer | None:
         """See `Offers.offer`; then `piece`, and `let_go` at the end."""
-        await self.start()
         return await self._offers.offer(key)
 
+    @_call
     async def piece(self, move_id: str, number: int) -> Piece | None:
         return await self._offers.piece(move_id, number)
 
+    @_call
     async def let_go(self, move_id: str, taken: bool) -> bool:
         return await self._offers.let_go(move_id, taken=taken)
 
+    @_call
     async def room(self) -> int:
         """Bytes of KV memory that are not leased."""
-        await self.start()
         return self._custody.ledger.available
 
     # Where sessions are, where there are several nodes.
 
+    @_call
     async def locate(self, key: SessionKey) -> Glance | None:
         """What the journal tells at a glance, its seat too; without one, nothing of the session is kept here either.
         Raises the journal's errors."""
-        await self.start()
         seen = await asyncio.to_thread(self._custody.journals.glance, key)
         if seen is None and self._custody.journals.shared and self._roster.is_known(key):
             await self._elsewhere.check(key)
         return seen
 
+    @_call
     async def survey(self, query: SessionQuery, only_held: bool) -> list[Known]:
         """See `Catalog.survey`."""
-        await self.start()
         return await self._catalog.survey(query, only_held=only_held)
 
+    @_call
     async def described(self, keys: list[SessionKey]) -> list[dict[str, Any] | None]:
         """See `Catalog.described`."""
-        await self.start()
         return await self._catalog.described(keys)
 
     # Administration.
 
+    @_call
     async def describe(self, key: SessionKey) -> dict[str, Any]:
         """One session under the names of the HTTP API. Raises NotFound."""
-        await self.start()
         return await self._administration.describe(key)
 
+    @_call
     async def browse(self, query: SessionQuery) -> SessionPage:
         """A page of the named sessions. Raises InvalidRequest if its place is gone."""
-        await self.start()
         return await self._catalog.browse(query)
 
+    @_call
     async def clear(self, key: SessionKey) -> dict[str, Any]:
         """Raises NotFound and SessionBusy."""
-        await self.start()
         return await self._administration.clear(key)
 
+    @_call
     async def delete(self, key: SessionKey) -> None:
         """Raises NotFound and SessionBusy."""
-        await self.start()
         await self._administration.delete(key)
 
+    @_call
     async def recycle(self, key: SessionKey, reason: RecycleReason) -> dict[str, Any]:
         """Renews the session's actor (or gives it back, by reason). Raises NotFound and SessionBusy."""
-        await self.start()
         return await self._administration.recycle(key, reason)
 
+    @_call
     async def hibernate(self, key: SessionKey) -> dict[str, Any]:
         """By a user's wish. Raises NotFound, SessionBusy and StorageFull."""
-        await self.start()
         return await self._administration.hibernate(key)
 
+    @_call
     async def put_to_sleep(self, key: SessionKey) -> None:
         """By policy: nobody has used the session for long. Raises as `hibernate`."""
-        await self.start()
         await self._hibernation.hibernate(key, is_asked=False)
 
+    @_call
     async def delete_unused(self) -> int:
         """Deletes sessions that nobody has used for longer than they are kept; returns how many."""
-        await self.start()
         return await self._retention.sweep()
 
-    async def export(self, key: SessionKey, cache_up_to: int | None = None) -> bytes:
+    @_call
+    async def export(self, key: SessionKey, cache_up_to: int | None = None) -> bytes | SpoolRef:
         """The session as a file; see `Administration.export`. Raises NotFound."""
-        await self.start()
         return await self._administration.export(key, cache_up_to)
 
+    @_call
+    async def export_fetched(self, token: bytes) -> None:
+        """The file of an export is open where it was asked for."""
+        self._administration.fetched(token)
+
+    @_call
     async def said(self, key: SessionKey) -> str:
         """The conversation's text. Raises NotFound and the journal's errors."""
-        await self.start()
         return self._administration.said(key)
 
-    async def import_session(self, key: SessionKey, data: bytes, vocab_size: int) -> dict[str, Any]:
+    @_call
+    async def import_session(self, key: SessionKey, data: bytes | SpoolRef, limits: ImportLimits) -> dict[str, Any]:
         """Makes a session of such a file. Raises SessionExists, BadExport and LimitReached."""
-        await self.start()
         self._accounts.check_new_session(key, self._roster.named(key.tenant))
-        if split(data)[1] is not None:
-            await self._memory.come_within(key.tenant, len(data))
-        return await self._administration.import_session(key, data, vocab_size)
+        with opened(data, limits.max_turns_nbytes) as given:
+            if given.has_cache:
+                await self._memory.come_within(key.tenant, given.nbytes)
+            return await self._administration.import_session(key, given, limits.vocab_size)
 
+    @_call
     async def fork(self, key: SessionKey, new: SessionKey, turn: int | None) -> dict[str, Any]:
         """See `Forks.fork`; returns the new session's description. Raises LimitReached too."""
-        await self.start()
         self._accounts.check_new_session(new, self._roster.named(new.tenant))
         with contextlib.suppress(Overloaded):
             # Its cache is worth copying.
@@ -439,9 +508,9 @@ class NodeSessions:
         await self._forks.fork(key, new, turn)
         return await self._administration.describe(new)
 
+    @_call
     async def report(self, events_after: int = 0) -> KeeperReport:
         """With what happened behind the event numbered so in this keeper's log."""
-        await self.start()
         entries = list(self._roster)
         leased = [self._custody.ledger.lease(entry.key.digest) for entry in entries]
         stats = await asyncio.gather(*(self._custody.stats(entry) for entry in entries))
@@ -479,26 +548,72 @@ class NodeSessions:
             counts={"forks": self._forks.made, "deletions": self._retention.deleted, **self._hibernation.counts},
         )
 
-    async def prepare_end(self) -> bool:
-        """This keeper is to be renewed: whether it may end now, because no turn is with it and nobody waits for memory.
-        Named sessions that it holds have left memory for the disk then; unnamed ones will be computed again."""
+    async def renew(self) -> bool:
+        """Has a successor take over, make before break: calls that come meanwhile wait for a moment, and then are sent
+        to it. False if that cannot be just now. A successor that fails leaves this keeper in charge; of one that does
+        not answer nobody knows how far it came, and this process ends."""
         await self.start()
-        if self._is_busy():
+        if self._make_successor is None or self._renewing.locked() or self._door.is_left:
             return False
-        for entry in self._roster:
-            if entry.session is not None and not entry.key.ephemeral:
-                with contextlib.suppress(PhiError, OSError):
-                    await self._hibernation.hibernate(entry.key, is_asked=False)
-        await self._save_usage()
-        return not self._is_busy()
+        if self._moves.num_coming or self._offers.num_open:
+            # What is on its way is bound to this process.
+            return False
+        async with self._renewing:
+            # It starts while all goes on here, and waits if it must.
+            successor = self._successor = self._successor or await self._make_successor()
+            if await self._door.shut(_DRAIN_SECONDS):
+                estate = self._bequeath()
+                if estate is not None:
+                    self._successor = None
+                    return await self._hand_on(successor, estate)
+                self._door.open()
+            return False
 
-    def _is_busy(self) -> bool:
-        in_turn = any(entry.session is not None and entry.session.in_turn for entry in self._roster)
-        return in_turn or self._custody.leases.num_waiting > 0 or self._moves.num_coming > 0
+    def _bequeath(self) -> Estate | None:
+        estate = bequeath(self._custody)
+        if estate is not None:
+            estate.rest.update(accounts=self._accounts.leave(), hibernation=self._hibernation.leave())
+        return estate
+
+    async def _hand_on(self, successor: Successor, estate: Estate) -> bool:
+        self._charge.give()
+        try:
+            await asyncio.wait_for(successor.succeed(estate), _SUCCEED_SECONDS)
+        except RayTaskError as error:
+            logger.warning("the keeper was not renewed: %s", error.cause)
+            successor.give_up()
+            if not self._charge.take():
+                await self._end()
+            for handle, process in estate.warm:
+                self._custody.hands.add_warm(handle, process)
+            self._custody.hands.start()
+            self._door.open()
+            return False
+        except (RayError, asyncio.TimeoutError) as error:
+            logger.error("a successor did not answer: %s", type(error).__name__)
+            await self._end()
+        # What it holds stays open until the successor ends this process, for those who are about to open it.
+        self._door.leave()
+        return True
+
+    async def succeed(self, estate: Estate) -> int:
+        """Takes over from a keeper that has nobody inside. Raises KeeperMoved, with nothing taken; returns the pid."""
+        is_started = self._starting is not None and (not self._starting.done() or self._starting.exception() is None)
+        if is_started or not self._charge.take():
+            raise KeeperMoved("somebody else is in charge, or this keeper is already")
+        self._starting = asyncio.create_task(self._start(estate))
+        try:
+            await asyncio.shield(self._starting)
+        except BaseException:
+            self._charge.give()
+            raise
+        return os.getpid()
 
     async def close(self) -> int:
         """Ends all actors; conversations stay in their journals. Returns how many named sessions there are."""
         await self.start()
+        if self._door.is_left:
+            raise KeeperMoved("this keeper has a successor")
         await self._save_usage()
         self._custody.hands.close()
         return sum(1 for _ in self._roster.stored_keys())
@@ -521,6 +636,10 @@ class NodeSessions:
         except JournalUnavailable as error:
             logger.warning("the journals were not looked at: %s", error.message)
 
+    async def _end(self) -> None:
+        """Ray starts another keeper in the place of this one, if it is needed."""
+        await kill_for_sure(self._process)
+
     async def _save_usage(self) -> None:
         try:
             await self._accounts.save()
@@ -535,39 +654,3 @@ class NodeSessions:
 
 def _no_peers(node_id: str) -> Any:
     raise ValueError(f"no other nodes are known, nor {node_id}")
-
-
-def _keeper_of(node_id: str) -> Any:
-    return ray.get_actor(keeper_name(node_id), namespace=NAMESPACE)
-
-
-# Whoever waits here, for a turn or for memory, must not take the place of the commit that it waits for: Ray's default
-# is 1000.
-@ray.remote(num_cpus=0, max_concurrency=15_000)  # type: ignore[call-overload]
-class Keeper(NodeSessions):
-    """A node's sessions in a process of their own, with Ray's actors and journals on the disk."""
-
-    def __init__(
-        self,
-        layout: SegmentLayout,
-        fingerprint: str,
-        place: JournalPlace,
-        sessions: SessionsConfig,
-        kv: KVConfig,
-        budget_nbytes: int,
-    ):
-        log_as("keeper")
-        settings = session_settings(layout, fingerprint)
-        node_id = ray.get_runtime_context().get_node_id()
-        actors = RayActors(layout, fingerprint, place, node_id)
-        journals = open_journals(place, fingerprint, settings.clock, node_id)
-        state_path = place.state_path
-        usage = UsageFile(state_path / "usage.sqlite")
-        store = None
-        if kv.hibernate_quota:
-            key = read_key(kv.hibernate_key_file) if kv.hibernate_key_file else None
-            store = FileHibernationStore(state_path, kv.hibernate_quota, key)
-        secret = ExportSecret(state_path / "export.key")
-        super().__init__(
-            settings, journals, actors, node_id, sessions, kv, budget_nbytes, store, usage, secret, _keeper_of
-        )

@@ -10,7 +10,7 @@ none of them would ever end: the one that came last gives way.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 
 from phi_cluster.cluster.errors import GaveWay, Overloaded
@@ -88,6 +88,16 @@ class KVLeases:
         self._ledger.settle(digest, nbytes)
         self._active.discard(digest)
         self._advance()
+
+    def leave(self) -> tuple[dict[str, int], set[str]]:
+        """For a successor: all leases, and whose turn is under way."""
+        return self._ledger.leases(), set(self._active)
+
+    def inherit(self, leases: Mapping[str, int], in_turn: set[str]) -> None:
+        """What a predecessor left."""
+        for digest, nbytes in leases.items():
+            self._ledger.settle(digest, nbytes)
+        self._active |= in_turn
 
     def release(self, digest: str) -> None:
         """The session holds nothing any more. Its turn is over: what that one waits for stands in nobody's way."""

@@ -39,6 +39,10 @@ class Ledger:
         """Bytes granted to this session."""
         return self._leases.get(digest, 0)
 
+    def leases(self) -> dict[str, int]:
+        """Bytes granted, by session."""
+        return dict(self._leases)
+
     def missing(self, digest: str, nbytes: int) -> int:
         """How many bytes others must give back before the session can hold `nbytes` in all."""
         growth = max(nbytes - self.lease(digest), 0)

@@ -81,6 +81,11 @@ class Offers:
         # Digests of sessions that are offered, or about to be.
         self._taken: set[str] = set()
 
+    @property
+    def num_open(self) -> int:
+        """Sessions that are being fetched."""
+        return len(self._given)
+
     async def offer(self, key: SessionKey) -> Offer | None:
         """None: there is nothing here that could be moved, or it is offered already. Raises SessionBusy, the journal's
         errors, and what a hand-over raises; the session stays as it is then."""

@@ -37,7 +37,7 @@ from phi_cluster.cluster.messages import (
 from phi_cluster.cluster.session.conversation import Conversation, name_digest
 from phi_cluster.cluster.session.gate import Entry, Gate, GateTimeout
 from phi_cluster.cluster.session.held_memory import HeldMemory
-from phi_cluster.cluster.session.journal import Journal, JournalInfo
+from phi_cluster.cluster.session.journal import Journal, JournalInfo, MemoryJournal
 from phi_cluster.cluster.session.segment import Segment, SegmentGone, SegmentLayout, SegmentMismatch
 from phi_cluster.cluster.session.transcript import Match
 
@@ -141,20 +141,21 @@ class Session:
         journal: Journal,
         settings: SessionSettings,
         *,
-        recycled: bool = True,
+        recycled: bool | None = True,
         last_used: float | None = None,
     ) -> Session:
         """The successor of an incarnation that is handing over, or that died: the same memory, still warm, and the turn
         that is under way in it (its incarnation died), if there is one.
 
-        `recycled`: count it as a recycle (not when an actor takes a new session from the keeper). `last_used`: when
-        the session had its last turn (changing hands is no use of it; default: now). The
-        predecessor, or whoever else holds the memory, must hold on until this has returned. Raises SegmentGone or
-        SegmentMismatch if the memory is not to be had (then `restore`), and the journal's errors.
+        `recycled`: count it as a recycle (not when an actor takes a new session from the keeper; None: it is no new
+        incarnation, because one keeper follows another). `last_used`: when the session had its last turn (changing
+        hands is no use of it; default: now). The predecessor, or whoever else holds the memory, must hold on until this
+        has returned. Raises SegmentGone or SegmentMismatch if the memory is not to be had (then `restore`), and the
+        journal's errors.
         """
         segment = settings.segments.open(ref, settings.layout, settings.fingerprint)
         try:
-            info = journal.activate(recycled=recycled)
+            info = journal.info() if recycled is None else journal.activate(recycled=recycled)
         except BaseException:
             segment.close()
             raise
@@ -332,6 +333,12 @@ class Session:
     def in_turn(self) -> bool:
         """Whether a turn, or anything else that keeps turns waiting, is under way."""
         return self._gate.held
+
+    @property
+    def memory_journal(self) -> MemoryJournal | None:
+        """The journal, if it would die with this process."""
+        journal = self._conversation.journal
+        return journal if isinstance(journal, MemoryJournal) else None
 
     @property
     def memory(self) -> SegmentRef | None:

@@ -4,12 +4,11 @@
     python tests/bench/keeper_renewals.py --actors 0      # the keeper holds all sessions
 
 A server of its own, whose keeper may not grow at all: once it has settled (a minute), it is renewed for the first page
-that it takes, by the controller and between turns as always. Sessions meanwhile have turn after turn with pauses of a
-second or so between them, and are deleted and begun anew now and then, which makes it grow. A renewal lasts from the
-end of the old keeper's process, which the kernel tells, until the new one says that it serves (its event
-`keeper_started`). A turn is inside if it waited for its first token in that time; the first turn of a session behind a
-renewal finds its cache with its actor or on the disk and is counted by itself; all others are outside. The last line is
-JSON; exit status 1 if a turn failed or there were too few renewals in `--seconds`.
+that it takes, by the controller as always. Sessions meanwhile have turn after turn with pauses of a second or so
+between them, and are deleted and begun anew now and then, which makes it grow. A renewal is the second before and
+behind the moment from which the successor serves (its event `keeper_started`). A turn is inside if it waited for its
+first token in that time; the first turn of a session behind a renewal is counted by itself; all others are outside. The
+last line is JSON; exit status 1 if a turn failed or there were too few renewals in `--seconds`.
 
 Owns: the turns, and the watch over the keeper. Knows nothing of how a keeper is renewed.
 """
@@ -20,7 +19,6 @@ import argparse
 import asyncio
 import contextlib
 import json
-import os
 import random
 import sys
 import time
@@ -31,7 +29,6 @@ import httpx
 from chat_load import Conversation, Turn
 from multi_turn import percentile
 from own_server import own_server
-from server_processes import server_processes
 
 _TOKENS = 16
 # A conversation's turns before it is deleted.
@@ -39,51 +36,30 @@ _TURNS = 30
 _PAUSE_SECONDS = 1.0
 # The controller asks keepers for their events once a second.
 _ASK_SECONDS = 0.5
+_AROUND_SECONDS = 1.0
 
 
 class Renewals:
-    """Of one server's keeper. `periods`: (end of the old one, the next one serves), in seconds of the wall clock."""
+    """Of one server's keeper. `periods`: begin and end of each, in seconds of the wall clock."""
 
-    def __init__(self, client: httpx.AsyncClient, server_pid: int):
+    def __init__(self, client: httpx.AsyncClient):
         self._client = client
-        self._server_pid = server_pid
         self.periods: list[tuple[float, float]] = []
 
     async def watch(self, number: int) -> None:
         """Until there were so many."""
+        seen = await self._starts()
         while len(self.periods) < number:
-            await _end_of(await self._keeper())
-            ended = time.time()
-            self.periods.append((ended, await self._served_since(ended)))
-            print(f"renewal {len(self.periods)}: {self.periods[-1][1] - ended:.2f} s without a keeper", flush=True)
-
-    async def _keeper(self) -> int:
-        while True:
-            found = await asyncio.to_thread(server_processes, self._server_pid)
-            pids = [pid for pid, kind in found.items() if kind == "keeper"]
-            if len(pids) == 1:
-                return pids[0]
             await asyncio.sleep(_ASK_SECONDS)
+            for moment in sorted(await self._starts() - seen):
+                seen.add(moment)
+                self.periods.append((moment - _AROUND_SECONDS, moment + _AROUND_SECONDS))
+                print(f"renewal {len(self.periods)}", flush=True)
 
-    async def _served_since(self, ended: float) -> float:
-        while True:
-            answer = await self._client.get("/v1/events", params={"limit": 100})
-            for event in answer.raise_for_status().json()["data"]:
-                if event["kind"] == "keeper_started" and event["time"] >= ended:
-                    return float(event["time"])
-            await asyncio.sleep(_ASK_SECONDS)
-
-
-async def _end_of(pid: int) -> None:
-    ended = asyncio.Event()
-    fd = os.pidfd_open(pid)
-    loop = asyncio.get_running_loop()
-    loop.add_reader(fd, ended.set)
-    try:
-        await ended.wait()
-    finally:
-        loop.remove_reader(fd)
-        os.close(fd)
+    async def _starts(self) -> set[float]:
+        answer = await self._client.get("/v1/events", params={"limit": 100})
+        events = answer.raise_for_status().json()["data"]
+        return {float(event["time"]) for event in events if event["kind"] == "keeper_started"}
 
 
 class Talks:
@@ -144,10 +120,10 @@ def summary(seconds: Sequence[float]) -> dict[str, Any]:
     }
 
 
-async def measure(url: str, server_pid: int, parsed: argparse.Namespace) -> dict[str, Any]:
+async def measure(url: str, parsed: argparse.Namespace) -> dict[str, Any]:
     limits = httpx.Limits(max_connections=parsed.sessions + 4)
     async with httpx.AsyncClient(base_url=url, timeout=120.0, limits=limits) as client:
-        renewals, talks = Renewals(client, server_pid), Talks(client, parsed.sessions)
+        renewals, talks = Renewals(client), Talks(client, parsed.sessions)
         wall_ahead = time.time() - time.perf_counter()
         talking = asyncio.create_task(talks.run())
         with contextlib.suppress(asyncio.TimeoutError):
@@ -157,12 +133,10 @@ async def measure(url: str, server_pid: int, parsed: argparse.Namespace) -> dict
         talking.cancel()
         await asyncio.gather(talking, return_exceptions=True)
     periods = [(begin - wall_ahead, end - wall_ahead) for begin, end in renewals.periods]
-    without = [end - begin for begin, end in periods]
     return {
         "sessions": parsed.sessions,
         "actors": parsed.actors,
         "renewals": len(periods),
-        "seconds_without_keeper": [round(seconds, 2) for seconds in without],
         **{place: summary(seconds) for place, seconds in sort_turns(talks.turns, periods).items()},
         "failures": len(talks.failures),
         "first_failures": talks.failures[:3],
@@ -179,8 +153,8 @@ def main() -> int:
     parser.add_argument("--internal-ports", type=int, default=30_000, help="first of some 900 others")
     parsed = parser.parse_args()
     config = {"recycler": {"max_keeper_growth": 0}, "sessions": {"max_actors": parsed.actors}}
-    with own_server(config, parsed.port, parsed.internal_ports) as (url, pid):
-        result = asyncio.run(measure(url, pid, parsed))
+    with own_server(config, parsed.port, parsed.internal_ports) as (url, _):
+        result = asyncio.run(measure(url, parsed))
     for place in ("outside", "first_after", "inside"):
         print(f"{place:>12}  " + "  ".join(f"{name} {value}" for name, value in result[place].items()))
     print(json.dumps(result))

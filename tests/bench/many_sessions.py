@@ -26,6 +26,7 @@ from phi_cluster.cluster.processes import is_alive, private_bytes
 from phi_cluster.cluster.session.hibernation_store import FileHibernationStore
 from phi_cluster.cluster.session.segment_layout import SegmentLayout
 from phi_cluster.cluster.session.session import SessionSettings
+from phi_cluster.cluster.session_api import SessionQuery
 from phi_cluster.model.kv_layout import KVCacheLayout
 from tests.cluster.session.conftest import FINGERPRINT, Node, Processes
 
@@ -82,7 +83,7 @@ async def run(parsed: argparse.Namespace, folder: Path) -> dict[str, Any]:
     woken = [(await turn(number, False))[0] for number in recent]
     replayed = [(await turn(number, False))[0] for number in old]
     begin = time.perf_counter()
-    listed = await node.keeper.list("bench", 100, None)
+    listed = (await node.keeper.browse(SessionQuery("bench", 100))).sessions
     listing = time.perf_counter() - begin
     journals = [path for path in (folder / "sessions").rglob("*.sqlite*") if path.is_file()]
     return {

@@ -14,6 +14,7 @@ import os
 import sys
 import time
 from array import array
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,14 @@ os.environ.update({"RAY_USAGE_STATS_ENABLED": "0", "RAY_memory_monitor_refresh_m
 import ray
 from ray.cluster_utils import Cluster
 
-from phi_cluster.cluster.actors import NAMESPACE, create, detached_options, keeper_name
+from phi_cluster.cluster.actors import NAMESPACE, create, detached_options, keeper_names
 from phi_cluster.cluster.config import KVConfig, SessionsConfig
 from phi_cluster.cluster.messages import BeginTurn, CommitTurn, ProcessId, SessionKey, TurnGrant
 from phi_cluster.cluster.processes import process_id
 from phi_cluster.cluster.session.directory import SessionDirectory
 from phi_cluster.cluster.session.journals import JournalPlace
-from phi_cluster.cluster.session.keeper import Keeper
+from phi_cluster.cluster.session.keeper_actor import Keeper
+from phi_cluster.cluster.session.keeper_finder import KeeperFinder
 from phi_cluster.cluster.session.recycler import RecycleReason
 from phi_cluster.cluster.session.segment import Segment
 from phi_cluster.cluster.session.segment_layout import SegmentLayout
@@ -47,10 +49,11 @@ class Node:
         self.layout = layout
         folder.mkdir(parents=True, exist_ok=True)
         sessions = SessionsConfig(warm_actors=0, spawn_interval=3600)
-        options = detached_options(keeper_name(node_id), node_id)
-        arguments = (layout, FINGERPRINT, JournalPlace(folder, journal), sessions, KVConfig(), 2**33)
+        names = keeper_names(node_id)
+        options = detached_options(names[0], node_id)
+        arguments = (layout, FINGERPRINT, JournalPlace(folder, journal), sessions, KVConfig(), 2**33, names[0])
         self.keeper = create(Keeper, options, *arguments)
-        self.directory = SessionDirectory(lambda: ray.get_actor(keeper_name(node_id), namespace=NAMESPACE))
+        self.directory = SessionDirectory(KeeperFinder(partial(ray.get_actor, namespace=NAMESPACE), names), folder)
         self._me: ProcessId = process_id()
 
     async def turn(self, key: SessionKey, text: str, token_ids: list[int]) -> TurnGrant:
@@ -147,7 +150,7 @@ async def moves(nodes: list[Node]) -> dict[str, Any]:
     evacuation = await here.keeper.evacuate.remote([there.node_id])
     told["evacuated"] = [evacuation.moved, evacuation.left, evacuation.failed]
     # The other one's keeper dies while it is asked: the next turn is computed.
-    ray.kill(ray.get_actor(keeper_name(there.node_id), namespace=NAMESPACE))
+    ray.kill(ray.get_actor(keeper_names(there.node_id)[0], namespace=NAMESPACE))
     told["from_the_dead"] = await here.move_here(key, there)
     told["computed"] = (await here.turn(key, "first second", [9])).num_computed_tokens
     return told

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import pytest
 
 from phi_cluster.cluster.messages import ProcessId
-from phi_cluster.cluster.processes import boot_id, is_alive, kill_for_sure, private_bytes, process_id
+from phi_cluster.cluster.processes import boot_id, end_of, is_alive, kill_for_sure, private_bytes, process_id
 
 
 @contextlib.contextmanager
@@ -144,3 +144,29 @@ def test_the_boot_has_an_id_that_all_processes_see():
     seen = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert seen.stdout.strip() == boot_id()
     assert len(boot_id()) == 36
+
+
+async def test_the_end_of_a_process_is_told_at_once() -> None:
+    with child(WAIT) as process, end_of(process_id(process.pid)) as ended:
+        await asyncio.sleep(0.01)
+        assert not ended.done()
+        process.kill()
+        await asyncio.wait_for(ended, 30)
+
+
+async def test_who_is_dead_has_ended() -> None:
+    with child(WAIT) as process:
+        identity = process_id(process.pid)
+    with end_of(identity) as ended:
+        assert ended.done()
+    me = process_id()
+    with end_of(ProcessId(me.pid, me.start_ticks - 1)) as ended:
+        assert ended.done()
+
+
+async def test_nothing_is_watched_when_nobody_asks() -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(3):
+        with end_of(process_id()) as ended:
+            assert not ended.done()
+    assert len(os.listdir("/proc/self/fd")) == before

@@ -120,12 +120,12 @@ def _free_ports() -> int:
 
 def main(settings: dict[str, Any]) -> None:
     from phi_cluster.cluster.config import Config
-    from phi_cluster.cluster.ray_environment import set_environment
+    from phi_cluster.cluster.ray_environment import set_environment, token_of
 
     config = Config.model_validate(settings)
     with tempfile.TemporaryDirectory(prefix="phi-two-") as folder:
         runtime_dir = Path(folder)
-        set_environment(config, runtime_dir)
+        set_environment(config, runtime_dir, token_of(config))
         run(config, runtime_dir)
 
 
@@ -139,14 +139,14 @@ def run(config: Any, runtime_dir: Path) -> None:
         NAMESPACE,
         create,
         detached_options,
-        keeper_name,
+        keeper_names,
         weight_store_name,
     )
     from phi_cluster.cluster.controller import Controller
     from phi_cluster.cluster.replica import Replica
     from phi_cluster.cluster.served_model import describe_model
     from phi_cluster.cluster.session.journals import JournalPlace
-    from phi_cluster.cluster.session.keeper import Keeper
+    from phi_cluster.cluster.session.keeper_actor import Keeper
     from phi_cluster.cluster.weight_store import WeightStore, ensure_packed
     from phi_cluster.model.hub import resolve_model
 
@@ -162,22 +162,23 @@ def run(config: Any, runtime_dir: Path) -> None:
         head_id = ray.get_runtime_context().get_node_id()
         starting = []
         for one in (head_id, second.node_id):
-            store = create(WeightStore, detached_options(weight_store_name(one), one), served, config.cache_path)
+            store = create(WeightStore, detached_options(weight_store_name(one), one), served, config.cache_path, 0)
             keeper = create(
                 Keeper,
-                detached_options(keeper_name(one), one),
+                detached_options(keeper_names(one)[0], one),
                 served.layout,
                 served.fingerprint,
                 JournalPlace(config.state_path / one[:8], config.journal),
                 config.sessions,
                 config.kv,
                 512 * 2**20,
+                keeper_names(one)[0],
             )
             starting += [store.weights.remote(), keeper.start.remote()]
-        controller = create(Controller, detached_options(CONTROLLER, head_id), config, nbytes, {}, runtime_dir)
+        controller = create(Controller, detached_options(CONTROLLER, head_id), served, config, nbytes, {}, runtime_dir)
         ray.get([*starting, controller.start.remote()])
         serve_cluster.start_serve(config)
-        serve_cluster.run_app(Replica, config, 1, served, config, runtime_dir, 1, 0)
+        serve_cluster.run_app(serve_cluster.application(Replica, config, 1, served, config, 1, 0), waits=True)
         replicas: list[Any] = []
         while len({one.node_id for one in replicas}) < 2:
             time.sleep(0.2)

@@ -113,7 +113,7 @@ def _check_leftovers(world: World) -> None:
     _expect(world.disk.memories.keys() <= world.disk.files.keys(), "a hibernated memory of no session is left")
     entries = list(keeper.roster)
     at_home = {entry.actor.process: entry for entry in entries if entry.actor is not None}
-    warm = [pooled.process for pooled in keeper.hands._pool._warm]
+    warm = [pooled.handle.process_.identity for pooled in keeper.hands._pool._warm]
     sessions = [entry.session for entry in entries if entry.session is not None]
     for process in world.processes.values():
         if process.kind == "actor" and process.alive:

@@ -17,26 +17,26 @@ from tests.simulation.loop import Loop, Process
 
 
 class ActorHandle:
-    """As Ray's: `handle.method.remote(...)`."""
+    """As Ray's: `handle.method.remote(...)`, carried out by the process that the actor has then."""
 
     def __init__(self, network: Network, process: Process):
         self._network = network
         self.process_ = process
 
     def __getattr__(self, method: str) -> _Method:
-        found = _Method(self._network, self.process_, method)
+        found = _Method(self._network, self, method)
         self.__dict__[method] = found
         return found
 
 
 class _Method:
-    def __init__(self, network: Network, process: Process, method: str):
+    def __init__(self, network: Network, handle: ActorHandle, method: str):
         self._network = network
-        self._process = process
+        self._handle = handle
         self._method = method
 
     def remote(self, *args: Any) -> asyncio.Future[Any]:
-        return self._network.call(self._process, self._method, args)
+        return self._network.call(self._handle.process_, self._method, args)
 
 
 @dataclass(eq=False)

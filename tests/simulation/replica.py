@@ -6,11 +6,14 @@ Owns: what of replica.py and the HTTP edge a turn needs. Knows nothing of faults
 from __future__ import annotations
 
 import asyncio
-from contextlib import aclosing
+from collections.abc import Iterator
+from contextlib import aclosing, contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from phi_cluster.cluster.engine_link import EngineLink
 from phi_cluster.cluster.errors import PhiError
+from phi_cluster.cluster.messages import ProcessId
 from phi_cluster.cluster.standby import StandbyEngines
 from phi_cluster.cluster.turn import TurnLimits
 from phi_cluster.cluster.turn_api import TurnRequest
@@ -26,13 +29,19 @@ TURN_WAIT = 4.0
 READY_WAIT = 8.0
 
 
+@contextmanager
+def _never(process: ProcessId) -> Iterator[asyncio.Future[None]]:
+    """The network tells whose process has ended."""
+    yield asyncio.get_running_loop().create_future()
+
+
 class Replica:
     def __init__(self, world: World, process: Process):
         """In the process."""
         self.process = process
         self._world = world
         parts = world.parts
-        self.directory = parts.directory(world.find_keeper)
+        self.directory = parts.directory(world.keeper_finder(), Path("/nonexistent"), end_of=_never)
         self._standbys = StandbyEngines(world.num_standbys, self._start_engine, pauses=(0.3, 1.0), join_seconds=1.0)
         self.engines = parts.engine_client(self._start_engine, self._standbys, ready_wait=READY_WAIT)
         limits = TurnLimits(world.layout.max_model_len, world.max_turns, TURN_WAIT, world.lease_tokens)

@@ -10,17 +10,19 @@ import logging
 from collections import Counter, deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from random import Random
 from typing import Any, cast
 from unittest import mock
 
-from ray.exceptions import RayError
+from ray.exceptions import ActorUnavailableError, RayError
 
 from phi_cluster.cluster.config import KVConfig, SessionsConfig
 from phi_cluster.cluster.errors import PhiError
 from phi_cluster.cluster.messages import ProcessId, TurnGrant
 from phi_cluster.cluster.session.actor_pool import ANSWER_SECONDS
 from phi_cluster.cluster.session.keeper import KeeperReport, NodeSessions
+from phi_cluster.cluster.session.keeper_finder import KeeperFinder
 from phi_cluster.cluster.session.segment import SegmentLayout
 from phi_cluster.cluster.session.session import SessionSettings
 from phi_cluster.cluster.turn_api import TurnRequest
@@ -51,27 +53,56 @@ class Actors:
         self._world = world
 
     def create(self) -> ActorHandle:
-        world = self._world
-        process = world.add_process("actor", up_in=world.rng.choice((0.05, 0.3, 1.0)))
-        journals = Journals(world.disk, process, world.parts.journal)
-        process.instance = world.parts.host(world.settings, journals.open, process.identity)
-        return world.handle(process)
+        handle = ActorHandle(self._world.network, self._process())
+        self._world.actors[f"actor-{handle.process_.identity.pid}"] = handle
+        self._restart_at_death(handle)
+        return handle
 
     def names(self) -> list[str]:
-        return [str(pid) for pid, process in self._world.processes.items() if process.kind == "actor" and process.alive]
+        return list(self._world.actors)
 
     def find(self, name: str) -> ActorHandle:
-        process = self._world.processes[int(name)]
-        if not process.alive:
+        if name not in self._world.actors:
             raise ValueError(f"no actor {name}")
-        return self._world.handle(process)
+        return self._world.actors[name]
 
     async def kill_for_sure(self, identity: ProcessId) -> None:
         self._world.kill(self._world.processes[identity.pid])
 
     def kill(self, handle: ActorHandle) -> None:
-        if self._world.loop.current is None or self._world.loop.current.alive:
+        if self._caller_lives():
+            self._world.actors = {name: other for name, other in self._world.actors.items() if other is not handle}
             self._world.kill_later(handle.process_, 0.005)
+
+    async def restart(self, handle: ActorHandle, identity: ProcessId) -> ProcessId:
+        if self._caller_lives():
+            self._world.kill_later(self._world.processes[identity.pid], 0.005)
+        for _ in range(10_000):
+            await asyncio.sleep(0.05)
+            found = handle.process_
+            if found.identity != identity and found.up_at <= self._world.loop.now:
+                return found.identity
+        raise ActorUnavailableError("it does not come up", None)
+
+    def _caller_lives(self) -> bool:
+        return self._world.loop.current is None or self._world.loop.current.alive
+
+    def _process(self) -> Process:
+        world = self._world
+        process = world.add_process("actor", up_in=world.rng.choice((0.05, 0.3, 1.0)))
+        journals = Journals(world.disk, process, world.parts.journal)
+        process.instance = world.parts.host(world.settings, journals.open, process.identity)
+        return process
+
+    def _restart_at_death(self, handle: ActorHandle) -> None:
+        """As Ray does: at once, and whoever has the handle calls the new process."""
+
+        def restart() -> None:
+            if handle in self._world.actors.values():
+                handle.process_ = self._process()
+                self._restart_at_death(handle)
+
+        handle.process_.at_death.append(restart)
 
 
 class Poison:
@@ -116,6 +147,8 @@ class World:
             hold=self.segments.hold,
         )
         self.processes: dict[int, Process] = {}
+        # Session actors by name, but those that were killed for good.
+        self.actors: dict[str, ActorHandle] = {}
         self.poison = Poison()
         self._handles: dict[Process, ActorHandle] = {}
         self.task_errors = (PhiError, RayError)
@@ -233,8 +266,8 @@ class World:
             self._handles[process] = ActorHandle(self.network, process)
         return self._handles[process]
 
-    def find_keeper(self) -> ActorHandle:
-        return self.handle(self.keeper)
+    def keeper_finder(self) -> KeeperFinder:
+        return KeeperFinder(lambda name: self.handle(self.keeper), ["keeper"])
 
     def kill(self, process: Process) -> None:
         """At once, wherever it is."""
@@ -265,7 +298,7 @@ class World:
         actors = cast(Any, Actors(self))
         store = self.parts.store(self.disk, process) if self._hibernates else None
         process.instance = self.parts.keeper(
-            self.settings, journals, actors, "node", self._sessions, self._kv, self.budget, store
+            self.settings, journals, actors, "node", self._sessions, self._kv, self.budget, store, Path("/nonexistent")
         )
 
     def _start_replica(self, slot: int) -> None:

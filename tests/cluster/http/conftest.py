@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import re
 import socket
@@ -27,7 +28,7 @@ from phi_cluster.cluster.responses.making import MakerLimits
 from phi_cluster.cluster.responses.run import Tools
 from phi_cluster.cluster.responses.store import Branch
 from phi_cluster.cluster.responses.workshop import Rhythm
-from phi_cluster.cluster.session_api import SessionPage, SessionQuery
+from phi_cluster.cluster.session_api import Download, ImportLimits, SessionPage, SessionQuery
 from phi_cluster.cluster.turn_api import (
     Identity,
     Position,
@@ -117,6 +118,9 @@ class FakeSessions:
         self.branches: list[tuple[str, Branch, str]] = []
         self.queries: list[SessionQuery] = []
         self.said: dict[str, list[dict[str, str]]] = {}
+        self.downloads: list[Download] = []
+        # Behind what is exported.
+        self.cache = b""
 
     def add(self, tenant: str, session_id: str) -> None:
         self.known[tenant, session_id] = {
@@ -176,16 +180,20 @@ class FakeSessions:
         await self.get(tenant, session_id)
         return self.said.get(session_id, [])
 
-    async def export(self, tenant: str, session_id: str, cache_up_to: int | None = None) -> bytes:
+    async def export(self, tenant: str, session_id: str, cache_up_to: int | None = None) -> Download:
         self.exported_up_to = cache_up_to
-        return b"exported " + (await self.get(tenant, session_id))["id"].encode()
+        data = b"exported " + (await self.get(tenant, session_id))["id"].encode() + self.cache
+        self.downloads.append(Download(io.BytesIO(data), len(data)))
+        return self.downloads[-1]
 
     async def import_session(
-        self, tenant: str, new_session_id: str | None, data: bytes, vocab_size: int
+        self, tenant: str, new_session_id: str | None, data: AsyncIterator[bytes], limits: ImportLimits
     ) -> dict[str, Any]:
-        if not data.startswith(b"exported "):
+        self.import_limits = limits
+        whole = b"".join([piece async for piece in data])
+        if not whole.startswith(b"exported "):
             raise InvalidRequest("this is not an exported session", code="bad_export")
-        return await self.fork(tenant, data.decode().removeprefix("exported "), new_session_id, None)
+        return await self.fork(tenant, whole.decode().removeprefix("exported "), new_session_id, None)
 
     async def fork(self, tenant: str, session_id: str, new_session_id: str | None, turn: int | None) -> dict[str, Any]:
         session = await self.get(tenant, session_id)
@@ -459,6 +467,7 @@ def settings() -> EdgeSettings:
         max_model_len=128,
         vocab_size=1000,
         max_body_bytes=64 * 1024,
+        max_import_bytes=2**20,
         keep_alive_seconds=PATIENCE,
         system_fingerprint="fp_test",
     )

@@ -133,11 +133,54 @@ async def test_export_and_import(client, named):
     assert (await client.get("/v1/sessions/z/export")).status_code == 404
     assert (await client.get("/v1/sessions/a/export?kv=true")).status_code == 200
     # No more than an import may have.
-    assert named.exported_up_to == 64 * 1024
+    assert named.exported_up_to == 2**20
     for query, param in (("kv=yes", "kv"), ("kv=true&kv=true", "kv"), ("cache=true", "cache")):
         refused = await client.get(f"/v1/sessions/a/export?{query}")
         assert (refused.status_code, refused.json()["error"]["param"]) == (400, param)
     assert (await client.get("/v1/sessions/a/export", headers={"authorization": "Bearer other"})).status_code == 404
+
+
+@pytest.fixture
+async def served(make_app, serve, settings):
+    """A client of the same app behind a real server."""
+    async with httpx.AsyncClient(base_url=await serve(make_app(settings)), timeout=60.0) as client:
+        yield client
+
+
+async def test_a_long_export_comes_in_pieces_and_is_closed(served, named):
+    named.cache = bytes(range(256)) * 4096
+    async with served.stream("GET", "/v1/sessions/a/export?kv=true") as stream:
+        pieces = [piece async for piece in stream.aiter_raw()]
+    assert b"".join(pieces) == b"exported a" + named.cache
+    assert stream.headers["content-length"] == str(10 + 2**20)
+    assert len(pieces) > 2
+    assert named.downloads[-1].file.closed
+
+
+async def test_an_export_that_ends_too_early_is_no_whole_one(served, named):
+    exported = named.export
+
+    async def too_short(*arguments):
+        download = await exported(*arguments)
+        download.nbytes += 5
+        return download
+
+    named.export = too_short
+    with pytest.raises(httpx.RemoteProtocolError):
+        await served.get("/v1/sessions/a/export")
+    assert named.downloads[-1].file.closed
+
+
+async def test_an_import_may_be_longer_than_other_bodies_and_comes_in_pieces(client, named):
+    async def pieces():
+        yield b"exported a"
+        for _ in range(3):
+            yield b" " * 70_000
+
+    response = await client.post("/v1/sessions/import?id=long", content=pieces())
+    # So far the fake has it all: the name is none of a session.
+    assert (response.status_code, response.json()["error"]["code"]) == (404, "not_found")
+    assert (named.import_limits.vocab_size, named.import_limits.max_turns_nbytes) == (1000, 64 * 1024)
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ import pytest
 from ray.exceptions import RayActorError
 
 from phi_cluster.cluster.config import KVConfig, SessionsConfig
+from phi_cluster.cluster.errors import KeeperMoved, PhiError
 from phi_cluster.cluster.messages import BeginTurn, CommitTurn, ProcessId, SessionKey, TurnGrant
 from phi_cluster.cluster.session.actor import SessionHost
 from phi_cluster.cluster.session.hibernation_store import FileHibernationStore
@@ -32,6 +33,7 @@ from phi_cluster.cluster.session.sqlite_journal import SQLiteJournal, glance, jo
 from phi_cluster.cluster.session_api import SessionQuery
 from phi_cluster.model.kv_layout import KVCacheLayout
 from tests.redis_process import RedisProcess
+from tests.simulation.network import as_task_error
 
 FINGERPRINT = "model-1"
 _numbers = itertools.count(1)
@@ -235,11 +237,19 @@ class LocalActor:
         self._host = host
         self.is_dead = False
 
+    def restart(self, host: SessionHost) -> None:
+        """In another process: whoever has the handle calls that one from now on."""
+        self._host, self.is_dead = host, False
+
     def __getattr__(self, method: str) -> SimpleNamespace:
         async def call(*arguments: object) -> object:
             if self.is_dead:
                 raise RayActorError
-            return await getattr(self._host, method)(*arguments)
+            try:
+                return await getattr(self._host, method)(*arguments)
+            except PhiError as error:
+                # As Ray has it.
+                raise as_task_error(error) from None
 
         return SimpleNamespace(remote=lambda *arguments: asyncio.ensure_future(call(*arguments)))
 
@@ -259,15 +269,27 @@ class LocalActors:
         self.made: list[tuple[ProcessId, LocalActor]] = []
 
     def create(self) -> LocalActor:
-        process = ProcessId(900_000 + len(self.made), 1)
+        process = self._next_process()
         self.made.append((process, LocalActor(SessionHost(self._settings, self._journal, process))))
         return self.made[-1][1]
+
+    async def restart(self, handle: LocalActor, process: ProcessId) -> ProcessId:
+        if not handle.is_dead:
+            self.kill(handle)
+        await asyncio.sleep(0)
+        process = self._next_process()
+        handle.restart(SessionHost(self._settings, self._journal, process))
+        self.made.append((process, handle))
+        return process
+
+    def _next_process(self) -> ProcessId:
+        return ProcessId(900_000 + len(self.made), 1)
 
     def names(self) -> list[str]:
         return []
 
     def kill(self, handle: LocalActor) -> None:
-        self._processes.dead.add(next(process for process, one in self.made if one is handle))
+        self._processes.dead.update(process for process, one in self.made if one is handle)
         handle.die()
 
 
@@ -309,12 +331,25 @@ class Node:
         budget = options.pop("budget", 2**30)
         store = options.pop("store", FileHibernationStore(state_dir, 2**30, reserve_nbytes=0))
         secret = options.pop("export_secret", None)
+        succession = {name: options.pop(name, None) for name in ("charge", "make_successor")}
         kv = KVConfig(reserve_wait=options.pop("reserve_wait", 0.2))
         actors = cast(Any, self.actors)
         peers = options.pop("peers", None)
         sessions = SessionsConfig(**{"warm_actors": 0, "turn_wait": 0.2, "spawn_interval": 3600, **options})
         self.keeper = NodeSessions(
-            settings, self.journals, actors, self.node_id, sessions, kv, budget, store, None, secret, peers
+            settings,
+            self.journals,
+            actors,
+            self.node_id,
+            sessions,
+            kv,
+            budget,
+            store,
+            state_dir,
+            None,
+            secret,
+            peers=peers,
+            **succession,
         )
 
     async def listed(self, tenant: str) -> list[dict[str, Any]]:
@@ -362,7 +397,7 @@ class Node:
         if described.session is not None:
             ref = described.session.memory
         else:
-            ref = (await described.actor.handle.held.remote())[2]
+            ref = (await described.actor.handle.held.remote()).memory
         segment = Segment.open(ref, self.layout, self.settings.fingerprint)
         try:
             return os.pread(segment._fd, self.layout.nbytes - self.layout.ids_offset, self.layout.ids_offset)
@@ -373,7 +408,8 @@ class Node:
         return dict(self.keeper._custody.ledger._leases)
 
     async def close(self) -> None:
-        await self.keeper.close()
+        with contextlib.suppress(KeeperMoved):
+            await self.keeper.close()
         for entry in self.keeper._roster:
             if entry.session is not None:
                 entry.session._conversation.close()

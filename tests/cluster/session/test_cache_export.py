@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 
 import pytest
 
-from phi_cluster.cluster.errors import SessionBusy
+from phi_cluster.cluster.errors import Overloaded, SessionBusy
 from phi_cluster.cluster.messages import SessionKey
-from phi_cluster.cluster.session.cache_export import MAGIC, ExportSecret, split
+from phi_cluster.cluster.session.cache_export import MAGIC, ExportSecret, opened
 from phi_cluster.cluster.session.recycler import RecycleReason
 from phi_cluster.cluster.session.session_export import BadExport
+from phi_cluster.cluster.session.spool import SpoolFile, open_spooled
+from phi_cluster.cluster.session_api import ImportLimits
 
 KEY, COPY = SessionKey("tenant", "demo"), SessionKey("other", "copy")
 TOKENS = list(range(1, 101))
-VOCAB = 1000
+LIMITS = ImportLimits(vocab_size=1000, max_turns_nbytes=2**20)
 EVERYTHING = 2**30
 SECRET = bytes(range(32))
 
@@ -29,15 +32,31 @@ async def node(make_node):
 
 async def imported(node, data, key=COPY):
     """The description, and of how many tokens the next turn found keys and values."""
-    described = await node.keeper.import_session(key, data, VOCAB)
+    described = await node.keeper.import_session(key, data, LIMITS)
     grant = await node.turn(key, "first second", [500], value=8)
     assert grant.num_kept_tokens == 100
     return described, grant.num_computed_tokens
 
 
 def cache_in(data):
-    start = split(data)[1]
-    return None if start is None else data[start:]
+    with opened(data, 2**20) as given:
+        return given.file.read() if given.has_cache else None
+
+
+def start_of_cache(data):
+    return len(data) - len(cache_in(data))
+
+
+async def export(node, key=KEY, cache_up_to=EVERYTHING):
+    """All bytes, as whoever fetches them finds them."""
+    answer = await node.keeper.export(key, cache_up_to)
+    if isinstance(answer, bytes):
+        return answer
+    with open_spooled(answer) as file:
+        await node.keeper.export_fetched(answer.token)
+        data = file.read()
+    assert len(data) == answer.nbytes
+    return data
 
 
 @pytest.mark.parametrize("place", ["keeper", "actor", "hibernated"])
@@ -47,7 +66,7 @@ async def test_an_imported_session_is_warm(node, place):
         await node.keeper.recycle(KEY, RecycleReason.REQUESTED)
     elif place == "hibernated":
         await node.keeper.hibernate(KEY)
-    data = await node.keeper.export(KEY, EVERYTHING)
+    data = await export(node)
     described, num_computed = await imported(node, data)
     assert (described["state"], described["num_tokens"], described["turns"], num_computed) == ("held", 100, 1, 100)
     assert described["kv_cache_bytes"] == node.layout.nbytes_used(100)
@@ -65,9 +84,9 @@ async def test_an_imported_session_is_warm(node, place):
 
 
 async def test_only_so_much_as_fits_is_carried(node):
-    turns = await node.keeper.export(KEY)
+    turns = await export(node, KEY, None)
     for room, least, most in ((40_000, 40, 80), (8_000, 1, 10), (1_000, 0, 0), (0, 0, 0)):
-        data = await node.keeper.export(KEY, room)
+        data = await export(node, KEY, room)
         assert len(data) <= max(room, len(turns))
         key = SessionKey("other", f"copy-{room}")
         _, num_computed = await imported(node, data, key)
@@ -76,8 +95,8 @@ async def test_only_so_much_as_fits_is_carried(node):
 
 
 async def test_what_is_damaged_or_foreign_is_computed_anew(node, make_node):
-    whole = await node.keeper.export(KEY, EVERYTHING)
-    start = split(whole)[1]
+    whole = await export(node)
+    start = start_of_cache(whole)
     rng_places = [start, start + 9, start + 40, start + 200, (start + len(whole)) // 2, len(whole) - 1]
     bad = [whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :] for place in rng_places]
     bad += [whole[:-1], whole[:start], whole[: start + 30], whole + b"x"]
@@ -93,19 +112,18 @@ async def test_what_is_damaged_or_foreign_is_computed_anew(node, make_node):
 async def test_a_cache_fits_only_its_own_turns(node):
     other = SessionKey("tenant", "other")
     await node.turn(other, "first ", [999, *TOKENS[1:]], value=9)
-    mine, others = [await node.keeper.export(key, EVERYTHING) for key in (KEY, other)]
-    turns, _ = split(mine)
-    forged = MAGIC + len(turns).to_bytes(8, "little") + bytes(turns) + cache_in(others)
+    mine, others = [await export(node, key) for key in (KEY, other)]
+    forged = mine[: start_of_cache(mine)] + cache_in(others)
     _, num_computed = await imported(node, forged)
     assert num_computed == 0
 
 
 async def test_damaged_turns_are_refused(node):
-    data = await node.keeper.export(KEY, EVERYTHING)
-    start = split(data)[1]
+    data = await export(node)
+    start = start_of_cache(data)
     for bad in (data[:12], data[:20], data[: start - 1], data[:60] + b"?" + data[61:], MAGIC + b"\xff" * 8 + data[16:]):
         with pytest.raises(BadExport):
-            await node.keeper.import_session(COPY, bad, VOCAB)
+            await node.keeper.import_session(COPY, bad, LIMITS)
     assert await node.listed("other") == []
     assert set(node.leases()) == {KEY.digest}
 
@@ -113,23 +131,23 @@ async def test_damaged_turns_are_refused(node):
 async def test_without_room_it_is_computed_anew(make_node):
     node = make_node(export_secret=lambda: SECRET, budget=100_000)
     await node.turn(KEY, "first ", TOKENS)
-    data = await node.keeper.export(KEY, EVERYTHING)
+    data = await export(node)
     grant, _ = await node.begin(KEY, "first second")
-    assert (await node.keeper.import_session(COPY, data, VOCAB))["state"] == "stored"
+    assert (await node.keeper.import_session(COPY, data, LIMITS))["state"] == "stored"
     assert node.leases() == {KEY.digest: node.layout.nbytes_used(100)}
     await node.keeper.abandon(KEY, grant.epoch)
     # Now the idle one gives way.
     later = SessionKey("other", "later")
-    assert (await node.keeper.import_session(later, data, VOCAB))["state"] == "held"
+    assert (await node.keeper.import_session(later, data, LIMITS))["state"] == "held"
 
 
 async def test_a_session_in_a_turn_is_busy(node):
     grant, _ = await node.begin(KEY, "first second")
     with pytest.raises(SessionBusy):
-        await node.keeper.export(KEY, EVERYTHING)
-    assert cache_in(await node.keeper.export(KEY)) is None
+        await export(node)
+    assert cache_in(await export(node, KEY, None)) is None
     await node.keeper.abandon(KEY, grant.epoch)
-    exports = await asyncio.gather(*(node.keeper.export(KEY, EVERYTHING) for _ in range(4)))
+    exports = await asyncio.gather(*(export(node) for _ in range(4)))
     assert all(cache_in(data) for data in exports)
 
 
@@ -138,8 +156,8 @@ async def test_nothing_stays_open(node, kit):
         return [name for name in kit.descriptors() if "phi-kv" in name]
 
     before = memories()
-    data = await node.keeper.export(KEY, EVERYTHING)
-    await node.keeper.import_session(COPY, data[:-1], VOCAB)
+    data = await export(node)
+    await node.keeper.import_session(COPY, data[:-1], LIMITS)
     assert memories() == before
 
 
@@ -153,3 +171,31 @@ def test_the_secret_is_made_once_and_private(tmp_path):
     path.write_bytes(b"short")
     with pytest.raises(OSError, match="should hold"):
         ExportSecret(path)()
+
+
+async def test_exports_that_nobody_fetches_are_few(node):
+    refs = [await node.keeper.export(KEY, EVERYTHING) for _ in range(8)]
+    with pytest.raises(Overloaded):
+        await node.keeper.export(KEY, EVERYTHING)
+    # One without a cache is no file.
+    assert isinstance(await node.keeper.export(KEY), bytes)
+    for ref in refs:
+        await node.keeper.export_fetched(ref.token)
+    await node.keeper.export_fetched(refs[0].token)
+    assert cache_in(await export(node)) is not None
+
+
+async def test_a_long_import_comes_from_a_file(node, tmp_path):
+    data = await export(node)
+    with contextlib.closing(SpoolFile(tmp_path)) as file:
+        file.write(data)
+        described, num_computed = await imported(node, file.ref)
+    assert (described["state"], num_computed) == ("held", 100)
+
+
+async def test_turns_may_not_take_more_than_they_may(node):
+    data = await export(node)
+    few = ImportLimits(vocab_size=1000, max_turns_nbytes=100)
+    for given in (data, await export(node, KEY, None)):
+        with pytest.raises(BadExport, match="more than the 100 bytes"):
+            await node.keeper.import_session(COPY, given, few)

@@ -6,7 +6,7 @@ from phi_cluster.cluster.errors import InvalidRequest
 from phi_cluster.cluster.messages import SessionKey
 from phi_cluster.cluster.session.journal import Glance
 from phi_cluster.cluster.session.recycler import RecycleReason
-from phi_cluster.cluster.session_api import SESSION_SORTS, SessionQuery
+from phi_cluster.cluster.session_api import SESSION_SORTS, ImportLimits, SessionQuery
 
 A, B, C, D = (SessionKey("tenant", name) for name in "abcd")
 
@@ -126,7 +126,7 @@ async def test_what_was_seen_of_a_journal_is_forgotten_when_it_changes(node, clo
     await node.keeper.delete(D)
     data = await node.keeper.export(C)
     assert D not in node.keeper._catalog._glances
-    await node.keeper.import_session(D, data, 1000)
+    await node.keeper.import_session(D, data, ImportLimits(1000, 2**20))
     assert {one["id"]: one["turns"] for one in (await node.keeper.browse(query)).sessions}["d"] > 0
 
 

@@ -13,9 +13,11 @@ import pytest
 from phi_cluster.cluster.errors import SessionExists
 from phi_cluster.cluster.messages import SessionKey
 from phi_cluster.cluster.session.session_export import MAGIC, BadExport, pack_session, unpack_session
+from phi_cluster.cluster.session_api import ImportLimits
 
 KEY, COPY = SessionKey("tenant", "demo"), SessionKey("other", "copy")
 VOCAB = 1000
+LIMITS = ImportLimits(vocab_size=VOCAB, max_turns_nbytes=2**20)
 
 
 @pytest.fixture
@@ -137,7 +139,7 @@ async def test_an_export_is_imported_and_goes_on(make_node):
     await node.turn(key, "first ", [1, 2, 3])
     await node.turn(key, "first second ", [4, 5])
     data = await node.keeper.export(key)
-    described = await node.keeper.import_session(COPY, data, VOCAB)
+    described = await node.keeper.import_session(COPY, data, LIMITS)
     assert (described["id"], described["state"], described["num_tokens"], described["turns"]) == (
         "copy",
         "stored",
@@ -148,12 +150,12 @@ async def test_an_export_is_imported_and_goes_on(make_node):
     assert (grant.num_kept_tokens, grant.num_computed_tokens) == (5, 0)
     assert (await node.keeper.describe(key))["turns"] == 2
     with pytest.raises(SessionExists):
-        await node.keeper.import_session(COPY, data, VOCAB)
+        await node.keeper.import_session(COPY, data, LIMITS)
     assert (await node.keeper.describe(COPY))["turns"] == 3
 
 
 async def test_another_models_session_is_refused(make_node, kit, turns):
     node = make_node()
     with pytest.raises(BadExport, match="another model"):
-        await node.keeper.import_session(COPY, pack_session("model-2", KEY, 0.0, turns), VOCAB)
+        await node.keeper.import_session(COPY, pack_session("model-2", KEY, 0.0, turns), LIMITS)
     assert await node.listed("other") == []

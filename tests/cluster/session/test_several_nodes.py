@@ -14,6 +14,7 @@ from phi_cluster.cluster.errors import InvalidRequest, LimitReached, NotFound
 from phi_cluster.cluster.messages import AdmitTurn, ProcessId, SessionKey, TenantLimits, TurnUsage
 from phi_cluster.cluster.session.directory import SessionDirectory
 from phi_cluster.cluster.session.hibernation_store import FileHibernationStore
+from phi_cluster.cluster.session.keeper_finder import KeeperFinder
 from phi_cluster.cluster.session.node_processes import NodeProcesses
 from phi_cluster.cluster.session.recycler import RecycleReason
 from phi_cluster.cluster.session.redis_journal import RedisJournals
@@ -60,6 +61,9 @@ class Others:
             raise ValueError
         return self.handles[node_id]
 
+    def moved(self, node_id):
+        raise AssertionError("no keeper is renewed here")
+
 
 @pytest.fixture
 def cluster(make_node, redis_process, kit, clock, tmp_path):
@@ -76,7 +80,11 @@ def cluster(make_node, redis_process, kit, clock, tmp_path):
     for name in found.nodes:
         handle = found.handles[name]
         found.directories[name] = SessionDirectory(
-            lambda handle=handle: handle, None, Others(name, found.handles), lambda t: limits.get(t, TenantLimits())
+            KeeperFinder(lambda _, handle=handle: handle, ["one"]),
+            tmp_path,
+            None,
+            Others(name, found.handles),
+            lambda t: limits.get(t, TenantLimits()),
         )
     return found
 
