@@ -121,10 +121,10 @@ def _call(method: Callable[..., Awaitable[_T]]) -> Callable[..., Awaitable[_T]]:
     """One that others make: through the door, once there is all to answer it with."""
 
     @functools.wraps(method)
-    async def called(self: NodeSessions, *arguments: Any) -> _T:
+    async def called(self: NodeSessions, *arguments: Any, **named: Any) -> _T:
         async with self._door.inside():
             await self.start()
-            return await method(self, *arguments)
+            return await method(self, *arguments, **named)
 
     return called
 

@@ -34,26 +34,26 @@ class OwnEngine:
 
     def __init__(self, served: ServedModel, cache_dir: Path, threads: int, chunk: int, isa: str | None = None):
         torch.set_num_threads(threads)
-        self._served = served
+        self.served = served
         self._config = served.config
         self._chunk = chunk
         buffer, self._index = _packed(served, cache_dir)
-        self._network = _network(served, view_weights(buffer, self._index), threads, isa)
-        self._caches: list[KVCache] = []
+        self.network = _network(served, view_weights(buffer, self._index), threads, isa)
+        self.caches: list[KVCache] = []
         # How many tokens each cache holds of the prompt of stream 0.
         self._filled: list[int] = []
         self.description = f"phi-cluster, {served.dtype}, KV cache {served.kv_cache_dtype}, chunks of {chunk}"
 
     @torch.inference_mode()
     def decode(self, streams: int, context: int, tokens: int) -> list[float]:
-        self._prepare(streams, context)
+        self.prepare(streams, context)
         ids = torch.tensor([prompt_ids(i, 1, self._config.vocab_size)[0] for i in range(streams)])
         seconds = []
         for position in range(context, context + tokens):
             begin = time.perf_counter()
-            chunks = [SequenceChunk(ids[i : i + 1], position, self._caches[i]) for i in range(streams)]
+            chunks = [SequenceChunk(ids[i : i + 1], position, self.caches[i]) for i in range(streams)]
             # numpy's: torch's argmax takes milliseconds for a batch.
-            ids = torch.from_numpy(self._network.forward(chunks).numpy().argmax(1))
+            ids = torch.from_numpy(self.network.forward(chunks).numpy().argmax(1))
             seconds.append(time.perf_counter() - begin)
         return seconds
 
@@ -62,7 +62,7 @@ class OwnEngine:
         self._grow(1)
         self._filled[0] = 0
         begin = time.perf_counter()
-        self._compute(self._caches[0], tokens).argmax(-1).item()
+        self._compute(self.caches[0], tokens).argmax(-1).item()
         return time.perf_counter() - begin
 
     @torch.inference_mode()
@@ -70,7 +70,7 @@ class OwnEngine:
         self._grow(1)
         self._filled[0] = 0
         ids = torch.tensor(token_ids)
-        logits = self._network.forward_all(SequenceChunk(ids, 0, self._caches[0]))
+        logits = self.network.forward_all(SequenceChunk(ids, 0, self.caches[0]))
         picked = logits[:-1].log_softmax(-1).gather(1, ids[1:, None])
         return float(picked.double().sum())
 
@@ -87,34 +87,34 @@ class OwnEngine:
         read = [entry.nbytes for entry in self._index.entries if tied or not entry.name.startswith("model.embed")]
         return {
             "weight_bytes": sum(read),
-            "kv_bytes_per_token": self._served.layout.kv.bytes_per_token,
+            "kv_bytes_per_token": self.served.layout.kv.bytes_per_token,
             "ops_per_token": 2 * layer * config.num_hidden_layers,
             "ops_per_logits": 2 * head,
         }
 
-    def _prepare(self, streams: int, context: int) -> None:
+    def prepare(self, streams: int, context: int) -> None:
         """Caches that hold `context` tokens each: one is computed, the others get copies, which are read as slowly."""
         self._grow(streams)
         for i in range(streams):
             if self._filled[i] >= context:
                 continue
             if i == 0:
-                self._compute(self._caches[0], context)
+                self._compute(self.caches[0], context)
             else:
-                self._caches[i].rows[:, :context] = self._caches[0].rows[:, :context]
+                self.caches[i].rows[:, :context] = self.caches[0].rows[:, :context]
             self._filled[i] = context
 
     def _grow(self, streams: int) -> None:
-        dtype = _KV_DTYPES[self._served.kv_cache_dtype]
-        while len(self._caches) < streams:
-            self._caches.append(KVCache(self._served.layout.kv, dtype))
+        dtype = _KV_DTYPES[self.served.kv_cache_dtype]
+        while len(self.caches) < streams:
+            self.caches.append(KVCache(self.served.layout.kv, dtype))
             self._filled.append(0)
 
     def _compute(self, cache: KVCache, tokens: int) -> torch.Tensor:
         ids = torch.tensor(prompt_ids(0, tokens, self._config.vocab_size))
         for start in range(0, tokens, self._chunk):
             end = min(start + self._chunk, tokens)
-            logits = self._network.forward([SequenceChunk(ids[start:end], start, cache, num_logits=int(end == tokens))])
+            logits = self.network.forward([SequenceChunk(ids[start:end], start, cache, num_logits=int(end == tokens))])
         return logits
 
 

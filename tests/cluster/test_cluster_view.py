@@ -32,7 +32,7 @@ phi_recovery_seconds phi_request_errors_total phi_request_generation_tokens phi_
 phi_request_queue_time_seconds phi_request_success_total phi_server_start_time_seconds phi_session_activations_total
 phi_session_deactivations_total phi_session_forks_total phi_session_hibernation_seconds phi_session_hibernations_total
 phi_session_hibernations_bytes_total phi_session_hibernation_failures_total phi_session_kv_cache_bytes
-phi_session_move_bytes_total phi_session_move_seconds phi_session_moves_total
+phi_session_move_bytes_total phi_session_move_seconds phi_session_moves_total phi_forwarded_turns_total
 phi_session_recycles_total phi_session_restore_seconds phi_session_restores_bytes_total phi_session_restores_total
 phi_session_retention_deletions_total phi_session_tokens phi_sessions phi_spec_decode_num_accepted_tokens_total
 phi_spec_decode_num_draft_tokens_total phi_standby_engines phi_step_batch_size phi_step_seconds
@@ -43,7 +43,7 @@ phi_key_requests_total phi_key_refused_requests_total phi_key_tokens_total phi_k
 
 LABELS = {
     *("node", "state", "kind", "reason", "finish_reason", "component", "replica", "status", "code", "key", "le"),
-    *("version", "torch", "isa", "model"),
+    *("version", "torch", "isa", "model", "outcome"),
 }
 
 

@@ -41,9 +41,9 @@ class Run:
         async def between(answer):
             chance = self.rng.random()
             await asyncio.sleep(0.001 * self.rng.random())
-            if chance < 0.02:
+            if chance < 0.005:
                 raise RayActorError
-            if chance < 0.04 and method == "piece" and answer is not None:
+            if chance < 0.01 and method == "piece" and answer is not None:
                 data = bytearray(answer.data)
                 data[self.rng.randrange(len(data))] ^= 1 << self.rng.randrange(8)
                 return Piece(data)
