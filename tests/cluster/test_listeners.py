@@ -21,6 +21,7 @@ CALLS = (
     "/ray.rpc.NodeManagerService/GetNodeStats",
     "/ray.rpc.ObjectManagerService/Pull",
     "/ray.rpc.NodeInfoGcsService/GetAllNodeInfo",
+    "/ray.rpc.ReporterService/HealthCheck",
     "/ray.serve.ASGIService/HandleRequest",
 )
 
