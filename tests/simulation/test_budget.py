@@ -92,4 +92,4 @@ class _StubbornKeeper(NodeSessions):
 
 def test_without_giving_way_they_would_stand_still() -> None:
     with pytest.raises(Violation):
-        CrowdedWorld(1, is_named=True, parts=Parts(keeper=_StubbornKeeper)).run()
+        CrowdedWorld(4, is_named=True, parts=Parts(keeper=_StubbornKeeper)).run()
