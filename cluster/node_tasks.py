@@ -157,7 +157,7 @@ def _start_node(node_id: str, source_node_id: str, served: ServedModel, config: 
     if choose_dtypes(config.model_copy(update={"dtype": served.dtype}))[0] != served.dtype:
         raise StartError(f"dtype: {served.dtype} cannot be computed on this node")
     source = ray.get_actor(weight_store_name(source_node_id), namespace=NAMESPACE)
-    served = _with_folder(served, config.cache_path, source)
+    served = with_folder(served, config.cache_path, source)
     weights_nbytes = packed_paths(served, config.cache_path)[0].stat().st_size
     machine = inspect_machine()
     # Ray's object store has its pages already.
@@ -169,7 +169,7 @@ def _start_node(node_id: str, source_node_id: str, served: ServedModel, config: 
     return notes
 
 
-def _with_folder(served: ServedModel, cache_path: Path, source: Any) -> ServedModel:
+def with_folder(served: ServedModel, cache_path: Path, source: Any) -> ServedModel:
     """The model as it is on this node."""
     folder = received_folder(cache_path, served.fingerprint)
     if not folder.is_dir():

@@ -130,10 +130,10 @@ class Link:
 
 
 @contextlib.contextmanager
-def raylets(link: Link, folder: Path) -> Iterator[None]:
+def raylets(link: Link, folder: Path, object_store_nbytes: int = OBJECT_STORE_NBYTES) -> Iterator[None]:
     """One in each namespace; the first is the head."""
     command = [sys.executable, "-W", "ignore", "-m", "ray.scripts.scripts", "start", "--block", "--num-cpus=2"]
-    command += [f"--object-store-memory={OBJECT_STORE_NBYTES}", "--disable-usage-stats"]
+    command += [f"--object-store-memory={object_store_nbytes}", "--disable-usage-stats"]
     roles = (
         ["--head", f"--port={PORT}", "--include-dashboard=false", f"--temp-dir={folder}"],
         [f"--address={ADDRESSES[0]}:{PORT}"],
@@ -206,19 +206,12 @@ async def measure(nodes: list[Any], num_tokens: int) -> dict[str, float]:
     return {"nbytes": nbytes, "seconds": statistics.median(seconds)}
 
 
-def inside(asked: dict[str, Any]) -> None:
-    """In the first namespace: sessions of all sizes, once for each speed."""
+def connected() -> list[dict[str, Any]]:
+    """In the first namespace: Ray's view of both nodes, the head first."""
     import ray
 
     from phi_cluster.cluster.actors import NAMESPACE
-    from phi_cluster.cluster.session.segment_layout import SegmentLayout
-    from phi_cluster.model.kv_layout import KVCacheLayout
-    from tests.cluster.moving_nodes import Node
 
-    folder = Path(asked["folder"])
-    os.chdir(folder)
-    link = Link.__new__(Link)
-    link.__dict__.update(asked["link"])
     address = f"{ADDRESSES[0]}:{PORT}"
     deadline = time.monotonic() + 120.0
     while True:
@@ -239,6 +232,33 @@ def inside(asked: dict[str, Any]) -> None:
         assert time.monotonic() < deadline, "the second node did not come"
         time.sleep(0.5)
     alive.sort(key=lambda node: ADDRESSES.index(node["NodeManagerAddress"]))
+    return alive
+
+
+def environment() -> dict[str, str]:
+    """Of all processes in the namespaces."""
+    return {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": os.urandom(16).hex(),
+        "RAY_memory_monitor_refresh_ms": "0",
+        "RAY_worker_niceness": "0",
+        "PYTHONPATH": str(ROOT),
+    }
+
+
+def inside(asked: dict[str, Any]) -> None:
+    """In the first namespace: sessions of all sizes, once for each speed."""
+    import ray
+
+    from phi_cluster.cluster.session.segment_layout import SegmentLayout
+    from phi_cluster.model.kv_layout import KVCacheLayout
+    from tests.cluster.moving_nodes import Node
+
+    folder = Path(asked["folder"])
+    os.chdir(folder)
+    link = Link.__new__(Link)
+    link.__dict__.update(asked["link"])
+    alive = connected()
     layers, heads, head_dim = KV_SHAPES[asked["shape"]]
     layout = SegmentLayout(KVCacheLayout(layers, heads, head_dim, MAX_MODEL_LEN, itemsize=2))
     nodes = [Node(node["NodeID"], layout, folder / node["NodeID"], asked["journal"]) for node in alive]
@@ -272,15 +292,7 @@ def main() -> None:
     if parsed.inside:
         inside(json.loads(parsed.inside))
         return
-    os.environ.update(
-        {
-            "RAY_AUTH_MODE": "token",
-            "RAY_AUTH_TOKEN": os.urandom(16).hex(),
-            "RAY_memory_monitor_refresh_ms": "0",
-            "RAY_worker_niceness": "0",
-            "PYTHONPATH": str(ROOT),
-        }
-    )
+    os.environ.update(environment())
     if parsed.niceness:
         os.setpriority(os.PRIO_PROCESS, 0, parsed.niceness)
         # Linux weighs sessions first, and then processes within them.
