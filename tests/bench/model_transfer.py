@@ -124,7 +124,8 @@ def main() -> None:
                 )
         finally:
             link.close()
-    found = json.loads(done.stdout.splitlines()[-1])
+    # Ray prints to the same place.
+    found = json.loads([line for line in done.stdout.splitlines() if line.startswith(("[", "{"))][-1])
     print(f"{found['nbytes'] / 1e6:.0f} MB; packed from the checkpoint in {found['packing_seconds']:.2f} s")
     for one in found["fetched"]:
         print(f"{one['gbits']:>4g} Gbit/s: {one['seconds']:.2f} s")

@@ -316,7 +316,8 @@ def main() -> None:
         finally:
             link.close()
             redis.kill()
-    found = json.loads(done.stdout.splitlines()[-1])
+    # Ray prints to the same place.
+    found = json.loads([line for line in done.stdout.splitlines() if line.startswith(("[", "{"))][-1])
     origin = "as given" if parsed.compute else f"measured over {parsed.compute_tokens} tokens"
     print(f"{parsed.shape}: {rate:.1f} tokens a second computed ({origin})")
     print(f"{'Gbit/s':>6} {'socket':>9} {'tokens':>6} {'MB':>7} {'moved':>9} {'MB/s':>6} {'computed':>9} {'times':>6}")

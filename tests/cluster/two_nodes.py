@@ -163,12 +163,14 @@ def run(config: Any, runtime_dir: Path) -> None:
         starting = []
         for one in (head_id, second.node_id):
             store = create(WeightStore, detached_options(weight_store_name(one), one), served, config.cache_path, 0)
+            state_path = config.state_path / one[:8]
+            (state_path / "sessions").mkdir(parents=True)
             keeper = create(
                 Keeper,
                 detached_options(keeper_names(one)[0], one),
                 served.layout,
                 served.fingerprint,
-                JournalPlace(config.state_path / one[:8], config.journal),
+                JournalPlace(state_path, config.journal),
                 config.sessions,
                 config.kv,
                 512 * 2**20,
