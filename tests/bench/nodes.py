@@ -79,7 +79,7 @@ def counters(cluster: Cluster) -> dict[str, float]:
     found: Counter[str] = Counter()
     for line in done.splitlines():
         name, _, value = line.rpartition(" ")
-        if name.startswith(("phi_session_moves_total", "phi_turns_forwarded_total")):
+        if name.startswith(("phi_session_moves_total", "phi_forwarded_turns_total")):
             found[name.partition("{")[0]] += float(value)
     return dict(found)
 
