@@ -208,11 +208,13 @@ class Replica:
             boot_id(),
         )
         self._room.start()
-        if config.max_replicas > 1 and await _others_serve():
+        waits = config.max_replicas > 1 and await _others_serve()
+        # From now on it is known that somebody needs what this node has.
+        self._reporting = asyncio.get_running_loop().create_task(self._report())
+        if waits:
             # What comes meanwhile is for those that can serve it.
             with contextlib.suppress(Unavailable):
                 await self._engines.wait_ready(_START_SECONDS)
-        self._reporting = asyncio.get_running_loop().create_task(self._report())
         if config.journal is not None:
             # There may be other nodes: whose accounts and responses count is known before the first request.
             with contextlib.suppress(asyncio.TimeoutError):

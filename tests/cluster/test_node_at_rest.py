@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -19,7 +20,7 @@ pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 SETTINGS = {
     "replicas": 1,
     "autoscaling": {"max_replicas": 2, "target_turns": 1, "up_delay": "200ms", "down_delay": "3s"},
-    "nodes": {"idle_timeout": "3s"},
+    "nodes": {"idle_timeout": "8s"},
     "engine": {"num_threads": 1, "standby_engines": 0},
     "kv": {"budget": "300MB"},
 }
@@ -52,26 +53,41 @@ def test_a_machine_without_a_replica_rests_and_wakes_with_the_next_one(
     def keepers() -> list[int]:
         return [pid for pid in other.host.pids() if _command(pid).startswith("ray::Keeper")]
 
-    def say(number: int, tokens: int) -> dict[str, Any]:
+    def say(name: str, tokens: int) -> dict[str, Any]:
         body = {"messages": [{"role": "user", "content": "Tell a story."}], "max_tokens": tokens, "ignore_eos": True}
         with cluster.http(cluster.head) as http:
-            answer = http.post("/v1/chat/completions", json=body, headers={"x-session-id": f"s{number}"}, timeout=300)
+            answer = http.post("/v1/chat/completions", json=body, headers={"x-session-id": name}, timeout=300)
             assert answer.status_code == 200, answer.text
             told: dict[str, Any] = answer.json()
             return told
 
     until(lambda: not keepers(), "the end of a keeper that nobody needs", 120)
     assert cluster.num_serving() == 1
+    is_enough = threading.Event()
+
+    def talk(number: int) -> set[str]:
+        """The same question in new sessions, as long as it takes; what was answered."""
+        heard = set()
+        while not is_enough.is_set():
+            name = f"{number}-{len(names)}"
+            heard.add(say(name, 100)["choices"][0]["message"]["content"])
+            names.append(name)
+        return heard
+
+    names: list[str] = []
     with ThreadPoolExecutor(6) as pool:
-        many = [pool.submit(say, number, 800) for number in range(6)]
-        until(lambda: cluster.num_serving() == 2, "a replica on the other machine", 240)
-        assert keepers()
-        texts = {one.result()["choices"][0]["message"]["content"] for one in many}
+        many = [pool.submit(talk, number) for number in range(6)]
+        try:
+            until(lambda: cluster.num_serving() == 2, "a replica on the other machine", 120)
+            assert keepers()
+        finally:
+            is_enough.set()
+        texts = set().union(*(one.result() for one in many))
     assert len(texts) == 1
     until(lambda: not keepers(), "rest", 240)
     # What was said there goes on: moved, or computed from its journal.
-    for number in range(6):
-        assert say(number, 4)["usage"]["completion_tokens"] == 4
+    for name in names[-6:]:
+        assert say(name, 4)["usage"]["completion_tokens"] == 4
     other.leave()
 
 

@@ -25,7 +25,7 @@ def test_a_session_is_served_by_the_replica_that_its_name_stands_for(server, mak
     for name in names:
         client.conversation(name).say("Hello.", max_tokens=2)
     # The proxy knows both some moments after they are up.
-    until(lambda: len({engine(names[0]) for _ in range(8)}) == 2, "both replicas to be asked", 30)
+    until(lambda: len({engine(names[0]) for _ in range(8)}) == 2, "both replicas to be asked", 60)
     chosen = {name: {engine(name, **{"x-session-id": name}) for _ in range(4)} for name in names}
     assert all(len(engines) == 1 for engines in chosen.values())
     assert len(set.union(*chosen.values())) == 2
