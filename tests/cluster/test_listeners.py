@@ -144,6 +144,9 @@ def test_rays_ports_refuse_whoever_has_no_token(server: Any) -> None:
     assert len(ports) > 5
     for one in ports:
         answers = [_code(one.port, call) for call in CALLS]
+        if set(answers) == {grpc.StatusCode.UNAVAILABLE} and one not in listeners(server.processes()):
+            # An idle worker of Ray's has ended meanwhile.
+            continue
         assert grpc.StatusCode.UNAUTHENTICATED in answers, (one, answers)
         assert set(answers) <= {grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.UNIMPLEMENTED}, (one, answers)
 
