@@ -15,6 +15,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from phi_cluster.cluster.session.redis_server import RedisServer
+
 _START_SECONDS = 20.0
 
 
@@ -27,6 +29,7 @@ class RedisProcess:
         # Short: a socket's path has 107 bytes at most.
         self.socket = folder / "r.sock"
         self.url = f"unix://{self.socket}?db=0"
+        self._servers: list[RedisServer] = []
         durable = ["--appendonly", "yes", "--appendfsync", "always", "--save", ""]
         self._process = subprocess.Popen(
             [program, "--port", "0", "--unixsocket", str(self.socket), "--dir", str(folder), *durable, *settings],
@@ -46,6 +49,11 @@ class RedisProcess:
             return probe.recv(5) == b"+PONG"
         return False
 
+    def connect(self) -> RedisServer:
+        """A server's view of it, closed when this ends."""
+        self._servers.append(RedisServer(self.url))
+        return self._servers[-1]
+
     @contextlib.contextmanager
     def stopped(self) -> Iterator[None]:
         """As if the network were cut: connections stay, and nothing answers."""
@@ -57,5 +65,7 @@ class RedisProcess:
 
     def kill(self) -> None:
         """kill -9; also when it has ended."""
+        for server in self._servers:
+            server.close()
         self._process.kill()
         self._process.wait()

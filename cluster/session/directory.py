@@ -22,7 +22,7 @@ from typing import Any, Protocol, TypeVar
 
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
-from phi_cluster.cluster.errors import KeeperMoved, PhiError, SessionExists, StaleEpoch, Unavailable
+from phi_cluster.cluster.errors import KeeperMoved, NotFound, PhiError, SessionExists, StaleEpoch, Unavailable
 from phi_cluster.cluster.messages import (
     JOURNAL_BEGIN,
     AdmitTurn,
@@ -256,7 +256,14 @@ class SessionDirectory:
         return await self._ask_holder("describe", SessionKey(tenant, session_id))
 
     async def delete(self, tenant: str, session_id: str) -> None:
-        await self._ask_holder("delete", SessionKey(tenant, session_id))
+        key = SessionKey(tenant, session_id)
+        is_there = await self._is_there(key)
+        try:
+            await self._ask_holder("delete", key)
+        except NotFound:
+            # What is gone meanwhile has been deleted, perhaps by this very call, whose first answer was lost.
+            if not is_there:
+                raise
 
     async def clear(self, tenant: str, session_id: str) -> dict[str, Any]:
         return await self._ask_holder("clear", SessionKey(tenant, session_id))
@@ -428,6 +435,13 @@ class SessionDirectory:
             return None
         seen: Glance | None = await self._ask_keeper("locate", key)
         return seen.seat if seen is not None and seen.seat in self._others.ids else None
+
+    async def _is_there(self, key: SessionKey) -> bool:
+        try:
+            return await self._ask_keeper("locate", key) is not None
+        except PhiError:
+            # A journal that cannot be read can be deleted all the same.
+            return True
 
     async def _tell_limits(self, tenant: str) -> None:
         """This node's keeper, where another one keeps the accounts: memory is its own to limit."""

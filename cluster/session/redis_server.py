@@ -44,6 +44,10 @@ class RedisServer:
         self._scripts: dict[str, Any] = {}
         self._silent_until = 0.0
 
+    def close(self) -> None:
+        """Its connections, of which none is in use. Idempotent; what is asked afterwards makes new ones."""
+        self._client.close()
+
     def script(self, text: str) -> Callable[..., Any]:
         """What runs it on the server."""
         if text not in self._scripts:
@@ -83,6 +87,11 @@ def check_server(url: str) -> list[str]:
         raise StartError("journal: the package redis is missing: pip install 'phi-cluster[redis]'") from None
     except ValueError as error:
         raise StartError(f"journal: {error}") from None
+    with contextlib.closing(server):
+        return _notes(server)
+
+
+def _notes(server: RedisServer) -> list[str]:
     try:
         with server.translated("for all sessions") as client:
             client.ping()

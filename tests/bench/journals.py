@@ -25,7 +25,6 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from phi_cluster.cluster.messages import CommitTurn, SessionKey
 from phi_cluster.cluster.session.journal import Journal
 from phi_cluster.cluster.session.redis_journal import RedisJournals
-from phi_cluster.cluster.session.redis_server import RedisServer
 from phi_cluster.cluster.session.sqlite_journal import SQLiteJournal
 from tests.redis_process import RedisProcess
 
@@ -42,7 +41,7 @@ def main() -> None:
         try:
             journals: dict[str, Journal] = {
                 "sqlite": SQLiteJournal(Path(folder) / "state", KEY, "bench", time.time),
-                "redis": RedisJournals(RedisServer(redis.url), "bench", time.time).open(KEY),
+                "redis": RedisJournals(redis.connect(), "bench", time.time).open(KEY),
             }
             report = _measure(journals, num_turns)
         finally:

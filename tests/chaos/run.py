@@ -185,7 +185,7 @@ class Run:
 
     async def _end(self, talkers: Talkers, talk: Conversation) -> None:
         self.history.journals.append(await asyncio.to_thread(copy_journal, self.server.state_dir, talk))
-        answer = await talkers.forget(talk)
+        answer = (await talkers.forget(talk))[-1]
         if answer.status not in (200, 404):
             why = f"{talk.session} cannot be deleted: {answer.status} {answer.body[:200]!r}"
             self.history.notes.append(Note(time.monotonic(), "C6", why))

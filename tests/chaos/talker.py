@@ -96,13 +96,15 @@ class Talkers:
         talk.said.append(reply)
         talk.turn += 1
 
-    async def forget(self, talk: Conversation) -> Answer:
-        """Deletes its session; patient, as with a turn."""
+    async def forget(self, talk: Conversation) -> list[Answer]:
+        """Deletes its session; patient, as with a turn. All answers, the last of which counts."""
         deadline = time.monotonic() + self._patience.repairs
+        answers = []
         while True:
             answer = await ask(self._address, "DELETE", f"/v1/sessions/{talk.session}", talk.headers)
+            answers.append(answer)
             if (answer.status in (200, 404) and answer.is_ours) or time.monotonic() > deadline:
-                return answer
+                return answers
             await asyncio.sleep(self._patience.again)
 
     async def _turn(self, talk: Conversation, turn: Turn, lane: int, cut: str | None) -> str | None:

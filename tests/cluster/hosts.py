@@ -69,14 +69,18 @@ class Host:
         done = subprocess.run(["ip", "netns", "pids", self.name], capture_output=True, text=True, check=True)
         return [int(line) for line in done.stdout.split()]
 
-    def pid(self, part: str) -> int:
-        """The one process here whose command has this in it."""
-        found = []
+    def commands(self) -> dict[int, str]:
+        """Of its processes, by their ids."""
+        found = {}
         for pid in self.pids():
             with contextlib.suppress(OSError):
-                if part in Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace"):
-                    found.append(pid)
-        [one] = found
+                command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ")
+                found[pid] = command.decode(errors="replace")
+        return found
+
+    def pid(self, part: str) -> int:
+        """The one process here whose command has this in it."""
+        [one] = [pid for pid, command in self.commands().items() if part in command]
         return one
 
     @contextlib.contextmanager

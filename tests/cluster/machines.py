@@ -6,19 +6,24 @@ Owns: the configuration that they share (token, keys, Redis), the processes and 
 
 from __future__ import annotations
 
+import contextlib
+import os
 import secrets
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 import yaml
 
+from phi_cluster.cluster.config import Config
 from phi_cluster.cluster.keys import entry_text, new_key
-from tests.cluster.hosts import Host, Network
+from phi_cluster.model.hub import resolve_model
+from tests.cluster.hosts import Host, Network, why_not
 from tests.redis_process import RedisProcess
 
 PORT = 8100
@@ -64,7 +69,13 @@ class Machine:
         self._popen.send_signal(number)
         self._popen.wait(120)
         assert self._popen.returncode == 0, self.output
-        self._until(lambda: not self.host.pids(), f"the end of all processes of {self.host.name}", 15)
+        # What is left ends within seconds; here many others keep the cores busy.
+        self._until(lambda: not self.host.commands(), f"the end of {self.host.commands()}", 60)
+
+    def close(self) -> None:
+        """When its host has ended."""
+        if self._popen is not None:
+            self._popen.wait(10)
 
 
 class Cluster:
@@ -116,5 +127,28 @@ class Cluster:
         return len({one["node_id"] for one in self.overview()["replicas"] if one["engine"] is not None})
 
     def close(self) -> None:
-        """Its processes end with their hosts."""
+        """When the hosts have ended, and with them all processes."""
         self.redis.kill()
+        for machine in (self.head, *self.others):
+            machine.close()
+
+
+@contextlib.contextmanager
+def serving(folder: Path, num_hosts: int, until: Callable[..., Any], settings: Mapping[str, Any]) -> Iterator[Cluster]:
+    """A cluster whose head serves; the others have not joined. Skips the test where there can be no hosts; fails it
+    there in CI."""
+    if reason := why_not():
+        pytest.fail(reason) if os.environ.get("CI") else pytest.skip(reason)
+    # Hosts cannot download it.
+    resolve_model("smollm2", Config().cache_path, lambda event: None, None)
+    network = Network(folder, num_hosts)
+    cluster = None
+    try:
+        cluster = Cluster(folder, network, until, settings)
+        cluster.head.start("Ready in")
+        yield cluster
+        cluster.head.leave(signal.SIGINT)
+    finally:
+        network.close()
+        if cluster is not None:
+            cluster.close()

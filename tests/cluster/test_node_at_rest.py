@@ -3,8 +3,6 @@ it."""
 
 from __future__ import annotations
 
-import os
-import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,8 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.cluster.hosts import Network, why_not
-from tests.cluster.machines import Cluster
+from tests.cluster.machines import Cluster, serving
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
@@ -29,20 +26,8 @@ SETTINGS = {
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory, until: Callable[..., Any]) -> Iterator[Cluster]:
-    if reason := why_not():
-        pytest.fail(reason) if os.environ.get("CI") else pytest.skip(reason)
-    folder = tmp_path_factory.mktemp("c")
-    network = Network(folder, 2)
-    cluster = None
-    try:
-        cluster = Cluster(folder, network, until, SETTINGS)
-        cluster.head.start("Ready in")
+    with serving(tmp_path_factory.mktemp("c"), 2, until, SETTINGS) as cluster:
         yield cluster
-        cluster.head.leave(signal.SIGINT)
-    finally:
-        network.close()
-        if cluster is not None:
-            cluster.close()
 
 
 def test_a_machine_without_a_replica_rests_and_wakes_with_the_next_one(
@@ -52,7 +37,7 @@ def test_a_machine_without_a_replica_rests_and_wakes_with_the_next_one(
     other.start("Joined")
 
     def keepers() -> list[int]:
-        return [pid for pid in other.host.pids() if _command(pid).startswith("ray::Keeper")]
+        return [pid for pid, command in other.host.commands().items() if command.startswith("ray::Keeper")]
 
     def say(name: str, tokens: int) -> dict[str, Any]:
         body = {"messages": [{"role": "user", "content": "Tell a story."}], "max_tokens": tokens}
@@ -96,11 +81,3 @@ def test_a_machine_without_a_replica_rests_and_wakes_with_the_next_one(
     for name in names[-6:]:
         assert say(name, 4)["usage"]["completion_tokens"] == 4
     other.leave()
-
-
-def _command(pid: int) -> str:
-    try:
-        with open(f"/proc/{pid}/cmdline", "rb") as file:
-            return file.read().replace(b"\0", b" ").decode(errors="replace")
-    except OSError:
-        return ""

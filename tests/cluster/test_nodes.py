@@ -18,8 +18,7 @@ from tests.chaos.history import Expected, History
 from tests.chaos.scripts import Script, make_scripts
 from tests.chaos.streams import Address
 from tests.chaos.talker import Conversation, Patience, Talkers
-from tests.cluster.hosts import Network, why_not
-from tests.cluster.machines import JOIN_SECONDS, PORT, Cluster
+from tests.cluster.machines import JOIN_SECONDS, PORT, Cluster, serving
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
@@ -35,20 +34,8 @@ CUT_SECONDS = 20.0
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory, until: Callable[..., Any]) -> Iterator[Cluster]:
-    if reason := why_not():
-        pytest.fail(reason) if os.environ.get("CI") else pytest.skip(reason)
-    folder = tmp_path_factory.mktemp("c")
-    network = Network(folder, 3)
-    cluster = None
-    try:
-        cluster = Cluster(folder, network, until, SETTINGS)
-        cluster.head.start("Ready in")
+    with serving(tmp_path_factory.mktemp("c"), 3, until, SETTINGS) as cluster:
         yield cluster
-        cluster.head.leave(signal.SIGINT)
-    finally:
-        network.close()
-        if cluster is not None:
-            cluster.close()
 
 
 class Clients:
@@ -99,8 +86,10 @@ class Clients:
             wanted = self._expected.get((script.name, talk.turn - 1))
             if wanted is not None:
                 assert talk.messages[-1]["content"] == wanted.text, talk.session
-        answer = await talkers.forget(talk)
-        assert answer.status == 200, (talk.session, answer.status, answer.body)
+        answers = await talkers.forget(talk)
+        # Who asked in vain may have been heard all the same.
+        wanted_statuses = (200, 404) if len(answers) > 1 else (200,)
+        assert answers[-1].status in wanted_statuses, (talk.session, answers)
 
 
 def unbroken(history: History) -> int:

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 from ray.exceptions import ActorUnavailableError
 
-from phi_cluster.cluster.errors import Unavailable
+from phi_cluster.cluster.errors import NotFound, Unavailable
 from phi_cluster.cluster.messages import BeginTurn, ProcessId, SessionKey
 from phi_cluster.cluster.processes import process_id
 from phi_cluster.cluster.session.directory import SessionDirectory
@@ -88,6 +88,17 @@ async def test_an_actor_that_lives_is_asked_for_real(tmp_path):
     keeper = Handle(withdraw=[HeldBy(Handle(withdraw=[True]), process_id())])
     assert await directory_of(keeper, tmp_path)._call(KEY, "withdraw", KEY, "claim")
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+async def test_a_session_is_deleted_although_the_answer_is_lost(tmp_path, monkeypatch):
+    monkeypatch.setattr("phi_cluster.cluster.session.directory._RETRY_SECONDS", 0.0)
+    lost = ActorUnavailableError("lost", None)
+    keeper = Handle(locate=["seen", None], delete=[lost, NotFound("gone")])
+    directory = directory_of(keeper, tmp_path)
+    await directory.delete("tenant", "demo")
+    assert keeper.asked == ["locate", "delete", "delete"]
+    with pytest.raises(NotFound):
+        await directory.delete("tenant", "demo")
 
 
 async def test_without_a_keeper_it_is_unavailable(tmp_path, monkeypatch):

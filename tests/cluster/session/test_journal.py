@@ -8,7 +8,6 @@ import pytest
 from phi_cluster.cluster.errors import StaleEpoch
 from phi_cluster.cluster.session.journal import JournalCorrupt, MemoryJournal
 from phi_cluster.cluster.session.redis_journal import RedisJournals
-from phi_cluster.cluster.session.redis_server import RedisServer
 from phi_cluster.cluster.session.transcript import Transcript
 
 
@@ -16,7 +15,7 @@ from phi_cluster.cluster.session.transcript import Transcript
 def journal(request, key, clock, kit, make_journal):
     if request.param == "redis":
         process = request.getfixturevalue("redis_process")
-        journal = RedisJournals(RedisServer(process.url), kit.fingerprint, clock).open(key)
+        journal = RedisJournals(process.connect(), kit.fingerprint, clock).open(key)
         journal.delete()
         return journal
     if request.param == "memory":

@@ -15,7 +15,7 @@ from phi_cluster.cluster.errors import StaleEpoch, StartError
 from phi_cluster.cluster.messages import SessionKey
 from phi_cluster.cluster.session.journal import JournalCorrupt, JournalFull, JournalTooNew, JournalUnavailable
 from phi_cluster.cluster.session.redis_journal import RedisJournals
-from phi_cluster.cluster.session.redis_server import RedisServer, check_server
+from phi_cluster.cluster.session.redis_server import check_server
 from tests.redis_process import RedisProcess
 
 
@@ -35,12 +35,12 @@ def raw(redis_process):
 @pytest.fixture
 def journals(redis_process, kit, clock, raw):
     raw.flushdb()
-    return RedisJournals(RedisServer(redis_process.url), kit.fingerprint, clock)
+    return RedisJournals(redis_process.connect(), kit.fingerprint, clock)
 
 
 def test_another_servers_turns_and_epochs_are_seen_at_once(journals, redis_process, key, kit, clock):
     here = journals.open(key)
-    there = RedisJournals(RedisServer(redis_process.url), kit.fingerprint, clock).open(key)
+    there = RedisJournals(redis_process.connect(), kit.fingerprint, clock).open(key)
     fill(here, kit)
     missed = there.take_epoch().epoch
     epoch = there.take_epoch().epoch
@@ -52,7 +52,7 @@ def test_another_servers_turns_and_epochs_are_seen_at_once(journals, redis_proce
 
 
 def test_who_began_the_last_turn_is_told_with_the_epoch_and_at_a_glance(journals, redis_process, key, kit, clock, raw):
-    one, other = (RedisJournals(RedisServer(redis_process.url), kit.fingerprint, clock, name) for name in ("n1", "n2"))
+    one, other = (RedisJournals(redis_process.connect(), kit.fingerprint, clock, name) for name in ("n1", "n2"))
     # As an earlier version wrote it, or a server that is alone.
     assert journals.open(key).take_epoch().seat is None
     assert raw.hget(f"phi-cluster:{{{key.digest}}}:session", "seat") is None
@@ -70,8 +70,8 @@ def test_who_began_the_last_turn_is_told_with_the_epoch_and_at_a_glance(journals
 
 
 def test_memory_that_is_brought_to_a_node_brings_the_turns_with_it(journals, redis_process, key, kit, clock, raw):
-    here = RedisJournals(RedisServer(redis_process.url), kit.fingerprint, clock, "n1")
-    there = RedisJournals(RedisServer(redis_process.url), kit.fingerprint, clock, "n2")
+    here = RedisJournals(redis_process.connect(), kit.fingerprint, clock, "n1")
+    there = RedisJournals(redis_process.connect(), kit.fingerprint, clock, "n2")
     # It makes nothing of what is deleted.
     there.take_seat(key)
     assert raw.keys() == []
@@ -90,7 +90,7 @@ def test_of_many_who_take_epochs_at_once_only_the_last_can_commit(journals, redi
     begin = threading.Barrier(8)
 
     def write() -> None:
-        journal = RedisJournals(RedisServer(redis_process.url), kit.fingerprint, clock).open(key)
+        journal = RedisJournals(redis_process.connect(), kit.fingerprint, clock).open(key)
         begin.wait()
         for _ in range(20):
             epoch = journal.take_epoch().epoch
@@ -196,7 +196,7 @@ def test_what_was_acknowledged_survives_redis_own_kill_9(tmp_path_factory, key, 
     folder = tmp_path_factory.mktemp("r")
     first = RedisProcess(folder)
     try:
-        journal = RedisJournals(RedisServer(first.url), kit.fingerprint, clock).open(key)
+        journal = RedisJournals(first.connect(), kit.fingerprint, clock).open(key)
         fill(journal, kit, num_turns=3)
         first.kill()
         with pytest.raises(JournalUnavailable):
@@ -214,7 +214,7 @@ def test_what_was_acknowledged_survives_redis_own_kill_9(tmp_path_factory, key, 
 def test_a_silent_server_holds_nobody_up_for_long(tmp_path_factory, key, kit, clock):
     process = RedisProcess(tmp_path_factory.mktemp("r"))
     try:
-        journals = RedisJournals(RedisServer(process.url), kit.fingerprint, clock)
+        journals = RedisJournals(process.connect(), kit.fingerprint, clock)
         fill(journals.open(key), kit)
         with process.stopped():
             with pytest.raises(JournalUnavailable) as caught:
@@ -233,7 +233,7 @@ def test_a_silent_server_holds_nobody_up_for_long(tmp_path_factory, key, kit, cl
 def test_a_full_server_is_told_from_a_damaged_journal(tmp_path_factory, key, kit, clock):
     process = RedisProcess(tmp_path_factory.mktemp("r"), "--maxmemory", "4mb")
     try:
-        journal = RedisJournals(RedisServer(process.url), kit.fingerprint, clock).open(key)
+        journal = RedisJournals(process.connect(), kit.fingerprint, clock).open(key)
         fill(journal, kit)
         with pytest.raises(JournalFull):
             fill(journal, kit, num_turns=50, num_chars=1_000_000)

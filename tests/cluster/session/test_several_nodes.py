@@ -18,7 +18,6 @@ from phi_cluster.cluster.session.keeper_finder import KeeperFinder
 from phi_cluster.cluster.session.node_processes import NodeProcesses
 from phi_cluster.cluster.session.recycler import RecycleReason
 from phi_cluster.cluster.session.redis_journal import RedisJournals
-from phi_cluster.cluster.session.redis_server import RedisServer
 from phi_cluster.cluster.session_api import SESSION_SORTS, SessionQuery
 
 KEY = SessionKey("tenant", "demo")
@@ -72,7 +71,7 @@ def cluster(make_node, redis_process, kit, clock, tmp_path):
     raw.close()
     found = SimpleNamespace(nodes={}, handles={}, directories={})
     for name in ("head", "n2"):
-        journals = RedisJournals(RedisServer(redis_process.url), kit.fingerprint, clock, name)
+        journals = RedisJournals(redis_process.connect(), kit.fingerprint, clock, name)
         store = FileHibernationStore(tmp_path / name, 2**30, reserve_nbytes=0)
         found.nodes[name] = make_node(node_id=name, journals=journals, store=store)
         found.handles[name] = Handle(found.nodes[name].keeper)
