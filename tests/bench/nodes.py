@@ -1,12 +1,14 @@
 """How throughput grows with machines, where two cores cannot show it: engines sleep 20 ms a step instead of computing.
 
     python -m tests.bench.nodes [--machines 4] [--streams 3] [--turns 6] [--tokens 64]
+    python -m tests.bench.nodes --all-at-once --first-choice session|least_connections
 
 Each machine is a network namespace with an address of its own (root, iproute2, redis-server); the head serves, the
 others join one after the other. With each number of machines, `--streams` conversations for each of them hold turns
 through the head's ingress, all at once: tokens a second of the steady part of each turn (the median of the turns),
-against as many times that of one machine; where the sessions lie; how many were moved or forwarded, by the metrics. The
-last line is JSON.
+against as many times that of one machine; the time to the first token, median; where the sessions lie; how many were
+moved or forwarded, by the metrics. With `--all-at-once` only with all machines: two runs, one with each
+`--first-choice`, show what HAProxy's choice by session is worth. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -63,14 +65,21 @@ async def measure(cluster: Cluster, num_streams: int, num_turns: int, tokens: in
     async with httpx.AsyncClient(base_url=base, headers=headers, timeout=120, limits=limits) as client:
         conversations = [Conversation(client) for _ in range(num_streams)]
         await asyncio.gather(*(one.say(tokens) for one in conversations))
-        rates = []
+        rates, first_tokens = [], []
         for _ in range(num_turns):
-            rates.append(steady_rate(await asyncio.gather(*(one.say(tokens) for one in conversations))))
+            turns = await asyncio.gather(*(one.say(tokens) for one in conversations))
+            rates.append(steady_rate(turns))
+            first_tokens += [turn.time_to_first_token for turn in turns]
         found = (await client.get("/v1/sessions", params={"limit": 1000})).json()["data"]
         places = Counter(one["node_id"][:6] for one in found if one["node_id"])
         for one in conversations:
             await one.delete()
-    return {"rate": statistics.median(rates), "rates": rates, "sessions": sorted(places.values(), reverse=True)}
+    return {
+        "rate": statistics.median(rates),
+        "rates": rates,
+        "first_token_seconds": statistics.median(first_tokens),
+        "sessions": sorted(places.values(), reverse=True),
+    }
 
 
 def counters(cluster: Cluster) -> dict[str, float]:
@@ -84,12 +93,20 @@ def counters(cluster: Cluster) -> dict[str, float]:
     return dict(found)
 
 
+def of_linear(row: dict[str, Any], number: int, before: list[dict[str, Any]]) -> float | None:
+    """Against the first row, which is one machine's; None without one."""
+    first = (*before, row)[0] if before or number == 1 else None
+    return None if first is None else row["rate"] / (first["rate"] * number)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--machines", type=int, default=4)
     parser.add_argument("--streams", type=int, default=3, help="conversations for each machine")
     parser.add_argument("--turns", type=int, default=6)
     parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--all-at-once", action="store_true", help="measure with all machines only")
+    parser.add_argument("--first-choice", choices=("auto", "session", "least_connections"), default="auto")
     arguments = parser.parse_args()
     if reason := why_not():
         sys.exit(reason)
@@ -100,19 +117,23 @@ def main() -> None:
         network = Network(Path(folder), arguments.machines)
         cluster = None
         try:
-            cluster = Cluster(Path(folder), network, wait_for, {**SETTINGS, "replicas": arguments.machines})
-            print(f"{'machines':>8} {'tok/s':>7} {'of linear':>9}  sessions by machine", flush=True)
+            settings = {**SETTINGS, "replicas": arguments.machines, "server": {"first_choice": arguments.first_choice}}
+            cluster = Cluster(Path(folder), network, wait_for, settings)
+            print(f"{'machines':>8} {'tok/s':>7} {'of linear':>9} {'TTFT ms':>8}  sessions by machine", flush=True)
             for number, machine in enumerate((cluster.head, *cluster.others), 1):
                 machine.start("Ready in" if number == 1 else "Joined")
                 wait_for(lambda n=number: cluster.num_serving() == n, f"{number} machines that serve", 180)
+                if arguments.all_at_once and number < arguments.machines:
+                    continue
                 before = counters(cluster)
                 row = asyncio.run(measure(cluster, number * arguments.streams, arguments.turns, arguments.tokens))
                 after = counters(cluster)
-                row |= {"machines": number, "of_linear": row["rate"] / ((rows or [row])[0]["rate"] * number)}
+                row |= {"machines": number, "of_linear": of_linear(row, number, rows)}
                 row["counted"] = {name: after[name] - before.get(name, 0.0) for name in after}
                 rows.append(row)
                 print(
-                    f"{number:>8} {row['rate']:>7.0f} {row['of_linear']:>9.2f}  {row['sessions']}  {row['counted']}",
+                    f"{number:>8} {row['rate']:>7.0f} {row['of_linear'] or 0:>9.2f} "
+                    f"{1000 * row['first_token_seconds']:>8.0f}  {row['sessions']}  {row['counted']}",
                     flush=True,
                 )
         finally:

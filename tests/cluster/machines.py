@@ -106,7 +106,12 @@ class Cluster:
                 "token_file": str(folder / "token"),
                 "drain": f"{DRAIN_SECONDS}s",
             },
-            "server": {"host": "0.0.0.0", "keys": str(folder / "keys.yaml"), "port": PORT},
+            "server": {
+                **settings.get("server", {}),
+                "host": "0.0.0.0",
+                "keys": str(folder / "keys.yaml"),
+                "port": PORT,
+            },
         }
         (folder / "cluster.yaml").write_text(yaml.safe_dump(config))
         self.head = Machine(head, [*serve, folder / "cluster.yaml"], until, ("XDG_STATE_HOME",))
