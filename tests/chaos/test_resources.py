@@ -67,13 +67,14 @@ def test_counting(tmp_path):
     for name in ("sessions/ab/abc.sqlite", "sessions/ab/abc.sqlite-wal", "lock"):
         (state / name).touch()
     fd = os.memfd_create("phi-kv")
+    again = os.dup(fd)
     environment = os.environ | {RUNTIME_DIR_VARIABLE: str(runtime)}
     command = ["ray::Keeper", "-c", "import time; print(flush=True); time.sleep(60)"]
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(str(runtime / "x.sock"))
         # Two descriptors of one segment are one segment.
         keeper = subprocess.Popen(
-            command, executable=sys.executable, env=environment, stdout=subprocess.PIPE, pass_fds=[fd, os.dup(fd)]
+            command, executable=sys.executable, env=environment, stdout=subprocess.PIPE, pass_fds=[fd, again]
         )
         assert keeper.stdout is not None
         keeper.stdout.readline()
@@ -81,6 +82,7 @@ def test_counting(tmp_path):
         keeper.kill()
         keeper.communicate()
     os.close(fd)
+    os.close(again)
     assert found.processes == {"keeper": 1}
     assert found.descriptors == {"keeper": 3}
     assert (found.segments, found.sockets) == (1, 1)
