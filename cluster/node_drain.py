@@ -1,8 +1,8 @@
 """A node of a Ray that others have started leaves: what `phi-cluster join` does at its end, for who has not joined so
 (a pod's preStop).
 
-Owns: telling Ray, and waiting until the node is not needed any more. Knows nothing of what moves, and of who ends the
-node afterwards.
+Owns: telling Ray, and whether the node is not needed any more. Knows nothing of what moves, and of who ends the node
+afterwards.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def drain_here(address: str) -> tuple[str, bool]:
         node_id = context.get_node_id()
         ray_cluster.drain_node(context.gcs_address, node_id, seconds)
         while time.monotonic() < deadline:
-            if _is_drained(node_id):
+            if is_drained(node_id):
                 return node_id, True
             time.sleep(_POLL_SECONDS)
         return node_id, False
@@ -43,10 +43,11 @@ def drain_here(address: str) -> tuple[str, bool]:
         ray_cluster.stop_ray()
 
 
-def _is_drained(node_id: str) -> bool:
+def is_drained(node_id: str) -> bool:
+    """Whether nothing is left to wait for on the node, as the controller says. Wants a connection to Ray."""
     try:
         controller = ray.get_actor(CONTROLLER, namespace=NAMESPACE)
-        return bool(ray.get(controller.is_drained.remote(node_id), timeout=5))
+        return bool(ray.get(controller.is_drained.remote(node_id), timeout=10))
     except (ValueError, RayError):
         # It is being restarted.
         return False

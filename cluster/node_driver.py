@@ -61,22 +61,22 @@ def _main(what: str, head: str, address: str, runtime_dir: str) -> None:
     from ray.exceptions import RayError
 
     from phi_cluster.cluster import ray_cluster
-    from phi_cluster.cluster.actors import CONTROLLER, NAMESPACE, keeper_of
+    from phi_cluster.cluster.actors import keeper_of
+    from phi_cluster.cluster.node_drain import is_drained
 
     ray_cluster.connect(Path(runtime_dir), head, address)
     own_id = ray.get_runtime_context().get_node_id()
-    _, _, node_id = what.partition(":")
-    while True:
+
+    def is_up() -> bool:
         try:
-            if not node_id:
-                ray.get(keeper_of(own_id).start.remote(), timeout=10)
-                break
-            controller = ray.get_actor(CONTROLLER, namespace=NAMESPACE)
-            if ray.get(controller.is_drained.remote(node_id), timeout=10):
-                break
+            ray.get(keeper_of(own_id).start.remote(), timeout=10)
         except (ValueError, RayError):
             # Not there yet, or being restarted.
-            pass
+            return False
+        return True
+
+    _, _, node_id = what.partition(":")
+    while not (is_drained(node_id) if node_id else is_up()):
         time.sleep(0.2)
     print(f"{_ANSWER}{own_id}", flush=True)
 
