@@ -39,8 +39,8 @@ from phi_cluster.cluster.messages import (
 )
 from phi_cluster.cluster.processes import end_of
 from phi_cluster.cluster.session.journal import Glance
-from phi_cluster.cluster.session.keeper import HeldBy
 from phi_cluster.cluster.session.keeper_finder import KeeperFinder
+from phi_cluster.cluster.session.kept_turns import HeldBy
 from phi_cluster.cluster.session.merged_pages import merged_page, survey_query
 from phi_cluster.cluster.session.recycler import RecycleReason
 from phi_cluster.cluster.session.session import SessionStats

@@ -17,7 +17,6 @@ import logging
 import math
 import os
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -27,8 +26,6 @@ from phi_cluster.cluster.config import KVConfig, SessionsConfig
 from phi_cluster.cluster.errors import KeeperMoved, Overloaded
 from phi_cluster.cluster.events import EventKind
 from phi_cluster.cluster.messages import (
-    OPENED,
-    WOKEN,
     AdmitTurn,
     BeginTurn,
     CommitTurn,
@@ -36,7 +33,6 @@ from phi_cluster.cluster.messages import (
     ProcessId,
     SegmentRef,
     SessionKey,
-    Stretch,
     TenantLimits,
     TurnGrant,
     TurnUsage,
@@ -47,7 +43,6 @@ from phi_cluster.cluster.session.actor_pool import RayActors
 from phi_cluster.cluster.session.administration import Administration
 from phi_cluster.cluster.session.cache_export import SECRET_NBYTES, CacheExports, opened
 from phi_cluster.cluster.session.catalog import Catalog, Known
-from phi_cluster.cluster.session.conversation import name_digest
 from phi_cluster.cluster.session.custody import Custody
 from phi_cluster.cluster.session.elsewhere import Elsewhere
 from phi_cluster.cluster.session.evacuation import Evacuation, Evacuations
@@ -56,6 +51,7 @@ from phi_cluster.cluster.session.glances import Glances
 from phi_cluster.cluster.session.hibernation import Hibernation
 from phi_cluster.cluster.session.hibernation_store import HibernationStore
 from phi_cluster.cluster.session.journal import Glance, Journals, JournalUnavailable
+from phi_cluster.cluster.session.kept_turns import HeldBy, KeptTurns
 from phi_cluster.cluster.session.moving import MoveResult, Moves
 from phi_cluster.cluster.session.moving_memory import Piece
 from phi_cluster.cluster.session.node_processes import NodeProcesses
@@ -95,14 +91,6 @@ _DEACTIVATION_REASONS = (
     RecycleReason.MEMORY_PRESSURE.value,
     RecycleReason.MIGRATING.value,
 )
-
-
-@dataclass(frozen=True)
-class HeldBy:
-    """The session is with this actor, in this process: call it directly from now on."""
-
-    actor: Any
-    process: ProcessId
 
 
 class Successor(Protocol):
@@ -179,6 +167,7 @@ class NodeSessions:
         self._memory = TenantMemory(
             self._custody, lambda tenant: self._accounts.limits_of(tenant).kv_bytes, kv.reserve_wait
         )
+        self._turns = KeptTurns(self._custody, self._hibernation, self._moves, self._memory)
         # Disk that journals take, and when that was looked at (the loop's seconds).
         self._journal_nbytes = 0
         self._journals_seen_at = -math.inf
@@ -216,124 +205,41 @@ class NodeSessions:
 
     @_call
     async def begin_turn(self, request: BeginTurn) -> TurnGrant | HeldBy:
-        if request.key.ephemeral and not request.key.session_id:
-            # It may be here already: then its answer was lost, and nobody would ever end that turn.
-            for begun in self._roster:
-                if begun.key.ephemeral and begun.session is not None:
-                    begun.session.withdraw(request.attempt)
-        came: tuple[Stretch, ...] = ()
-        while True:
-            if request.key.ephemeral and not request.key.session_id:
-                left = self._roster.left_by(request.key.tenant, request.request_id) if request.resume else None
-                entry = left or self._continue_or_open(request)
-            else:
-                entry, took = await self._open(request.key)
-                came += took
-                # Ray has restarted an actor that died: only here is it known that the next process has no session.
-                await self._custody.actor_died(request.key)
-            if entry.session is None:
-                return HeldBy(entry.actor.handle, entry.actor.process)
-            self._custody.hands.want_actor(entry)
-            grant = await entry.session.begin_turn(request)
-            if isinstance(grant, TurnGrant):
-                entry.turn_began = asyncio.get_running_loop().time()
-                return replace(grant, stretches=(*came, *grant.stretches))
-            # It changed hands while this one waited.
-            await asyncio.sleep(0)
-
-    async def _open(self, key: SessionKey) -> tuple[Entry, tuple[Stretch, ...]]:
-        """The session in memory, and what that took if it was not there."""
-        await self._moves.arrived(key)
-        if (entry := self._roster.find(key)) is not None:
-            return entry, ()
-        began = self._clock()
-        await self._hibernation.wake(key)
-        name = WOKEN if self._roster.find(key) is not None else OPENED
-        entry = self._roster.open(key)
-        return entry, (Stretch(name, began, max(self._clock() - began, 0.0)),)
+        return await self._turns.begin(request)
 
     @_call
     async def commit(self, commit: CommitTurn) -> SessionStats | HeldBy | Moved:
-        await self._custody.actor_died(commit.key)
-        entry = self._roster.find(commit.key)
-        if entry is None and commit.key.ephemeral:
-            # Nothing to add to: an unnamed conversation died with the keeper that held it.
-            return Moved(commit.key)
-        if entry is None and not self._roster.is_known(commit.key):
-            # Deleted meanwhile (this is a retry): opening it would bring it back.
-            return Moved(commit.key)
-        entry = entry or self._roster.open(commit.key)
-        if entry.session is None:
-            return HeldBy(entry.actor.handle, entry.actor.process)
-        stats = entry.session.commit(commit)
-        if isinstance(stats, SessionStats):
-            seconds = asyncio.get_running_loop().time() - entry.turn_began
-            num_computed = commit.num_prompt_tokens - commit.num_cached_tokens
-            self._hibernation.policy.computed(num_computed, commit.num_completion_tokens, seconds)
-            self._custody.settle(entry, stats)
-            self._custody.drop_surplus()
-        return stats
+        return await self._turns.commit(commit)
 
     @_call
     async def abandon(self, key: SessionKey, epoch: int) -> SessionStats | HeldBy | Moved:
-        await self._custody.actor_died(key)
-        entry = self._roster.find(key)
-        if entry is None:
-            return Moved(key)
-        if entry.session is None:
-            return HeldBy(entry.actor.handle, entry.actor.process)
-        entry.session.abandon(epoch)
-        stats = entry.session.describe()
-        self._custody.settle(entry, stats)
-        if key.ephemeral and not stats.turns:
-            # Nobody can ever go on with it.
-            await self._custody.drop(entry)
-        self._custody.drop_surplus()
-        return stats
+        return await self._turns.abandon(key, epoch)
 
     @_call
     async def lay_prompt(
         self, key: SessionKey, epoch: int, source: SegmentRef, num_tokens: int
     ) -> int | HeldBy | Moved:
         """See `Session.lay_prompt`."""
-        await self._custody.actor_died(key)
-        entry = self._roster.find(key)
-        if entry is None:
-            return Moved(key)
-        if entry.session is None:
-            return HeldBy(entry.actor.handle, entry.actor.process)
-        return await entry.session.lay_prompt(epoch, source, num_tokens)
+        return await self._turns.lay_prompt(key, epoch, source, num_tokens)
 
     @_call
     async def withdraw(self, key: SessionKey, claim: str) -> bool | HeldBy | Moved:
-        await self._custody.actor_died(key)
-        entry = self._roster.find(key)
-        if entry is None:
-            return Moved(key)
-        return entry.session.withdraw(claim) if entry.session else HeldBy(entry.actor.handle, entry.actor.process)
+        return await self._turns.withdraw(key, claim)
 
     @_call
     async def reserve(self, key: SessionKey, num_tokens: int, num_shared_tokens: int = 0) -> None:
-        """Leases memory for the session to hold `num_tokens`, of which the first have their keys and values in another
-        one's. Raises Overloaded and LimitReached."""
-        nbytes = self._layout.nbytes_used(num_tokens) - self._layout.nbytes_shared(num_shared_tokens)
-        await self._memory.reserve(key, nbytes)
-        if self._roster.find(key) is None:
-            # Its client left while it waited, and the session went: nobody would ever give this back.
-            self._custody.leases.release(key.digest)
+        """See `KeptTurns.reserve`."""
+        await self._turns.reserve(key, num_tokens, num_shared_tokens)
 
     @_call
     async def settle_early(self, key: SessionKey) -> None:
         """The session's turn goes on without more memory than it has."""
-        entry = self._roster.find(key)
-        if entry is not None:
-            self._custody.leases.settle(key.digest, (await self._custody.stats(entry)).kv_cache_bytes)
+        await self._turns.settle_early(key)
 
     @_call
     async def settle(self, key: SessionKey, nbytes: int) -> None:
         """A turn with the session's actor is over."""
-        if self._roster.find(key) is not None:
-            self._custody.leases.settle(key.digest, nbytes)
+        self._turns.settle(key, nbytes)
 
     @_call
     async def drop_cache(self, key: SessionKey) -> None:
@@ -617,11 +523,6 @@ class NodeSessions:
         await self._save_usage()
         self._custody.hands.close()
         return sum(1 for _ in self._roster.stored_keys())
-
-    def _continue_or_open(self, request: BeginTurn) -> Entry:
-        # Strangers' strings are no keys here.
-        hint = None if request.cache_hint is None else name_digest(request.cache_hint).hex()
-        return self._roster.continue_or_open(request.key.tenant, request.text, hint)
 
     async def _look_at_journals(self) -> None:
         """Now and then: there may be many files."""

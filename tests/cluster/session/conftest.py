@@ -26,7 +26,8 @@ from phi_cluster.cluster.messages import BeginTurn, CommitTurn, ProcessId, Sessi
 from phi_cluster.cluster.session.actor import SessionHost
 from phi_cluster.cluster.session.hibernation_store import FileHibernationStore
 from phi_cluster.cluster.session.journal import Glance, Journal
-from phi_cluster.cluster.session.keeper import HeldBy, NodeSessions
+from phi_cluster.cluster.session.keeper import NodeSessions
+from phi_cluster.cluster.session.kept_turns import HeldBy
 from phi_cluster.cluster.session.segment import Segment, SegmentLayout
 from phi_cluster.cluster.session.session import Session, SessionSettings
 from phi_cluster.cluster.session.sqlite_journal import SQLiteJournal, glance, journals_nbytes, list_sessions

@@ -8,7 +8,7 @@ import pytest
 
 from phi_cluster.cluster.messages import BeginTurn, SessionKey
 from phi_cluster.cluster.session.actor_pool import ActorPool
-from phi_cluster.cluster.session.keeper import HeldBy
+from phi_cluster.cluster.session.kept_turns import HeldBy
 from phi_cluster.cluster.session.recycler import RecycleReason
 
 KEY = SessionKey("tenant", "demo")

@@ -14,8 +14,8 @@ from phi_cluster.cluster.errors import NotFound, Unavailable
 from phi_cluster.cluster.messages import BeginTurn, ProcessId, SessionKey
 from phi_cluster.cluster.processes import process_id
 from phi_cluster.cluster.session.directory import SessionDirectory
-from phi_cluster.cluster.session.keeper import HeldBy
 from phi_cluster.cluster.session.keeper_finder import KeeperFinder
+from phi_cluster.cluster.session.kept_turns import HeldBy
 
 KEY = SessionKey("tenant", "demo")
 

@@ -13,7 +13,7 @@ from ray.exceptions import RayActorError
 from phi_cluster.cluster.errors import PhiError
 from phi_cluster.cluster.messages import BeginTurn, SessionKey, TurnGrant
 from phi_cluster.cluster.session import moving_memory
-from phi_cluster.cluster.session.keeper import HeldBy
+from phi_cluster.cluster.session.kept_turns import HeldBy
 from phi_cluster.cluster.session.moving_memory import Piece
 from phi_cluster.cluster.session.recycler import RecycleReason
 from phi_cluster.cluster.session.segment import Segment
