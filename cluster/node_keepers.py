@@ -1,7 +1,7 @@
 """The keepers of other nodes, as a replica finds them.
 
 Owns: which nodes are known to live (their replicas report) and the handles of their keepers. Implements
-session.directory.OtherNodes. Knows nothing of what keepers are asked.
+session.keeper_calls.OtherNodes. Knows nothing of what keepers are asked.
 """
 
 from __future__ import annotations

@@ -55,6 +55,7 @@ MAY_IMPORT_RAY = {
     "cluster.session.keeper",
     "cluster.session.keeper_actor",
     "cluster.session.directory",
+    "cluster.session.keeper_calls",
     "cluster.session.hand_over",
     "cluster.session.custody",
     "cluster.session.hibernation",

@@ -224,9 +224,9 @@ class Administrator:
                 elif deed == "fork":
                     answer = await replica.directory.fork(key.tenant, key.session_id, fork.key.session_id, turn)
                 elif deed == "put_to_sleep":
-                    answer = await replica.directory._ask_keeper("put_to_sleep", key)
+                    answer = await replica.directory._calls.keeper("put_to_sleep", key)
                 elif deed == "recycle":
-                    answer = await replica.directory._ask_keeper("recycle", key, reason)
+                    answer = await replica.directory._calls.keeper("recycle", key, reason)
                 else:
                     answer = await getattr(replica.directory, deed)(key.tenant, key.session_id)
             except PhiError as error:

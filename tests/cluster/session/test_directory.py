@@ -58,7 +58,7 @@ async def test_an_actor_that_dies_is_not_waited_for(tmp_path):
     actor = Handle(withdraw=[never])
     keeper = Handle(withdraw=[HeldBy(actor, ProcessId(7, 8)), True], actor_died=[None])
     directory = directory_of(keeper, tmp_path, end_of=end_of)
-    asking = asyncio.ensure_future(directory._call(KEY, "withdraw", KEY, "claim"))
+    asking = asyncio.ensure_future(directory._calls.session(KEY, "withdraw", KEY, "claim"))
     await asyncio.sleep(0.01)
     assert not asking.done()
     ended.set_result(None)
@@ -79,19 +79,19 @@ async def test_what_an_actor_said_last_is_heard(tmp_path):
     asyncio.get_running_loop().call_later(0.01, late.set_result, "said")
     keeper = Handle(withdraw=[HeldBy(Handle(withdraw=[late]), ProcessId(7, 8))])
     directory = directory_of(keeper, tmp_path, end_of=end_of)
-    assert await directory._call(KEY, "withdraw", KEY, "claim") == "said"
+    assert await directory._calls.session(KEY, "withdraw", KEY, "claim") == "said"
     assert keeper.asked == ["withdraw"]
 
 
 async def test_an_actor_that_lives_is_asked_for_real(tmp_path):
     before = len(os.listdir("/proc/self/fd"))
     keeper = Handle(withdraw=[HeldBy(Handle(withdraw=[True]), process_id())])
-    assert await directory_of(keeper, tmp_path)._call(KEY, "withdraw", KEY, "claim")
+    assert await directory_of(keeper, tmp_path)._calls.session(KEY, "withdraw", KEY, "claim")
     assert len(os.listdir("/proc/self/fd")) == before
 
 
 async def test_a_session_is_deleted_although_the_answer_is_lost(tmp_path, monkeypatch):
-    monkeypatch.setattr("phi_cluster.cluster.session.directory._RETRY_SECONDS", 0.0)
+    monkeypatch.setattr("phi_cluster.cluster.session.keeper_calls._RETRY_SECONDS", 0.0)
     lost = ActorUnavailableError("lost", None)
     keeper = Handle(locate=["seen", None], delete=[lost, NotFound("gone")])
     directory = directory_of(keeper, tmp_path)
@@ -102,8 +102,8 @@ async def test_a_session_is_deleted_although_the_answer_is_lost(tmp_path, monkey
 
 
 async def test_without_a_keeper_it_is_unavailable(tmp_path, monkeypatch):
-    monkeypatch.setattr("phi_cluster.cluster.session.directory._RETRY_SECONDS", 0.0)
-    monkeypatch.setattr("phi_cluster.cluster.session.directory._RETRIES", 5)
+    monkeypatch.setattr("phi_cluster.cluster.session.keeper_calls._RETRY_SECONDS", 0.0)
+    monkeypatch.setattr("phi_cluster.cluster.session.keeper_calls._RETRIES", 5)
 
     def nobody(name):
         raise ValueError(name)
@@ -111,3 +111,22 @@ async def test_without_a_keeper_it_is_unavailable(tmp_path, monkeypatch):
     directory = SessionDirectory(KeeperFinder(nobody, ["one", "two"]), tmp_path)
     with pytest.raises(Unavailable):
         await directory.begin_turn(BeginTurn(KEY, "r", "said "))
+
+
+async def test_sessions_of_one_actor_share_its_handle(tmp_path):
+    class Actor(Handle):
+        def __hash__(self):
+            return 7
+
+        def __eq__(self, other):
+            return isinstance(other, Actor)
+
+    first, again = Actor(withdraw=[True]), Actor(withdraw=[True])
+    keeper = Handle(withdraw=[HeldBy(first, process_id()), HeldBy(again, process_id())], locate=["seen"], delete=[None])
+    directory = directory_of(keeper, tmp_path)
+    for name in ("one", "two"):
+        assert await directory._calls.session(SessionKey("tenant", name), "withdraw", "claim")
+    assert (first.asked, again.asked) == (["withdraw", "withdraw"], [])
+    assert directory._calls.is_with_actor(SessionKey("tenant", "two"))
+    await directory.delete("tenant", "two")
+    assert not directory._calls.is_with_actor(SessionKey("tenant", "two"))
