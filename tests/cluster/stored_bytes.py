@@ -24,8 +24,15 @@ def memory_file(state_dir: Path, session_id: str) -> Path:
 
 def files_with(folder: Path, *needles: bytes) -> list[str]:
     """Names of the files in which one of these is."""
-    files = [path for path in folder.rglob("*") if path.is_file()]
-    return [path.name for path in files if any(map(path.read_bytes().__contains__, needles))]
+    return [path.name for path in folder.rglob("*") if any(map(_read(path).__contains__, needles))]
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes() if path.is_file() else b""
+    except FileNotFoundError:
+        # A journal's log goes when the journal is closed, which may be just now.
+        return b""
 
 
 def read_data(path: Path) -> bytes:
