@@ -21,7 +21,7 @@ from phi_cluster.cluster.watch_api import EventPage
 
 class _Collected(NamedTuple):
     number: int
-    # A quarter of what the objects take: the ring is most of what a controller gathers in its first days.
+    # About a third of what the objects take: the ring is most of what a controller gathers in its first days.
     packed: bytes
 
 

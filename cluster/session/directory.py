@@ -285,7 +285,7 @@ class SessionDirectory:
 
     async def _is_there(self, key: SessionKey) -> bool:
         try:
-            return await self._calls.keeper("locate", key) is not None
+            return await self.locate(key) is not None
         except PhiError:
             # A journal that cannot be read can be deleted all the same.
             return True

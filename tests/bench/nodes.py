@@ -34,8 +34,8 @@ sys.path.insert(0, str(BENCH))
 from chat_load import Conversation  # noqa: E402
 from multi_turn import steady_rate  # noqa: E402
 
-from tests.cluster.hosts import Network, why_not  # noqa: E402
-from tests.cluster.machines import PORT, Cluster  # noqa: E402
+from tests.cluster.hosts import why_not  # noqa: E402
+from tests.cluster.machines import PORT, Cluster, on_hosts  # noqa: E402
 
 STEP_SECONDS = 0.02
 SETTINGS = {
@@ -93,12 +93,6 @@ def counters(cluster: Cluster) -> dict[str, float]:
     return dict(found)
 
 
-def of_linear(row: dict[str, Any], number: int, before: list[dict[str, Any]]) -> float | None:
-    """Against the first row, which is one machine's; None without one."""
-    first = (*before, row)[0] if before or number == 1 else None
-    return None if first is None else row["rate"] / (first["rate"] * number)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--machines", type=int, default=4)
@@ -113,33 +107,31 @@ def main() -> None:
     paths = filter(None, (str(BENCH / "sleeping_engine"), os.environ.get("PYTHONPATH")))
     os.environ |= {"PYTHONPATH": os.pathsep.join(paths), "PHI_BENCH_STEP_SECONDS": str(STEP_SECONDS)}
     rows = []
-    with tempfile.TemporaryDirectory(prefix="pn-") as folder:
-        network = Network(Path(folder), arguments.machines)
-        cluster = None
-        try:
-            settings = {**SETTINGS, "replicas": arguments.machines, "server": {"first_choice": arguments.first_choice}}
-            cluster = Cluster(Path(folder), network, wait_for, settings)
-            print(f"{'machines':>8} {'tok/s':>7} {'of linear':>9} {'TTFT ms':>8}  sessions by machine", flush=True)
-            for number, machine in enumerate((cluster.head, *cluster.others), 1):
-                machine.start("Ready in" if number == 1 else "Joined")
-                wait_for(lambda n=number: cluster.num_serving() == n, f"{number} machines that serve", 180)
-                if arguments.all_at_once and number < arguments.machines:
-                    continue
-                before = counters(cluster)
-                row = asyncio.run(measure(cluster, number * arguments.streams, arguments.turns, arguments.tokens))
-                after = counters(cluster)
-                row |= {"machines": number, "of_linear": of_linear(row, number, rows)}
-                row["counted"] = {name: after[name] - before.get(name, 0.0) for name in after}
-                rows.append(row)
-                print(
-                    f"{number:>8} {row['rate']:>7.0f} {row['of_linear'] or 0:>9.2f} "
-                    f"{1000 * row['first_token_seconds']:>8.0f}  {row['sessions']}  {row['counted']}",
-                    flush=True,
-                )
-        finally:
-            network.close()
-            if cluster is not None:
-                cluster.close()
+    settings = {**SETTINGS, "replicas": arguments.machines, "server": {"first_choice": arguments.first_choice}}
+    with (
+        tempfile.TemporaryDirectory(prefix="pn-") as folder,
+        on_hosts(Path(folder), arguments.machines, wait_for, settings) as cluster,
+    ):
+        print(f"{'machines':>8} {'tok/s':>7} {'of linear':>9} {'TTFT ms':>8}  sessions by machine", flush=True)
+        for number, machine in enumerate((cluster.head, *cluster.others), 1):
+            machine.start("Ready in" if number == 1 else "Joined")
+            wait_for(lambda n=number: cluster.num_serving() == n, f"{number} machines that serve", 180)
+            if arguments.all_at_once and number < arguments.machines:
+                continue
+            before = counters(cluster)
+            row = asyncio.run(measure(cluster, number * arguments.streams, arguments.turns, arguments.tokens))
+            after = counters(cluster)
+            rows.append(row)
+            # Against one machine's, where that was measured.
+            linear = None if arguments.all_at_once else rows[0]["rate"] * number
+            row |= {"machines": number, "of_linear": linear and row["rate"] / linear}
+            row["counted"] = {name: after[name] - before.get(name, 0.0) for name in after}
+            share = f"{row['of_linear']:.2f}" if linear else "-"
+            print(
+                f"{number:>8} {row['rate']:>7.0f} {share:>9} {1000 * row['first_token_seconds']:>8.0f}  "
+                f"{row['sessions']}  {row['counted']}",
+                flush=True,
+            )
     print(json.dumps({"step_seconds": STEP_SECONDS, "rows": rows}))
 
 

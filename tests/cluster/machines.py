@@ -139,21 +139,28 @@ class Cluster:
 
 
 @contextlib.contextmanager
-def serving(folder: Path, num_hosts: int, until: Callable[..., Any], settings: Mapping[str, Any]) -> Iterator[Cluster]:
-    """A cluster whose head serves; the others have not joined. Skips the test where there can be no hosts; fails it
-    there in CI."""
-    if reason := why_not():
-        pytest.fail(reason) if os.environ.get("CI") else pytest.skip(reason)
+def on_hosts(folder: Path, num_hosts: int, until: Callable[..., Any], settings: Mapping[str, Any]) -> Iterator[Cluster]:
+    """A cluster of which nothing has been started; whatever still runs at the end is killed."""
     # Hosts cannot download it.
     resolve_model("smollm2", Config().cache_path, lambda event: None, None)
     network = Network(folder, num_hosts)
     cluster = None
     try:
         cluster = Cluster(folder, network, until, settings)
-        cluster.head.start("Ready in")
         yield cluster
-        cluster.head.leave(signal.SIGINT)
     finally:
         network.close()
         if cluster is not None:
             cluster.close()
+
+
+@contextlib.contextmanager
+def serving(folder: Path, num_hosts: int, until: Callable[..., Any], settings: Mapping[str, Any]) -> Iterator[Cluster]:
+    """A cluster whose head serves; the others have not joined. Skips the test where there can be no hosts; fails it
+    there in CI."""
+    if reason := why_not():
+        pytest.fail(reason) if os.environ.get("CI") else pytest.skip(reason)
+    with on_hosts(folder, num_hosts, until, settings) as cluster:
+        cluster.head.start("Ready in")
+        yield cluster
+        cluster.head.leave(signal.SIGINT)
