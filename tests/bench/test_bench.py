@@ -20,6 +20,8 @@ from phi_cluster.cluster.processes import private_bytes
 BENCH = Path(__file__).parent
 
 FAKE_PEER = """
+import os
+
 from peers.peer import MissingPeer, run_peer
 
 class Fake:
@@ -31,6 +33,8 @@ class Fake:
         raise ValueError("too\\nlong")
     def log_likelihood(self, token_ids):
         return -1.0 * len(token_ids)
+    def die(self):
+        os.kill(os.getpid(), 9)
 
 def make(parsed):
     if parsed.model != "there":
@@ -84,6 +88,14 @@ def test_a_peer_answers_and_says_what_is_wrong(fake_peer, tmp_path) -> None:
         peer.ask("prefill", tokens=1)
     assert peer.ask("log_likelihood", token_ids=[1, 2]).result == -2.0
     assert "engines talk on stdout" in (tmp_path / "log").read_text()
+
+
+def test_a_peer_that_died_says_so_whenever_it_is_asked(fake_peer) -> None:
+    peer = fake_peer("there")
+    with pytest.raises(RuntimeError, match="fake's process ended with -9"):
+        peer.ask("die")
+    with pytest.raises(RuntimeError, match="fake's process has ended with -9"):
+        peer.ask("decode", streams=1, context=1, tokens=1)
 
 
 def test_a_missing_peer_is_one_line(fake_peer, bench, tmp_path) -> None:

@@ -57,8 +57,10 @@ class PeerProcess:
         self.description: str = first["ready"]
 
     def ask(self, method: str, **arguments: Any) -> Answer:
-        """Calls a method of the peer. Raises RuntimeError with the peer's own words."""
+        """Calls a method of the peer. Raises RuntimeError with the peer's own words, or if it has died."""
         assert self._process.stdin is not None
+        if (status := self._process.poll()) is not None:
+            raise RuntimeError(f"{self.name}'s process has ended with {status}; see {self._log.name}")
         idle, own, wall = _idle_seconds(), self._cpu_seconds(), time.monotonic()
         self._process.stdin.write(json.dumps({"do": method, **arguments}) + "\n")
         answer = self._receive()
