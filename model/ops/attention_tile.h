@@ -322,10 +322,15 @@ inline __attribute__((noinline)) void attend_tile(const Visible<R>& v, const Til
     const float most = here > before ? here : before;
     rows.most[row + r] = most;
     factor[r] = before - most;
-    scores[r][0] = exp2(scores[r][0] - F16::set1(most));
-    scores[r][1] = exp2(scores[r][1] - F16::set1(most));
+    scores[r][0] = scores[r][0] - F16::set1(most);
+    scores[r][1] = scores[r][1] - F16::set1(most);
   }
   exp2(F16::load(factor)).store(factor);
+#pragma GCC unroll 8
+  for (int r = 0; r < R; r++) {
+    scores[r][0] = exp2(scores[r][0]);
+    scores[r][1] = exp2(scores[r][1]);
+  }
   for (int r = 0; r < R; r++) {
     scores[r][0].store(rows.weights + r * kKeyBlock);
     scores[r][1].store(rows.weights + r * kKeyBlock + 16);

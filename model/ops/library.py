@@ -22,6 +22,8 @@ _EXTENSION = "phi_cluster.model.ops._kernels"
 # Restricts the instruction set, so that nodes with different CPUs compute the same bits.
 ISA_VARIABLE = "PHI_CLUSTER_ISA"
 KV_KINDS = {"bfloat16": 0, "int8": 1}
+# What int16 rows are rounded to at most: both bytes of such a number are int8.
+LARGEST_INT16 = 256 * 127 + 127
 # Outputs, inputs and rows of the layers in the check at start: more inputs than one block of exact sums has, and more
 # rows than one tile.
 _TESTED_SHAPE = (48, 1056, 19)
@@ -185,19 +187,23 @@ def linear(
 
 
 def in_order_of(ops: Ops, x: NDArray[Any]) -> NDArray[Any]:
-    """Rounded rows [m, k32] as the kernels keep them: int16 numbers as two planes of bytes for AMX (linear_amx.h)."""
+    """Rounded rows [m, k32] as the kernels keep them: int16 numbers as two planes of int8 for AMX (linear_amx.h)."""
     if ops.isa != "amx" or x.dtype != np.int16:
         return x
-    planes = x.view(np.uint8).reshape(len(x), x.shape[1] // 4, 2, 2, 2).transpose(0, 4, 1, 3, 2)[:, ::-1]
-    return np.ascontiguousarray(planes).reshape(len(x), 2 * x.shape[1]).view(np.int16)
+    bytes_ = (x + np.int16(128)).view(np.uint8).reshape(len(x), x.shape[1] // 4, 2, 2, 2)
+    planes = np.ascontiguousarray(bytes_.transpose(0, 4, 1, 3, 2)[:, ::-1]).reshape(len(x), 2, x.shape[1])
+    planes[:, 1] ^= 128
+    return planes.reshape(len(x), 2 * x.shape[1]).view(np.int16)
 
 
 def out_of_order_of(ops: Ops, x: NDArray[Any]) -> NDArray[Any]:
     """The inverse of `in_order_of`."""
     if ops.isa != "amx" or x.dtype != np.int16:
         return x
-    numbers = x.view(np.uint8).reshape(len(x), 2, x.shape[1] // 4, 2, 2)[:, ::-1].transpose(0, 2, 4, 3, 1)
-    return np.ascontiguousarray(numbers).reshape(len(x), 2 * x.shape[1]).view(np.int16)
+    planes = x.view(np.uint8).reshape(len(x), 2, x.shape[1]).copy()
+    planes[:, 1] ^= 128
+    bytes_ = planes.reshape(len(x), 2, x.shape[1] // 4, 2, 2)[:, ::-1].transpose(0, 2, 4, 3, 1)
+    return np.ascontiguousarray(bytes_).reshape(len(x), 2 * x.shape[1]).view(np.int16) - np.int16(128)
 
 
 def sample(ops: Ops, rows: NDArray[np.void]) -> None:
@@ -247,9 +253,9 @@ def _int8_layer(random: np.random.Generator) -> tuple[Any, ...]:
     n, k, m = _TESTED_SHAPE
     weight = random.integers(-127, 128, (n // 16, k // 4, 16, 4), np.int8)
     scale = random.random(n, np.float32)
-    x = random.integers(-32767, 32768, (m, k), np.int16)
+    x = random.integers(-LARGEST_INT16, LARGEST_INT16 + 1, (m, k), np.int16)
     # The largest sums there can be.
-    weight[0, :, 0], x[0] = 127, 32767
+    weight[0, :, 0], x[0] = 127, LARGEST_INT16
     return weight, scale, n, x, random.random(m, np.float32)
 
 

@@ -18,7 +18,7 @@ constexpr int kMaxRowsInt8 = 12, kMaxRowsInt4 = 6;
 constexpr int kMaxRowsInt8 = 6, kMaxRowsInt4 = 4;
 #endif
 
-// Inputs whose products are summed exactly and then rounded once; int32 holds half as many: 127 * 32767 * 512 < 2^31.
+// Inputs whose products are summed exactly and then rounded once; int32 holds half as many: 127 * 32639 * 512 < 2^31.
 constexpr int kExactBlock = 1024, kInt32Block = kExactBlock / 2;
 
 // Adds the products of inputs [k, end).

@@ -1,8 +1,8 @@
 // Linear layers by AMX's products of tiles. Bit for bit what linear.h computes: integers are summed exactly in any order,
 // and the float32 operations behind them are the same in the same order.
 //
-// Owns: the blocking, and int16 rows as two planes of bytes: x = 256 * high + low, first all of a row's `high` (int8),
-// then all of its `low` (uint8), each in the weights' order. Knows nothing of threads. Included by isa_amx.cpp only.
+// Owns: the blocking, and int16 rows as two planes of bytes: x = 256 * high + low, first all of a row's `high`, then
+// all of its `low`, both int8, each in the weights' order. Knows nothing of threads. Included by isa_amx.cpp only.
 
 #pragma once
 
@@ -27,36 +27,31 @@ PHI_INLINE void widen_half(const uint8_t* from, int64_t stride, int rows, uint8_
   }
 }
 
-// A block's exact sums, rounded once: 256 * high + low.
+// A block's exact sums, rounded once: 256 * high + low, each of which float32 holds: 128 * 127 * kExactBlock < 2^24.
 PHI_INLINE F16 sums_to_float(const int32_t* high, const int32_t* low) {
-  const __m512i l = _mm512_load_si512(low);
-  const __m512i s = _mm512_add_epi32(_mm512_load_si512(high), _mm512_srai_epi32(l, 8));
-  const __m512i rest = _mm512_and_si512(l, _mm512_set1_epi32(255));
-  return {_mm512_fmadd_ps(_mm512_cvtepi32_ps(s), _mm512_set1_ps(256.0f), _mm512_cvtepi32_ps(rest))};
+  const __m512 h = _mm512_cvtepi32_ps(_mm512_load_si512(high)), l = _mm512_cvtepi32_ps(_mm512_load_si512(low));
+  return {_mm512_fmadd_ps(h, _mm512_set1_ps(256.0f), l)};
 }
 
-// Some rows' sums with one or two panels, and how far they are written to the outputs.
-struct Result {
-  alignas(64) int32_t sums[4][kTile * kTile];  // of each panel: products with `high`, products with `low`
-  alignas(64) float before[2][kTile * kTile];  // of each panel: all blocks before the last, if there are any
-  bool has_before;
-  int row, rows, first_panel, num_panels = 0;
-  int panel = 0, written = 0;  // the next to be written: rows of one of the panels
+// Up to 16 rows' sums with a panel.
+struct PanelSums {
+  alignas(64) int32_t high[kTile * kTile];
+  alignas(64) int32_t low[kTile * kTile];
+  alignas(64) float before[kTile * kTile];  // all blocks before the last, if there are any
 };
 
-PHI_INLINE F16 sum_of(const Result& t, int panel, int row, bool has_before) {
-  const F16 f = sums_to_float(t.sums[2 * panel] + kTile * row, t.sums[2 * panel + 1] + kTile * row);
-  return has_before ? F16::load(t.before[panel] + kTile * row) + f : f;
+template <bool Before>
+PHI_INLINE F16 sum_of(const PanelSums& s, int row) {
+  const F16 f = sums_to_float(s.high + kTile * row, s.low + kTile * row);
+  return Before ? F16::load(s.before + kTile * row) + f : f;
 }
 
-// Writes the next `num` rows of panels, if there are so many.
-PHI_INLINE void write_some(const LinearArgs& a, Result& t, int num) {
-  for (; num > 0 && t.panel < t.num_panels; num--) {
-    const int panel = t.first_panel + t.panel, row = t.row + t.written;
-    const F16 scale = F16::load(static_cast<const float*>(a.scale) + kTile * panel);
-    const F16 f = sum_of(t, t.panel, t.written, t.has_before);
-    write_panel(a, panel, row, f * scale * F16::set1(a.x_scale[row]));
-    if (++t.written == t.rows) t.written = 0, t.panel++;
+template <bool Before>
+PHI_INLINE void write_sums(const LinearArgs& a, const PanelSums& s, int panel, int row, int rows) {
+  const F16 scale = F16::load(static_cast<const float*>(a.scale) + kTile * panel);
+  const float* x_scale = a.x_scale + row;
+  for (int r = 0; r < rows; r++) {
+    write_panel(a, panel, row + r, sum_of<Before>(s, r) * scale * F16::set1(x_scale[r]));
   }
 }
 
@@ -64,10 +59,11 @@ PHI_INLINE void fetch_tile(const int8_t* w) {
   for (int i = 0; i < kTile; i++) __builtin_prefetch(w + kTileBytes * i);
 }
 
-// `rows` rows (at most 16) against Panels (1 or 2) panels of int8 weights, into `result`; writes `former` meanwhile: the
-// unit that multiplies tiles leaves the others idle. Tiles 0 to 3: sums; 4, 5: activations; 6, 7: weights.
-template <int Panels>
-inline void tiles_int8(const LinearArgs& a, int panel, int row, int rows, Result& result, Result& former) {
+// `rows` rows (at most 16) against Panels (1 or 2) panels of int8 weights. Fetch: the weights come from afar, and are
+// asked for early. Tiles 0 to 3: sums; 4, 5: activations; 6, 7: weights.
+template <int Panels, bool Fetch>
+inline void tiles_int8(const LinearArgs& a, int panel, int row, int rows) {
+  PanelSums sums[Panels];
   alignas(64) uint8_t tail[4][kTile * kTileBytes];
   const uint8_t* high = static_cast<const uint8_t*>(a.x) + int64_t{2} * row * a.k32;
   const uint8_t* low = high + a.k32;
@@ -84,19 +80,18 @@ inline void tiles_int8(const LinearArgs& a, int panel, int row, int rows, Result
     }
     int k = block;
     for (; k + kTileBytes <= end; k += kTileBytes) {
+      if (Fetch) fetch_tile(w0 + kTile * k + kAheadNbytes);
+      if (Fetch && Panels == 2) fetch_tile(w1 + kTile * k + kAheadNbytes);
       PHI_TILE_LOAD(6, w0 + kTile * k, kTileBytes);
-      fetch_tile(w0 + kTile * k + kAheadNbytes);
       PHI_TILE_LOAD(4, high + k, stride);
       PHI_TILE_ADD_SS(0, 4, 6);
-      PHI_TILE_LOAD(5, low + k, stride);
-      PHI_TILE_ADD_US(1, 5, 6);
       if (Panels == 2) {
         PHI_TILE_LOAD(7, w1 + kTile * k, kTileBytes);
-        fetch_tile(w1 + kTile * k + kAheadNbytes);
         PHI_TILE_ADD_SS(2, 4, 7);
-        PHI_TILE_ADD_US(3, 5, 7);
       }
-      write_some(a, former, 4);
+      PHI_TILE_LOAD(5, low + k, stride);
+      PHI_TILE_ADD_SS(1, 5, 6);
+      if (Panels == 2) PHI_TILE_ADD_SS(3, 5, 7);
     }
     if (k < end) {
       // Half a tile: the other half is zeros.
@@ -109,28 +104,38 @@ inline void tiles_int8(const LinearArgs& a, int panel, int row, int rows, Result
       PHI_TILE_LOAD(5, tail[1], kTileBytes);
       PHI_TILE_LOAD(6, tail[2], kTileBytes);
       PHI_TILE_ADD_SS(0, 4, 6);
-      PHI_TILE_ADD_US(1, 5, 6);
+      PHI_TILE_ADD_SS(1, 5, 6);
       if (Panels == 2) {
         PHI_TILE_LOAD(7, tail[3], kTileBytes);
         PHI_TILE_ADD_SS(2, 4, 7);
-        PHI_TILE_ADD_US(3, 5, 7);
+        PHI_TILE_ADD_SS(3, 5, 7);
       }
     }
-    PHI_TILE_STORE(0, result.sums[0], kTileBytes);
-    PHI_TILE_STORE(1, result.sums[1], kTileBytes);
+    PHI_TILE_STORE(0, sums[0].high, kTileBytes);
+    PHI_TILE_STORE(1, sums[0].low, kTileBytes);
     if (Panels == 2) {
-      PHI_TILE_STORE(2, result.sums[2], kTileBytes);
-      PHI_TILE_STORE(3, result.sums[3], kTileBytes);
+      PHI_TILE_STORE(2, sums[Panels - 1].high, kTileBytes);
+      PHI_TILE_STORE(3, sums[Panels - 1].low, kTileBytes);
     }
     if (end == a.k32) break;
-    for (int p = 0; p < Panels; p++) {
-      for (int r = 0; r < rows; r++) sum_of(result, p, r, block > 0).store(result.before[p] + kTile * r);
+    for (PanelSums& s : sums) {
+      for (int r = 0; r < rows; r++) (block ? sum_of<true>(s, r) : sum_of<false>(s, r)).store(s.before + kTile * r);
     }
   }
-  write_some(a, former, 2 * kTile);
-  result.has_before = a.k32 > kExactBlock;
-  result.row = row, result.rows = rows, result.first_panel = panel, result.num_panels = Panels;
-  result.panel = result.written = 0;
+  for (int p = 0; p < Panels; p++) {
+    if (a.k32 > kExactBlock) {
+      write_sums<true>(a, sums[p], panel + p, row, rows);
+    } else {
+      write_sums<false>(a, sums[p], panel + p, row, rows);
+    }
+  }
+}
+
+template <bool Fetch>
+inline void tiles_int8_row(const LinearArgs& a, int first_panel, int last_panel, int row, int rows) {
+  int panel = first_panel;
+  for (; panel + 2 <= last_panel; panel += 2) tiles_int8<2, Fetch>(a, panel, row, rows);
+  if (panel < last_panel) tiles_int8<1, Fetch>(a, panel, row, rows);
 }
 
 // f += the products with groups [group, group + num), whose weights stand in `unpacked`; num is at most 4.
@@ -223,24 +228,19 @@ inline void linear_int4_tiles(const LinearArgs& a, int first_panel, int last_pan
 }
 
 inline void linear_int8_tiles(const LinearArgs& a, int first_panel, int last_panel) {
-  Result results[2];
-  Result *result = &results[0], *former = &results[1];
   for (int row = 0; row < a.m; row += kTile) {
     const int rows = a.m - row < kTile ? a.m - row : kTile;
     TileShapes shapes;
     for (int t = 0; t < 6; t++) shapes.set(t, rows, kTileBytes);
     for (int t = 6; t < 8; t++) shapes.set(t, kTile, kTileBytes);
     PHI_TILES_LOAD_SHAPES(shapes);
-    for (int panel = first_panel; panel < last_panel; panel += 2) {
-      if (panel + 2 <= last_panel) {
-        tiles_int8<2>(a, panel, row, rows, *result, *former);
-      } else {
-        tiles_int8<1>(a, panel, row, rows, *result, *former);
-      }
-      std::swap(result, former);
+    // Later rows find the range's weights in the outer cache.
+    if (row == 0) {
+      tiles_int8_row<true>(a, first_panel, last_panel, row, rows);
+    } else {
+      tiles_int8_row<false>(a, first_panel, last_panel, row, rows);
     }
   }
-  write_some(a, *former, 2 * kTile);
   PHI_TILES_RELEASE();
 }
 

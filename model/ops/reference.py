@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from phi_cluster.model.ops.library import LARGEST_INT16
 from phi_cluster.model.quantize import GROUP, dequantize_int4, dequantize_int8
 
 # Rows (or groups) whose numbers are all smaller become zeros: the inverse of their scale would overflow.
@@ -25,7 +26,7 @@ def round_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 
     A row with a number that is not finite has the scale NaN, and then any integers.
     """
-    q, scale = _round(x, 32767)
+    q, scale = _round(x, LARGEST_INT16)
     return q.short(), scale
 
 

@@ -10,6 +10,9 @@
 namespace phi {
 namespace PHI_ISA {
 
+// What int16 rows are rounded to at most: 256 * 127 + 127, so that both bytes of a number are int8 (linear_amx.h).
+constexpr float kLargestInt16 = 32639.0f;
+
 // The largest magnitude of n numbers (a multiple of 16); NaN if one of them is no finite number.
 PHI_INLINE float largest_magnitude(const float* y, int n) {
   F16 largest = F16::zero(), bad = F16::zero();
@@ -66,9 +69,12 @@ PHI_INLINE void store_rounded(F16 first, F16 second, int i, int k32, void* row) 
   const __m256i a = _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(first.v));
   const __m256i b = _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(second.v));
   const __m512i words = _mm512_inserti64x4(_mm512_castsi256_si512(a), b, 1);
-  const __m512i bytes = _mm512_permutexvar_epi8(_mm512_load_si512(kOrder), words);
+  // Half a high byte more, for the low one is signed; that turns the low byte's sign.
+  const __m512i raised = _mm512_add_epi16(words, _mm512_set1_epi16(128));
+  const __m512i bytes = _mm512_permutexvar_epi8(_mm512_load_si512(kOrder), raised);
+  const __m256i low = _mm256_xor_si256(_mm512_castsi512_si256(bytes), _mm256_set1_epi8(-128));
   char* to = static_cast<char*>(row) + i;
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + k32), _mm512_castsi512_si256(bytes));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + k32), low);
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_extracti64x4_epi64(bytes, 1));
 #else
   (void)k32;
@@ -84,9 +90,9 @@ inline void quantize_row(const float* y, int k32, QuantizedRow out) {
     return;
   }
   float inverse;
-  *out.scale = scale_for(largest_magnitude(y, k32), 32767.0f, inverse);
+  *out.scale = scale_for(largest_magnitude(y, k32), kLargestInt16, inverse);
   for (int i = 0; i < k32; i += 32) {
-    store_rounded(scaled(y + i, inverse, 32767.0f), scaled(y + i + 16, inverse, 32767.0f), i, k32, out.x);
+    store_rounded(scaled(y + i, inverse, kLargestInt16), scaled(y + i + 16, inverse, kLargestInt16), i, k32, out.x);
   }
 }
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from phi_cluster.model.ops import library
-from phi_cluster.model.ops.library import ISA_VARIABLE, OpsUnavailable
+from phi_cluster.model.ops.library import ISA_VARIABLE, LARGEST_INT16, OpsUnavailable
 
 built = pytest.mark.skipif(library.find_library() is None, reason="the kernels were not compiled")
 
@@ -220,7 +220,7 @@ def test_the_check_covers_sums_that_would_saturate(monkeypatch):
 
     monkeypatch.setattr(library, "linear", spy)
     library.load()
-    assert [largest[:2] for largest in seen] == [(127, 32767)] * 2 + [(255, 127)] * 2
+    assert [largest[:2] for largest in seen] == [(127, LARGEST_INT16)] * 2 + [(255, 127)] * 2
     for _, _, shape in seen:
         # More rows than one tile has, more inputs than one block.
         assert shape[0] > 16

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from phi_cluster.model.ops import library, reference
-from phi_cluster.model.ops.library import LinearArgsC, Ops
+from phi_cluster.model.ops.library import LARGEST_INT16, LinearArgsC, Ops
 from phi_cluster.model.quantize import dequantize_int4, int4_shapes, int8_shapes, quantize_int4
 
 # Outputs and inputs: panels of 16 and groups of 32 that are full and that are not, and more inputs than sums are exact
@@ -79,7 +79,7 @@ def int8_layer(n: int, k: int, m: int, seed: int = 0) -> Layer:
     scale = torch.zeros(scale_shape)
     scale[:n] = torch.rand(n, generator=generator) * 0.01
     x = torch.zeros(m, ceil32(k), dtype=torch.int16)
-    x[:, :k] = torch.randint(-32767, 32768, (m, k), generator=generator)
+    x[:, :k] = torch.randint(-LARGEST_INT16, LARGEST_INT16 + 1, (m, k), generator=generator)
     return Layer(n, weight, scale, x, torch.rand(m, generator=generator) * 1e-3, None)
 
 
@@ -134,12 +134,12 @@ def test_int8_does_not_overflow(ops, sign):
     """The largest products there are, all of one sign, 8192 of them."""
     layer = int8_layer(32, 8192, 7)
     layer.weight.fill_(127)
-    layer.x.fill_(32767 * sign)
+    layer.x.fill_(LARGEST_INT16 * sign)
     layer.scale.fill_(1)
     layer.x_scale.fill_(1)
     actual = layer(ops)
     assert_same_bits(actual, layer.expected())
-    assert torch.allclose(actual, torch.tensor(sign * 127.0 * 32767 * 8192))
+    assert torch.allclose(actual, torch.tensor(sign * 127.0 * LARGEST_INT16 * 8192))
 
 
 @pytest.mark.parametrize("k", [512, 1024])
@@ -148,7 +148,7 @@ def test_int8_sums_are_exact_within_1024_inputs(ops, k):
     layer = int8_layer(16, k, 1)
     layer.weight.fill_(127)
     layer.x.zero_()
-    layer.x[0, [0, 1, -1]] = torch.tensor([32767, 1, -32767], dtype=torch.int16)
+    layer.x[0, [0, 1, -1]] = torch.tensor([LARGEST_INT16, 1, -LARGEST_INT16], dtype=torch.int16)
     assert_same_bits(layer(ops), torch.full((1, 16), 127.0) * layer.scale * layer.x_scale)
 
 

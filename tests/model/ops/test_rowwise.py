@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from phi_cluster.model.ops import library, reference, single_kernels
-from phi_cluster.model.ops.library import Ops
+from phi_cluster.model.ops.library import LARGEST_INT16, Ops
 from phi_cluster.model.ops.single_kernels import QuantizedRows
 
 NAN, INF = float("nan"), float("inf")
@@ -70,7 +70,7 @@ def assert_rounded(actual: QuantizedRows, exact: Tensor) -> None:
     in_groups = actual.group_sums is not None
     largest = torch.from_numpy(actual.x).int().abs()
     largest = largest.unflatten(1, (-1, 32)).amax(-1) if in_groups else largest.amax(1)
-    assert (largest == (127 if in_groups else 32767)).logical_or(torch.from_numpy(actual.scale) == 0).all()
+    assert (largest == (127 if in_groups else LARGEST_INT16)).logical_or(torch.from_numpy(actual.scale) == 0).all()
     if actual.group_sums is not None:
         sums = torch.from_numpy(actual.x).float().unflatten(1, (-1, 32)).sum(-1)
         assert_same_bits(torch.from_numpy(actual.group_sums), sums * torch.from_numpy(actual.scale))
@@ -103,7 +103,7 @@ def test_rounding_gives_the_bits_of_the_reference(ops, groups, k):
 
 
 def test_ties_go_to_the_even_number(ops, groups):
-    limit = 127 if groups else 32767
+    limit = 127 if groups else LARGEST_INT16
     row = torch.tensor([limit, 0.5, 1.5, 2.5, -0.5, -1.5, -2.5, 0.49999997, -limit, 100.5])
     x = single_kernels.copy_quantize(ops, row[None].numpy(), groups).x[0, :10]
     assert x.tolist() == [limit, 0, 2, 2, 0, -2, -2, 0, -limit, 100]
@@ -113,7 +113,7 @@ def test_the_largest_never_becomes_more_than_the_limit(ops, groups):
     """Its inverse is rounded, and so is the product."""
     rows = (1 + torch.arange(4000) * 2.0**-12)[:, None] * torch.tensor([1.0, -1.0])
     actual = single_kernels.copy_quantize(ops, rows.numpy(), groups)
-    limit = 127 if groups else 32767
+    limit = 127 if groups else LARGEST_INT16
     assert (actual.x[:, 0] == limit).all()
     assert (actual.x[:, 1] == -limit).all()
     assert_is_reference(actual, rows)
