@@ -10,10 +10,25 @@
 #include "attention_args.h"
 #include "attention_kv.h"
 #include "attention_tile.h"
+#if defined(PHI_AMX)
+#include "attention_amx.h"
+#endif
 #include "simd.h"
 
 namespace phi {
 namespace PHI_ISA {
+
+// While it lives, this thread takes numbers too small for float32's full precision for zeros, as AMX's tiles do.
+class FlushDenormals {
+ public:
+#if defined(__x86_64__)
+  FlushDenormals() : before_(_mm_getcsr()) { _mm_setcsr(before_ | 0x8040); }
+  ~FlushDenormals() { _mm_setcsr(before_); }
+
+ private:
+  unsigned before_;
+#endif
+};
 
 // An item's memory, within a thread's scratch.
 struct Scratch {
@@ -25,6 +40,7 @@ struct Scratch {
   float* queries;  // [rows][dim]
   float* acc;      // [rows][dim]
   float* most;     // [rows]
+  float* narrow;   // the queries in bfloat16, if they are multiplied by tiles
   // The same of all super blocks before.
   float* total;      // [rows][dim]
   float* total_most;  // [rows]
@@ -38,12 +54,14 @@ inline Scratch scratch_parts(float* memory, int rows, int dim) {
   s.weights = s.values + kKeyBlock * dim;
   s.scales = s.weights + kTileRows * kKeyBlock;
   s.sums = s.scales + kKeyBlock;
+  rows += kSpareRows;
   s.queries = s.sums + rows * 16;
   s.acc = s.queries + rows * dim;
   s.total = s.acc + rows * dim;
   s.most = s.total + rows * dim;
   s.total_most = s.most + rows;
   s.total_sum = s.total_most + rows;
+  s.narrow = s.total_sum + rows;
   return s;
 }
 
@@ -55,12 +73,25 @@ inline void load_queries(const AttendArgs& a, const AttendItem& it, int group, f
       for (int g = 0; g < group; g++, to += dim) {
         const float* from = a.qkv + query * a.ld_qkv + (kv_head * group + g) * a.head_dim;
         int d = 0;
-        for (; d + 16 <= a.head_dim; d += 16) (F16::load(from + d) * factor).store(to + d);
-        if (d < a.head_dim) (load_first(from + d, a.head_dim - d) * factor).store(to + d);
+        for (; d + 16 <= a.head_dim; d += 16) as_bf16(F16::load(from + d) * factor).store(to + d);
+        if (d < a.head_dim) as_bf16(load_first(from + d, a.head_dim - d) * factor).store(to + d);
       }
     }
   }
 }
+
+#if defined(PHI_AMX)
+// Whether an item's rows meet keys and values in tiles.
+PHI_INLINE bool use_tiles(const AttendArgs& a, int num_rows) {
+  return a.kv_kind == KV_BF16 && a.head_dim % 32 == 0 && num_rows > kFewRows;
+}
+
+// The queries, which are bfloat16 already, as such; zeros behind them.
+inline void narrow_queries(const float* queries, int num_rows, int dim, uint16_t* to) {
+  for (int i = 0; i < num_rows * dim; i += 16) to_bf16(F16::load(queries + i), to + i);
+  memset(to + num_rows * dim, 0, sizeof(uint16_t) * kMatrixRows * dim);
+}
+#endif
 
 // What an item does at once: one block of keys for one kv head, and which comes after it.
 struct BlockStep {
@@ -109,6 +140,17 @@ inline void attend_block(const AttendArgs& a, const AttendItem& it, int group, c
     attend_rows<2>(a, rows, group, position, step.block, block, row, end);
     attend_rows<1>(a, rows, group, position, step.block, block, row, end);
     return;
+  }
+#endif
+#if defined(PHI_AMX)
+  if (use_tiles(a, num_rows)) {
+    uint32_t* pairs = reinterpret_cast<uint32_t*>(s.values);
+    if (pair_values(values, pairs)) {
+      turn_keys<Kind, false>(keys, s.keys, s.scales);
+      const MatrixRows matrix = {reinterpret_cast<uint16_t*>(s.narrow), reinterpret_cast<uint32_t*>(s.keys), pairs};
+      for (; row < end; row += kMatrixRows) attend_matrix(a, group, position, step.block, dim, rows, matrix, row);
+      return;
+    }
   }
 #endif
   turn_keys<Kind, true>(keys, s.keys, s.scales);
@@ -189,12 +231,20 @@ inline void end_super(const AttendArgs& a, const AttendPlan& plan, const AttendI
 
 // Item `item` of attend_num_items(); `scratch` has attend_scratch() floats.
 inline void attend_item(const AttendArgs& a, int num_threads, int item, float* scratch) {
+  const FlushDenormals flush;
   const AttendPlan plan = attend_plan(a, num_threads);
   const AttendItem it = attend_item_at(a, plan, item);
   const int rows = (it.last_query - it.first_query) * (it.last_head - it.first_head) * plan.group;
   const int dim = padded_dim(a.head_dim);
   const Scratch s = scratch_parts(scratch, rows, dim);
   load_queries(a, it, plan.group, s.queries);
+#if defined(PHI_AMX)
+  const bool tiles = use_tiles(a, rows);
+  if (tiles) {
+    narrow_queries(s.queries, rows, dim, reinterpret_cast<uint16_t*>(s.narrow));
+    load_matrix_shapes();
+  }
+#endif
   const int first_block = first_key(a, a.start + it.first_query) / kKeyBlock;
   const int last_block = ceil_div(a.start + it.last_query, kKeyBlock);
   for (int super = it.first_super; super < it.last_super; super++) {
@@ -218,10 +268,14 @@ inline void attend_item(const AttendArgs& a, int num_threads, int item, float* s
     }
     end_super(a, plan, it, super, s);
   }
+#if defined(PHI_AMX)
+  if (tiles) PHI_TILES_RELEASE();
+#endif
 }
 
 // Item `item` of attend_num_merges(): one query's heads.
 inline void attend_merge_item(const AttendArgs& a, int num_threads, int item) {
+  const FlushDenormals flush;
   const AttendPlan plan = attend_plan(a, num_threads);
   const int query = item, dim = padded_dim(a.head_dim);
   const int t = a.start + query, first = first_key(a, t) / kSuperBlock, last = t / kSuperBlock;

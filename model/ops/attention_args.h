@@ -43,6 +43,8 @@ constexpr int kKeyBlock = 32;
 constexpr int kSuperBlock = 512;
 // Queries x heads that an item computes at once, unless one query of one kv head has more.
 constexpr int kItemRows = 96;
+// Rows behind an item's that are computed for nothing where rows are taken by sixteen.
+constexpr int kSpareRows = 16;
 // Up to so many rows for each kv head, reading what is stored is most of the work, and an item takes several kv heads:
 // they lie side by side in memory.
 constexpr int kFewRows = 8;
@@ -136,7 +138,7 @@ static inline int64_t attend_scratch(int head_dim, int num_heads, int num_kv_hea
   const int64_t rows = group > kItemRows ? group : kItemRows, dim = padded_dim(head_dim);
   // See Scratch in attention.h: a block of keys and one of values, a tile's weights (of at most 8 rows), scales, and
   // what is kept for each row. It begins on a cache line.
-  return 16 + 2 * kKeyBlock * dim + 9 * kKeyBlock + rows * (3 * dim + 16 + 3);
+  return 16 + 2 * kKeyBlock * dim + 9 * kKeyBlock + (rows + kSpareRows) * (3 * dim + dim / 2 + 16 + 3);
 }
 
 }  // namespace phi

@@ -1,7 +1,8 @@
 // Some rows (query x head) against one block of 32 keys and values: scores, weights, weighted values.
 //
-// Owns: the order of the additions within a block. A row's numbers do not depend on the rows beside it, nor on which of
-// the two sources the block is read from. Knows nothing of items and super blocks. Included by attention.h only.
+// Owns: the order of the additions within a block, which is that of AMX's products of bfloat16 tiles (attention_amx.h),
+// and what is rounded to bfloat16 for their sake: queries, and weights before they meet values. A row's numbers do not
+// depend on the rows beside it, nor on which of the two sources the block is read from. Knows nothing of items and super blocks. Included by attention.h only.
 
 #pragma once
 
@@ -15,6 +16,8 @@ namespace PHI_ISA {
 // Rows of a register tile, and pieces of 16 columns that R rows are computed for at once: as many sums as registers
 // hold, and enough of them for the latency of an addition.
 constexpr int kTileRows = 6;
+// Dimensions whose products are summed before they are added to a score.
+constexpr int kChainedDims = 32;
 template <int R>
 constexpr int tile_pieces() {
 #if defined(PHI_AVX512)
@@ -26,7 +29,7 @@ constexpr int tile_pieces() {
 
 // The rows' memory: row r's part of a [rows][x] array is at + r * x.
 struct TileRows {
-  const float* queries;  // [rows][dim], times scale and log2 e
+  const float* queries;  // [rows][dim], times scale and log2 e, rounded to bfloat16
   float* acc;            // [rows][dim]: weighted values of the super block so far
   float* sums;           // [rows][16]: its weights, summed by their keys' position modulo 16
   float* most;           // [rows]: its greatest score
@@ -101,46 +104,74 @@ PHI_INLINE T* read_again(T* p) {
   return p;
 }
 
-// sums[r][c] += a[r][k] * b[k][16 c + ..] for k from `first` to before `last`, in this order.
+// chain[r][c] += a[r][k] * b[k][16 c + ..] for every second k from `first` to before `last`, in this order.
 template <int R, int C, class Rows>
-PHI_INLINE void add_outer(F16 (&sums)[R][C], const float* a, int64_t lda, const Rows& b, int first, int last) {
-  for (int k = first; k < last; k++) {
+PHI_INLINE void add_outer(F16 (&chain)[R][C], const float* a, int64_t lda, const Rows& b, int first, int last) {
+  for (int k = first; k < last; k += 2) {
     const auto row = b.row(k);
     for (int c = 0; c < C; c++) {
       const F16 y = row.piece(c);
       const float* x = c > 0 && R > 1 ? read_again(a + k) : a + k;
-      for (int r = 0; r < R; r++) sums[r][c] = fma(F16::set1(x[r * lda]), y, sums[r][c]);
+      for (int r = 0; r < R; r++) chain[r][c] = fma(F16::set1(x[r * lda]), y, chain[r][c]);
     }
   }
 }
 
-// The same for one row of sums.
+// The same for one row of chains.
 template <int C, class Rows>
-PHI_INLINE void add_row(F16 (&sums)[C], const float* a, const Rows& b, int first, int last) {
+PHI_INLINE void add_row(F16 (&chain)[C], const float* a, const Rows& b, int first, int last) {
   F16 own[1][C];
-  for (int c = 0; c < C; c++) own[0][c] = sums[c];
+  for (int c = 0; c < C; c++) own[0][c] = chain[c];
   add_outer<1, C>(own, a, 0, b, first, last);
-  for (int c = 0; c < C; c++) sums[c] = own[0][c];
+  for (int c = 0; c < C; c++) chain[c] = own[0][c];
 }
 
-// acc[r][0 .. 16 C) = acc * factor + weights * values, over the keys that each row sees: those of others are not even
-// multiplied by 0, which would let their NaN through.
+// The first number of [first, ..) that is even (odd 0) or odd (1).
+PHI_INLINE int from(int first, int odd) { return first + ((first ^ odd) & 1); }
+
+// Products of up to 32 numbers: `sums` + (even ones, added up in order + odd ones), as AMX's tiles add them.
+template <int R, int C>
+PHI_INLINE void add_chains(const F16 (&even)[R][C], const F16 (&odd)[R][C], F16 (&sums)[R][C]) {
+  for (int r = 0; r < R; r++) {
+    for (int c = 0; c < C; c++) sums[r][c] = sums[r][c] + (even[r][c] + odd[r][c]);
+  }
+}
+
+// A chain of weights * values, over the keys that each row sees: those of others are not even multiplied by 0, which
+// would let their NaN through.
+template <int R, int C, class Rows>
+PHI_INLINE void chain_of_values(const Visible<R>& v, const float* weights, const Rows& values, int odd,
+                                F16 (&chain)[R][C]) {
+  for (int r = 0; r < R; r++) {
+    for (int c = 0; c < C; c++) chain[r][c] = F16::zero();
+  }
+  if (v.whole) {
+    add_outer<R, C>(chain, weights, kKeyBlock, values, odd, kKeyBlock);
+    return;
+  }
+  const bool shared = v.all_first < v.all_last;
+  for (int r = 0; r < R; r++) {
+    const int last = shared ? v.all_first : v.last[r];
+    add_row<C>(chain[r], weights + r * kKeyBlock, values, from(v.first[r], odd), last);
+  }
+  if (!shared) return;
+  add_outer<R, C>(chain, weights, kKeyBlock, values, from(v.all_first, odd), v.all_last);
+  for (int r = 0; r < R; r++) {
+    add_row<C>(chain[r], weights + r * kKeyBlock, values, from(v.all_last, odd), v.last[r]);
+  }
+}
+
+// acc[r][0 .. 16 C) = acc * factor + weights * values.
 template <int R, int C, class Rows>
 PHI_INLINE void add_values(const Visible<R>& v, const float* weights, const float* factor, const Rows& values, int dim,
                            float* acc) {
-  F16 sums[R][C];
+  F16 even[R][C], odd[R][C], sums[R][C];
+  chain_of_values<R, C>(v, weights, values, 0, even);
+  chain_of_values<R, C>(v, weights, values, 1, odd);
   for (int r = 0; r < R; r++) {
     for (int c = 0; c < C; c++) sums[r][c] = F16::load(acc + r * dim + 16 * c) * F16::set1(factor[r]);
   }
-  if (v.whole) {
-    add_outer<R, C>(sums, weights, kKeyBlock, values, 0, kKeyBlock);
-  } else if (v.all_first < v.all_last) {
-    for (int r = 0; r < R; r++) add_row<C>(sums[r], weights + r * kKeyBlock, values, v.first[r], v.all_first);
-    add_outer<R, C>(sums, weights, kKeyBlock, values, v.all_first, v.all_last);
-    for (int r = 0; r < R; r++) add_row<C>(sums[r], weights + r * kKeyBlock, values, v.all_last, v.last[r]);
-  } else {
-    for (int r = 0; r < R; r++) add_row<C>(sums[r], weights + r * kKeyBlock, values, v.first[r], v.last[r]);
-  }
+  add_chains<R, C>(even, odd, sums);
   for (int r = 0; r < R; r++) {
     for (int c = 0; c < C; c++) sums[r][c].store(acc + r * dim + 16 * c);
   }
@@ -163,7 +194,17 @@ struct WideBlock {
       for (int r = 0; r < R; r++) {
         for (int i = 0; i < kPieces; i++) sums[r][i] = F16::zero();
       }
-      add_outer<R, kPieces>(sums, queries, dim(), FloatRows{keys + 16 * c, kKeyBlock}, 0, head_dim);
+      for (int d = 0; d < head_dim; d += kChainedDims) {
+        const int last = d + kChainedDims < head_dim ? d + kChainedDims : head_dim;
+        F16 even[R][kPieces], odd[R][kPieces];
+        for (int r = 0; r < R; r++) {
+          for (int i = 0; i < kPieces; i++) even[r][i] = odd[r][i] = F16::zero();
+        }
+        const FloatRows numbers = {keys + 16 * c, kKeyBlock};
+        add_outer<R, kPieces>(even, queries, dim(), numbers, d, last);
+        add_outer<R, kPieces>(odd, queries, dim(), numbers, d + 1, last);
+        add_chains<R, kPieces>(even, odd, sums);
+      }
       for (int r = 0; r < R; r++) {
         for (int i = 0; i < kPieces; i++) to[r][c + i] = sums[r][i];
       }
@@ -192,6 +233,7 @@ struct Lanes {
   static PHI_INLINE Lanes zero() { return {_mm512_setzero_ps()}; }
   static PHI_INLINE Lanes load(const float* p) { return {_mm512_loadu_ps(p)}; }
   PHI_INLINE void store(float* p) const { _mm512_storeu_ps(p, v); }
+  PHI_INLINE Lanes operator+(Lanes y) const { return {_mm512_add_ps(v, y.v)}; }
   PHI_INLINE void add_product(float x, Lanes y) { v = _mm512_fmadd_ps(_mm512_set1_ps(x), y.v, v); }
   // As attention_kv.h's column_number, of the keys' four bytes at `column`.
   template <int Kind, int I>
@@ -213,6 +255,7 @@ struct Lanes {
   static PHI_INLINE Lanes zero() { return {_mm256_setzero_ps()}; }
   static PHI_INLINE Lanes load(const float* p) { return {_mm256_load_ps(p)}; }
   PHI_INLINE void store(float* p) const { _mm256_storeu_ps(p, v); }
+  PHI_INLINE Lanes operator+(Lanes y) const { return {_mm256_add_ps(v, y.v)}; }
   PHI_INLINE void add_product(float x, Lanes y) { v = _mm256_fmadd_ps(_mm256_set1_ps(x), y.v, v); }
   // As attention_kv.h's column_number, of the keys' four bytes at `column`.
   template <int Kind, int I>
@@ -236,7 +279,7 @@ struct NarrowBlock {
 
   template <int R>
   PHI_INLINE void scores(const float* queries, float* memory, F16 (&to)[R][2]) const {
-    constexpr int kLanes = Lanes::kNum, kNumbers = Kind == KV_BF16 ? 2 : 4;
+    constexpr int kLanes = Lanes::kNum;
     constexpr int kGroups = (R <= 3 ? 32 : 16) / kLanes;
     const int ld = dim();
     for (int j = 0; j < kKeyBlock; j += kLanes * kGroups) {
@@ -245,17 +288,14 @@ struct NarrowBlock {
         scale[g] = Kind == KV_INT8 ? Lanes::load(scales + j + kLanes * g) : Lanes::zero();
         for (int r = 0; r < R; r++) sums[g][r] = Lanes::zero();
       }
-      const float* column = columns + j;
-      for (int d = 0; d < ld; d += kNumbers, column += kKeyBlock) {
-        if (j == 0) {
-          keys.fetch<Kind>(16, 16, d / kNumbers);
-          values.fetch<Kind>(0, 16, d / kNumbers);
+      for (int d = 0; d < ld; d += kChainedDims) {
+        const int last = d + kChainedDims < ld ? d + kChainedDims : ld;
+        Lanes even[kGroups][R], odd[kGroups][R];
+        chain_of_scores<R, 0, kGroups>(queries, d, last, j, scale, even);
+        chain_of_scores<R, 1, kGroups>(queries, d, last, j, scale, odd);
+        for (int g = 0; g < kGroups; g++) {
+          for (int r = 0; r < R; r++) sums[g][r] = sums[g][r] + (even[g][r] + odd[g][r]);
         }
-        add_column<R, 0, kGroups>(column, scale, queries + d, ld, sums);
-        add_column<R, 1, kGroups>(column, scale, queries + d, ld, sums);
-        if (Kind == KV_BF16) continue;
-        add_column<R, 2, kGroups>(column, scale, queries + d, ld, sums);
-        add_column<R, 3, kGroups>(column, scale, queries + d, ld, sums);
       }
       for (int g = 0; g < kGroups; g++) {
         for (int r = 0; r < R; r++) sums[g][r].store(memory + r * kKeyBlock + j + kLanes * g);
@@ -277,6 +317,25 @@ struct NarrowBlock {
       d += 32;
     }
     for (; kPieces > 1 && d < dim(); d += 16) weigh_pieces<R, 1>(v, weights, factor, d, acc);
+  }
+
+  // The chain of dimensions d + I, d + I + 2, .. (I 0 or 1), for groups of keys from the j-th on.
+  template <int R, int I, int Groups>
+  PHI_INLINE void chain_of_scores(const float* queries, int d, int last, int j, const Lanes (&scale)[Groups],
+                                  Lanes (&chain)[Groups][R]) const {
+    constexpr int kNumbers = Kind == KV_BF16 ? 2 : 4;
+    const float* column = columns + j + d / kNumbers * kKeyBlock;
+    for (int g = 0; g < Groups; g++) {
+      for (int r = 0; r < R; r++) chain[g][r] = Lanes::zero();
+    }
+    for (; d < last; d += kNumbers, column += kKeyBlock) {
+      if (I == 0 && j == 0) {
+        keys.fetch<Kind>(16, 16, d / kNumbers);
+        values.fetch<Kind>(0, 16, d / kNumbers);
+      }
+      add_column<R, I, Groups>(column, scale, queries + d, dim(), chain);
+      if (Kind == KV_INT8) add_column<R, I + 2, Groups>(column, scale, queries + d, dim(), chain);
+    }
   }
 
   // sums[g][r] += query r's number I * that of each key of group g: number I of the four bytes of its column.
@@ -332,8 +391,8 @@ inline __attribute__((noinline)) void attend_tile(const Visible<R>& v, const Til
     scores[r][1] = exp2(scores[r][1]);
   }
   for (int r = 0; r < R; r++) {
-    scores[r][0].store(rows.weights + r * kKeyBlock);
-    scores[r][1].store(rows.weights + r * kKeyBlock + 16);
+    as_bf16(scores[r][0]).store(rows.weights + r * kKeyBlock);
+    as_bf16(scores[r][1]).store(rows.weights + r * kKeyBlock + 16);
     float* sums = rows.sums + 16 * (row + r);
     fma(F16::load(sums), F16::set1(factor[r]), scores[r][0] + scores[r][1]).store(sums);
   }

@@ -5,9 +5,13 @@ Owns: the stored rows' format and the meaning of their numbers. Knows nothing of
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
+# attention_args.h's kKeyBlock and kSuperBlock.
+_BLOCK, _SUPER_BLOCK = 32, 512
 # Heads whose numbers are all smaller are stored as zeros.
 _SMALLEST_ABSMAX = 1e-30
 
@@ -40,11 +44,24 @@ def load_rows(rows: Tensor, num_kv_heads: int, kind: str) -> Tensor:
     return heads[..., 4:].view(torch.int8).float() * heads[..., :4].contiguous().view(torch.float32)
 
 
+def _greatest_so_far(scores: Tensor) -> Tensor:
+    """For each score [heads, queries, keys] the greatest of its super block, up to and with its block."""
+    keys = scores.shape[-1]
+    padded = torch.nn.functional.pad(scores, (0, -keys % _SUPER_BLOCK), value=-torch.inf)
+    blocks = padded.unflatten(-1, (-1, _SUPER_BLOCK // _BLOCK, _BLOCK)).amax(-1)
+    return blocks.cummax(-1).values.flatten(-2).repeat_interleave(_BLOCK, -1)[..., :keys]
+
+
 def attend(query: Tensor, keys: Tensor, values: Tensor, start: int, window: int = 0) -> Tensor:
     """float64 [n, heads, head_dim]: the attention of queries [n, heads, head_dim] at positions `start` and following
     over keys and values [positions, kv_heads, head_dim]: each up to its own position, at most `window` (0: all).
+
+    Queries, scaled for powers of two, are rounded to bfloat16, and so are weights before they meet values. A weight is
+    rounded as it stands when its block of keys has been seen: by the greatest score of its super block so far.
     """
-    query, keys, values = query.double(), keys.double(), values.double()
+    scale = torch.tensor(query.shape[-1] ** -0.5)
+    factor = (scale.double() * math.log2(math.e)).float()
+    query, keys, values = (query * factor).bfloat16().double(), keys.double(), values.double()
     group = query.shape[1] // keys.shape[1]
     positions = torch.arange(start, start + len(query))[:, None]
     at = torch.arange(start + len(query))
@@ -53,8 +70,14 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, start: int, window: int 
         visible &= at > positions - window
     keys = keys[: len(at)].repeat_interleave(group, 1)
     values = values[: len(at)].repeat_interleave(group, 1)
-    scores = torch.einsum("qhd,khd->hqk", query, keys) * query.shape[-1] ** -0.5
-    weights = scores.masked_fill(~visible, -torch.inf).softmax(-1)
+    scores = torch.einsum("qhd,khd->hqk", query, keys)
+    scores = scores.masked_fill(~visible, -torch.inf)
+    greatest = _greatest_so_far(scores)
+    weights = (scores - greatest).nan_to_num(nan=-torch.inf).exp2()
+    rounded = weights.bfloat16().double()
+    # From each weight's own scale to one for all; as far as a row has seen nothing, there is none.
+    to_all = (greatest - scores.amax(-1, keepdim=True)).exp2()
+    weights = (rounded * to_all) / (weights * to_all).sum(-1, keepdim=True)
     # Hidden values may be anything: not even 0 times them is added.
     strange = ~values.isfinite()
     output = torch.einsum("hqk,khd->qhd", weights, values.masked_fill(strange, 0.0))

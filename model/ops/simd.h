@@ -50,11 +50,22 @@ PHI_INLINE F16 from_bf16(const uint16_t* p) {
   __m256i h = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16))};
 }
-PHI_INLINE void to_bf16(F16 a, uint16_t* p) {
+namespace detail {
+// The upper halves are bfloat16, rounded to nearest even.
+PHI_INLINE __m512i rounded_bf16(F16 a) {
   __m512i u = _mm512_castps_si512(a.v);
   __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
-  u = _mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  return _mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+}
+}  // namespace detail
+PHI_INLINE void to_bf16(F16 a, uint16_t* p) {
+  const __m512i u = detail::rounded_bf16(a);
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_srli_epi32(u, 16)));
+}
+// The nearest bfloat16, as float32.
+PHI_INLINE F16 as_bf16(F16 a) {
+  const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
+  return {_mm512_castsi512_ps(_mm512_and_si512(detail::rounded_bf16(a), upper))};
 }
 PHI_INLINE F16 from_i8(const int8_t* p) {
   __m128i b = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
@@ -183,6 +194,7 @@ PHI_INLINE __m256i rounded_bf16(__m256 a) {
   __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
   return _mm256_srli_epi32(_mm256_add_epi32(u, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
 }
+PHI_INLINE __m256 as_bf16(__m256 a) { return _mm256_castsi256_ps(_mm256_slli_epi32(rounded_bf16(a), 16)); }
 PHI_INLINE __m256 low(F16 x) { return x.a; }
 PHI_INLINE __m256 high(F16 x) { return x.b; }
 }  // namespace detail
@@ -198,6 +210,8 @@ PHI_INLINE void to_bf16(F16 x, uint16_t* p) {
   __m256i packed = _mm256_packus_epi32(detail::rounded_bf16(x.a), detail::rounded_bf16(x.b));
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permute4x64_epi64(packed, 0xd8));
 }
+// The nearest bfloat16, as float32.
+PHI_INLINE F16 as_bf16(F16 x) { return {detail::as_bf16(x.a), detail::as_bf16(x.b)}; }
 PHI_INLINE F16 from_i8(const int8_t* p) {
   __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
   return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(x)), _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(x, 8)))};

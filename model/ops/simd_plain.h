@@ -90,6 +90,11 @@ inline void to_bf16(F16 a, uint16_t* p) {
     p[i] = static_cast<uint16_t>((u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
   }
 }
+inline F16 as_bf16(F16 a) {
+  uint16_t rounded[16];
+  to_bf16(a, rounded);
+  return from_bf16(rounded);
+}
 inline F16 from_i8(const int8_t* p) {
   return detail::each([&](int i) { return static_cast<float>(p[i]); });
 }

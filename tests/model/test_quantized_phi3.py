@@ -100,6 +100,15 @@ class RoundingPhi3(Phi3ForCausalLM):
             scale = scale[:, None]
         return ((q.double() * scale)[:, : x.shape[1]] @ weight.double().T).float()
 
+    def _attend(self, i: int, qkv: Tensor, cos: Tensor, sin: Tensor, attentions: Any) -> Tensor:
+        # Turns queries and keys in `qkv`, and stores keys and values.
+        super()._attend(i, qkv, cos, sin, attentions)
+        [attention] = attentions
+        query = qkv.view(attention.num_rows, -1, self.config.head_dim)[:, : self.config.num_attention_heads]
+        keys, values = (stored[i][0].transpose(0, 1) for stored in (attention.keys, attention.values))
+        output = reference_attention.attend(query, keys, values, 0, self.config.sliding_window or 0)
+        return output.flatten(1).float()
+
     def _prepare(self, chunks: Any) -> Any:
         attentions = super()._prepare(chunks)
         for attention in attentions:

@@ -16,6 +16,8 @@ from phi_cluster.model.ops import library, reference_attention
 
 NAN = float("nan")
 KINDS = ["bfloat16", "int8"]
+# Of bfloat16, to nearest.
+WEIGHTS_ROUNDING = 2**-8
 
 
 class AttendArgsC(ctypes.Structure):
@@ -127,13 +129,17 @@ class Stored:
             start += size
         return torch.cat(outputs)
 
-    def expected(self, start: int, n: int) -> Tensor:
-        """float64 [n, heads, head_dim]"""
+    def expected(self, start: int, n: int) -> tuple[Tensor, Tensor]:
+        """float64 [n, heads, head_dim] each: the results, and what weights change that are rounded the other way."""
         end = start + n
         keys, values = (
             reference_attention.load_rows(rows[:end], self.num_kv_heads, self.kind) for rows in (self.keys, self.values)
         )
-        return reference_attention.attend(self.query[start:end], keys, values, start, self.window)
+        results, sizes = (
+            reference_attention.attend(self.query[start:end], keys, numbers, start, self.window)
+            for numbers in (values, values.abs())
+        )
+        return results, WEIGHTS_ROUNDING * sizes
 
 
 def make(kind: str, positions: int, heads: int = 3, kv_heads: int = 1, dim: int = 64, window: int = 0) -> Stored:
@@ -146,8 +152,12 @@ def make(kind: str, positions: int, heads: int = 3, kv_heads: int = 1, dim: int 
     return Stored(kind, query, kv_heads, store(keys), store(values), window)
 
 
-def assert_close(actual: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-5, equal_nan=True)
+def assert_close(actual: Tensor, expected: tuple[Tensor, Tensor]) -> None:
+    results, allowed = expected
+    errors = (actual - results).abs()
+    assert (errors <= allowed + 2e-5).all()
+    # float32 seldom brings a large weight to the other side of a boundary.
+    assert errors.median() < 2e-6
 
 
 def assert_same_bits(a: Tensor, b: Tensor) -> None:
@@ -213,8 +223,8 @@ def test_threads_and_split_super_blocks_give_the_same_bits(isa, kind, window, n)
 @pytest.mark.parametrize("kind", KINDS)
 def test_instruction_sets_agree(isa, kind):
     sequence = make(kind, 600, 3, 1, 64)
-    plain = sequence.attend("plain", 560, 40)
-    assert_close(sequence.attend(isa, 560, 40), plain.double())
+    _, allowed = sequence.expected(560, 40)
+    assert_close(sequence.attend(isa, 560, 40), (sequence.attend("plain", 560, 40), 2 * allowed))
     if isa.startswith(("avx512", "amx")):
         assert_same_bits(sequence.attend(isa, 560, 40), sequence.attend("avx2", 560, 40))
 
@@ -282,3 +292,19 @@ def test_what_is_not_finite_spoils_its_int8_head(isa, strange):
     stored = reference_attention.load_rows(row, 3, "int8")[0]
     assert torch.equal(stored[[0, 2]], numbers[0, [0, 2]])
     assert stored[1].isnan().all()
+
+
+@pytest.mark.parametrize("n", [1, 40])
+def test_numbers_that_are_hardly_any_are_zeros_on_every_cpu(isa, n):
+    """Denormal products and sums: AMX takes them for zeros, and so do the others."""
+    sequence = make("bfloat16", 600, 6, 2, 64)
+    for rows in (sequence.keys, sequence.values):
+        numbers = reference_attention.load_rows(rows, 2, "bfloat16")
+        numbers[:, :, ::3] *= 2.0**-125
+        numbers[:, :, 1::3] *= 2.0**-131
+        rows[:] = reference_attention.store_rows(numbers, "bfloat16")
+    sequence.query[::2] *= 2.0**-20
+    actual = sequence.attend(isa, 560, n)
+    # But for the signs of zeros, which nothing that follows tells apart.
+    assert isa == "plain" or torch.equal(actual, sequence.attend("avx2", 560, n))
+    assert (actual[..., 1::3] == 0).all()
