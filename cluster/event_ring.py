@@ -12,16 +12,15 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
-import msgpack
-
-from phi_cluster.cluster.events import Event, EventKind
-from phi_cluster.cluster.messages import SessionKey
+from phi_cluster.cluster.events import Event, pack_event, unpack_event
 from phi_cluster.cluster.watch_api import EventPage
 
 
 class _Collected(NamedTuple):
     number: int
-    # About a third of what the objects take: the ring is most of what a controller gathers in its first days.
+    source: str
+    node_id: str
+    # The ring is most of what a controller gathers in its first days.
     packed: bytes
 
 
@@ -47,7 +46,7 @@ class EventRing:
             if event.number > self.seen(source):
                 self._seen[source] = event.number
                 self._last += 1
-                self._collected.append(_Collected(self._last, _packed(source, node_id, event)))
+                self._collected.append(_Collected(self._last, source, node_id, pack_event(event)))
                 self._news.set()
 
     def forget(self, source: str) -> None:
@@ -85,34 +84,21 @@ class EventRing:
                 return
 
 
-def _packed(source: str, node_id: str, event: Event) -> bytes:
-    key = None if event.key is None else (event.key.tenant, event.key.session_id)
-    values = (event.number, event.time, event.kind.value, event.count, event.reason, event.seconds, key)
-    packed: bytes = msgpack.packb((source, node_id, values))
-    return packed
-
-
-def _unpacked(packed: bytes) -> tuple[str, str, Event]:
-    source, node_id, (number, at, kind, count, reason, seconds, key) = msgpack.unpackb(packed)
-    named = None if key is None else SessionKey(*key)
-    return source, node_id, Event(number, at, EventKind(kind), count, reason, seconds, named)
-
-
 def _public(one: _Collected, tenant: str | None) -> dict[str, Any]:
     """Under the names of the HTTP API."""
-    source, node_id, event = _unpacked(one.packed)
+    event = unpack_event(one.packed)
     key = event.key if event.key is not None and tenant in (None, event.key.tenant) else None
     return {
         "object": "event",
         "number": one.number,
-        "id": f"{source}-{event.number}",
+        "id": f"{one.source}-{event.number}",
         "time": round(event.time, 3),
         "kind": event.kind.value,
         "text": event.text,
         "count": event.count,
         "reason": event.reason,
         "seconds": None if event.seconds is None else round(event.seconds, 3),
-        "node_id": node_id,
+        "node_id": one.node_id,
         "tenant": None if key is None else key.tenant,
         "session_id": None if key is None else key.session_id,
     }

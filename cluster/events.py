@@ -11,6 +11,9 @@ from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import Enum
+from itertools import islice
+
+import msgpack
 
 from phi_cluster.cluster.messages import SessionKey
 
@@ -112,12 +115,26 @@ class Event:
         return text if self.count == 1 else f"{text}, {self.count} more within a second"
 
 
+def pack_event(event: Event) -> bytes:
+    """To be kept: about a quarter of what the objects take."""
+    key = None if event.key is None else (event.key.tenant, event.key.session_id)
+    values = (event.number, event.time, event.kind.value, event.count, event.reason, event.seconds, key)
+    packed: bytes = msgpack.packb(values)
+    return packed
+
+
+def unpack_event(packed: bytes) -> Event:
+    number, at, kind, count, reason, seconds, key = msgpack.unpackb(packed)
+    return Event(number, at, EventKind(kind), count, reason, seconds, None if key is None else SessionKey(*key))
+
+
 class EventLog:
     """The last events of one process. `clock` is wall time in seconds. Belongs to one thread."""
 
     def __init__(self, clock: Callable[[], float], capacity: int = 512):
         self._clock = clock
-        self._events: deque[Event] = deque(maxlen=capacity)
+        # With numbers without a gap, up to the last.
+        self._packed: deque[bytes] = deque(maxlen=capacity)
         self._last = 0
         self._second = 0
         self._told: Counter[EventKind] = Counter()
@@ -142,7 +159,8 @@ class EventLog:
     def after(self, number: int) -> list[Event]:
         """Those that are still known and have a greater number, oldest first."""
         self._fold()
-        return [event for event in self._events if event.number > number]
+        known = self._last - len(self._packed)
+        return [unpack_event(one) for one in islice(self._packed, max(number - known, 0), None)]
 
     def _fold(self) -> None:
         """What was not told one by one."""
@@ -155,4 +173,4 @@ class EventLog:
 
     def _append(self, event: Event) -> None:
         self._last += 1
-        self._events.append(replace(event, number=self._last))
+        self._packed.append(pack_event(replace(event, number=self._last)))

@@ -9,6 +9,7 @@
 
 #include "attention_args.h"
 #include "attention_kv.h"
+#include "attention_narrow.h"
 #include "attention_tile.h"
 #if defined(PHI_AMX)
 #include "attention_amx.h"
@@ -239,7 +240,8 @@ inline void attend_item(const AttendArgs& a, int num_threads, int item, float* s
   const Scratch s = scratch_parts(scratch, rows, dim);
   load_queries(a, it, plan.group, s.queries);
 #if defined(PHI_AMX)
-  const bool tiles = use_tiles(a, rows);
+  // Where there are tiles, an item has one kv head.
+  const bool tiles = use_tiles(a, (it.last_query - it.first_query) * plan.group);
   if (tiles) {
     narrow_queries(s.queries, rows, dim, reinterpret_cast<uint16_t*>(s.narrow));
     load_matrix_shapes();

@@ -1,0 +1,175 @@
+// A block of 32 keys and values that is read where it is stored, for a few rows: reading it is most of the work.
+//
+// Owns: how keys that were turned, and stored values, become numbers; brings the next block closer meanwhile. The order of
+// additions is attention_sums.h's. Included by attention.h only.
+
+#pragma once
+
+#include "attention_kv.h"
+#include "attention_sums.h"
+
+#if defined(PHI_AVX2) || defined(PHI_AVX512)
+
+namespace phi {
+namespace PHI_ISA {
+
+// Stored rows, in pieces of 16 numbers from dimension d on; asks for rows of the next block meanwhile.
+template <int Kind>
+struct StoredRow {
+  const char* row;
+  int d;
+  F16 scale;
+  PHI_INLINE F16 piece(int c) const { return stored_numbers<Kind>(row, d + 16 * c, scale); }
+};
+template <int Kind, int Pieces>
+struct StoredRows {
+  static constexpr int kSize = Kind == KV_BF16 ? 2 : 1;
+  const StoredBlock& block;
+  int d;
+  PHI_INLINE StoredRow<Kind> row(int k) const {
+    const char* at = block.rows + k * block.row_nbytes;
+    // The first rows were asked for before, see NarrowBlock::scores.
+    const char* soon = block.next + (16 + k / 2) * block.row_nbytes + d * kSize;
+    if (d * kSize % 64 == 0) {
+      for (int i = 0; i < 16 * Pieces * kSize; i += 64) __builtin_prefetch(soon + i);
+      // Not aligned, behind a scale.
+      if (Kind == KV_INT8) __builtin_prefetch(soon + 67);
+    }
+    return {at, d, F16::set1(stored_scale<Kind>(at))};
+  }
+};
+
+#if defined(PHI_AVX512)
+// A number of each of as many keys as a register holds.
+struct Lanes {
+  static constexpr int kNum = 16;
+  __m512 v;
+  static PHI_INLINE Lanes zero() { return {_mm512_setzero_ps()}; }
+  static PHI_INLINE Lanes load(const float* p) { return {_mm512_loadu_ps(p)}; }
+  PHI_INLINE void store(float* p) const { _mm512_storeu_ps(p, v); }
+  PHI_INLINE Lanes operator+(Lanes y) const { return {_mm512_add_ps(v, y.v)}; }
+  PHI_INLINE void add_product(float x, Lanes y) { v = _mm512_fmadd_ps(_mm512_set1_ps(x), y.v, v); }
+  // As attention_kv.h's column_number, of the keys' four bytes at `column`.
+  template <int Kind, int I>
+  static PHI_INLINE Lanes column_number(const float* column, Lanes scale) {
+    const __m512i bytes = _mm512_loadu_si512(column);
+    if (Kind == KV_BF16) {
+      if (I == 0) return {_mm512_castsi512_ps(_mm512_slli_epi32(bytes, 16))};
+      return {_mm512_castsi512_ps(_mm512_and_si512(bytes, _mm512_set1_epi32(static_cast<int>(0xffff0000u))))};
+    }
+    const __m512i first = I == 3 ? bytes : _mm512_slli_epi32(bytes, 24 - 8 * I);
+    return {_mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_srai_epi32(first, 24)), scale.v)};
+  }
+};
+#elif defined(PHI_AVX2)
+// A number of each of as many keys as a register holds.
+struct Lanes {
+  static constexpr int kNum = 8;
+  __m256 v;
+  static PHI_INLINE Lanes zero() { return {_mm256_setzero_ps()}; }
+  static PHI_INLINE Lanes load(const float* p) { return {_mm256_load_ps(p)}; }
+  PHI_INLINE void store(float* p) const { _mm256_storeu_ps(p, v); }
+  PHI_INLINE Lanes operator+(Lanes y) const { return {_mm256_add_ps(v, y.v)}; }
+  PHI_INLINE void add_product(float x, Lanes y) { v = _mm256_fmadd_ps(_mm256_set1_ps(x), y.v, v); }
+  // As attention_kv.h's column_number, of the keys' four bytes at `column`.
+  template <int Kind, int I>
+  static PHI_INLINE Lanes column_number(const float* column, Lanes scale) {
+    const __m256i bytes = _mm256_load_si256(reinterpret_cast<const __m256i*>(column));
+    return {PHI_ISA::column_number<Kind, I>(bytes, scale.v)};
+  }
+};
+#endif
+
+// Keys turned but not widened, and values where they are stored: as WideBlock, and quicker for a single tile of at most 4
+// rows. head_dim is a multiple of 16.
+template <int Kind>
+struct NarrowBlock {
+  const float* columns;
+  const float* scales;
+  StoredBlock keys, values;
+
+  PHI_INLINE int dim() const { return values.head_dim; }
+
+  template <int R>
+  PHI_INLINE void scores(const float* queries, float* memory, F16 (&to)[R][2]) const {
+    constexpr int kLanes = Lanes::kNum;
+    constexpr int kGroups = (R <= 3 ? 32 : 16) / kLanes;
+    const int ld = dim();
+    for (int j = 0; j < kKeyBlock; j += kLanes * kGroups) {
+      Lanes sums[kGroups][R], scale[kGroups];
+      for (int g = 0; g < kGroups; g++) {
+        scale[g] = Kind == KV_INT8 ? Lanes::load(scales + j + kLanes * g) : Lanes::zero();
+        for (int r = 0; r < R; r++) sums[g][r] = Lanes::zero();
+      }
+      for (int d = 0; d < ld; d += kChainedDims) {
+        const int last = d + kChainedDims < ld ? d + kChainedDims : ld;
+        Lanes even[kGroups][R], odd[kGroups][R];
+        chain_of_scores<R, 0, kGroups>(queries, d, last, j, scale, even);
+        chain_of_scores<R, 1, kGroups>(queries, d, last, j, scale, odd);
+        for (int g = 0; g < kGroups; g++) {
+          for (int r = 0; r < R; r++) sums[g][r] = sums[g][r] + (even[g][r] + odd[g][r]);
+        }
+      }
+      for (int g = 0; g < kGroups; g++) {
+        for (int r = 0; r < R; r++) sums[g][r].store(memory + r * kKeyBlock + j + kLanes * g);
+      }
+    }
+    for (int r = 0; r < R; r++) {
+      to[r][0] = F16::load(memory + r * kKeyBlock);
+      to[r][1] = F16::load(memory + r * kKeyBlock + 16);
+    }
+  }
+
+  template <int R>
+  PHI_INLINE void weigh(const Visible<R>& v, const float* weights, const float* factor, float* acc) const {
+    constexpr int kPieces = tile_pieces<R>();
+    int d = 0;
+    for (; d + 16 * kPieces <= dim(); d += 16 * kPieces) weigh_pieces<R, kPieces>(v, weights, factor, d, acc);
+    if (kPieces > 2 && d + 32 <= dim()) {
+      weigh_pieces<R, 2>(v, weights, factor, d, acc);
+      d += 32;
+    }
+    for (; kPieces > 1 && d < dim(); d += 16) weigh_pieces<R, 1>(v, weights, factor, d, acc);
+  }
+
+  // The chain of dimensions d + I, d + I + 2, .. (I 0 or 1), for groups of keys from the j-th on.
+  template <int R, int I, int Groups>
+  PHI_INLINE void chain_of_scores(const float* queries, int d, int last, int j, const Lanes (&scale)[Groups],
+                                  Lanes (&chain)[Groups][R]) const {
+    constexpr int kNumbers = Kind == KV_BF16 ? 2 : 4;
+    const float* column = columns + j + d / kNumbers * kKeyBlock;
+    for (int g = 0; g < Groups; g++) {
+      for (int r = 0; r < R; r++) chain[g][r] = Lanes::zero();
+    }
+    for (; d < last; d += kNumbers, column += kKeyBlock) {
+      if (I == 0 && j == 0) {
+        keys.fetch<Kind>(16, 16, d / kNumbers);
+        values.fetch<Kind>(0, 16, d / kNumbers);
+      }
+      add_column<R, I, Groups>(column, scale, queries + d, dim(), chain);
+      if (Kind == KV_INT8) add_column<R, I + 2, Groups>(column, scale, queries + d, dim(), chain);
+    }
+  }
+
+  // sums[g][r] += query r's number I * that of each key of group g: number I of the four bytes of its column.
+  template <int R, int I, int Groups>
+  static PHI_INLINE void add_column(const float* column, const Lanes (&scale)[Groups], const float* queries, int ld,
+                                    Lanes (&sums)[Groups][R]) {
+    for (int g = 0; g < Groups; g++) {
+      const Lanes numbers = Lanes::column_number<Kind, I>(column + Lanes::kNum * g, scale[g]);
+      const float* x = R == 3 && g > 0 ? read_again(queries) : queries;
+      for (int r = 0; r < R; r++) sums[g][r].add_product(x[r * ld + I], numbers);
+    }
+  }
+
+  template <int R, int C>
+  PHI_INLINE void weigh_pieces(const Visible<R>& v, const float* weights, const float* factor, int d,
+                               float* acc) const {
+    add_values<R, C>(v, weights, factor, StoredRows<Kind, C>{values, d}, dim(), acc + d);
+  }
+};
+
+}  // namespace PHI_ISA
+}  // namespace phi
+
+#endif
