@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -23,6 +24,9 @@ from phi_cluster.cluster.errors import StartError
 from phi_cluster.cluster.logs import log_as
 from phi_cluster.cluster.model_transfer import small_files
 from phi_cluster.cluster.served_model import ServedModel
+from phi_cluster.model.huge_pages import gather_pages, mapped_for_huge_pages
+
+logger = logging.getLogger(__name__)
 
 # Raise it when model/quantize.py packs other bytes than before, or means others by them, so that older files are not
 # taken for new ones.
@@ -80,12 +84,15 @@ class WeightStore:
         self._num_standbys = num_standbys
         self._published: tuple[dict[str, Any], list[ray.ObjectRef]] | None = None
         self._lock = asyncio.Lock()
+        self._gathering: asyncio.Future[None] | None = None
 
     async def weights(self) -> tuple[dict[str, Any], list[ray.ObjectRef]]:
         """The index (see model/flat_weights.py) and, in a list so that it is not resolved on the way, the buffer."""
         async with self._lock:
             if self._published is None:
                 self._published = await asyncio.to_thread(self._publish)
+                # Engines need not wait for that: they are quicker from then on.
+                self._gathering = asyncio.get_running_loop().run_in_executor(None, _gather, self._published[1])
         return self._published
 
     def served(self) -> tuple[ServedModel, int]:
@@ -114,3 +121,10 @@ class WeightStore:
         weights, index = ensure_packed(self._model, self._cache_path)
         buffer = np.memmap(weights, dtype=np.uint8, mode="r")
         return json.loads(index.read_text()), [ray.put(np.asarray(buffer))]
+
+
+def _gather(published: list[ray.ObjectRef]) -> None:
+    """Puts the published weights into huge pages."""
+    [buffer] = ray.get(published)
+    gathered = gather_pages(mapped_for_huge_pages(buffer))
+    logger.info("%d of %d MB of the weights are in huge pages", gathered // 10**6, buffer.nbytes // 10**6)

@@ -19,6 +19,7 @@ from phi_cluster.cluster.logs import log_as
 from phi_cluster.cluster.messages import ProcessId
 from phi_cluster.cluster.processes import process_id
 from phi_cluster.cluster.served_model import ServedModel
+from phi_cluster.model.huge_pages import mapped_for_huge_pages
 
 # Beside an engine that computes on all cores, a standby engine's imports (2.5 s of CPU) take a tenth of one.
 _BACKGROUND_NICENESS = 10
@@ -42,7 +43,8 @@ class EngineActor:
 
     def start(self, index: dict[str, Any], buffers: list[ray.ObjectRef]) -> ProcessId:
         """Raises RuntimeError if the self-test fails."""
-        self._weights = ray.get(buffers[0])
+        self._stored = ray.get(buffers[0])
+        self._weights = mapped_for_huge_pages(self._stored)
         started: Future[None] = Future()
         # One thread builds and runs it all. A second one that computes would have OpenMP threads of its own, and with
         # more of them than cores OpenMP lets all of them sleep between two operations instead of waiting awake.
@@ -52,8 +54,11 @@ class EngineActor:
 
     def _run(self, index: dict[str, Any], started: Future[None]) -> None:
         from phi_cluster.cluster.engine.server import build_engine_server
+        from phi_cluster.model.flat_weights import protect_read_only
 
         try:
+            # Nobody writes there either.
+            protect_read_only(self._stored)
             server = build_engine_server(self._served, self._settings, index, self._weights)
         except BaseException as error:
             started.set_exception(error)

@@ -23,6 +23,7 @@ from phi_cluster.cluster.served_model import ServedModel, describe_model
 from phi_cluster.cluster.weight_store import packed_paths
 from phi_cluster.model.flat_weights import WeightIndex, pack_weights, view_weights
 from phi_cluster.model.hub import resolve_model
+from phi_cluster.model.huge_pages import gather_pages, mapped_for_huge_pages
 from phi_cluster.model.kv_cache import KVCache
 from phi_cluster.model.phi3 import Phi3ForCausalLM, SequenceChunk
 
@@ -129,11 +130,13 @@ def _packed(served: ServedModel, cache_dir: Path) -> tuple[np.ndarray, WeightInd
         torch.set_num_threads(threads)
         index.write_text(json.dumps(packed.to_dict()))
     found = WeightIndex.from_dict(json.loads(index.read_text()))
-    # Private memory, as the object store's shared memory is: a file's pages may be small ones, and may be evicted.
+    # Not a mapped file, whose pages may be evicted: shared memory, as the object store's is, and as the server has it.
     memory = mmap.mmap(-1, found.nbytes)
     with weights.open("rb") as file:
         file.readinto(memory)
-    return np.frombuffer(memory, dtype=np.uint8), found
+    buffer = mapped_for_huge_pages(np.frombuffer(memory, dtype=np.uint8))
+    gather_pages(buffer)
+    return buffer, found
 
 
 def _network(served: ServedModel, weights: dict[str, torch.Tensor], threads: int, isa: str | None) -> Any:
