@@ -14,7 +14,6 @@ from __future__ import annotations
 import ctypes
 import mmap
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,23 +25,14 @@ _MREMAP_MAYMOVE, _MREMAP_FIXED = 1, 2
 _PIECE = 16 * _HUGE
 
 
-class _Mapping(NamedTuple):
-    begin: int
-    end: int
-    offset: int
-
-
 def mapped_for_huge_pages(buffer: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """uint8, as long: the same shared memory at an address that huge pages fit. It keeps `buffer` alive and stays
     mapped as long as the process lives; `buffer` itself where that cannot be had (private memory, another system)."""
     address, nbytes = buffer.ctypes.data, buffer.nbytes
     begin = address // mmap.PAGESIZE * mmap.PAGESIZE
     end = -(-(address + nbytes) // mmap.PAGESIZE) * mmap.PAGESIZE
-    found = _shared_mapping(begin, end)
-    if nbytes < _HUGE or found is None:
-        return buffer
-    offset = found.offset + begin - found.begin
-    if (begin - offset) % _HUGE == 0:
+    offset = _shared_offset(begin, end)
+    if nbytes < _HUGE or offset is None or (begin - offset) % _HUGE == 0:
         return buffer
     libc = _libc()
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
@@ -87,8 +77,8 @@ def _libc() -> ctypes.CDLL:
     return libc
 
 
-def _shared_mapping(begin: int, end: int) -> _Mapping | None:
-    """The one that all of [begin, end) lies in, if it is shared; see proc(5)."""
+def _shared_offset(begin: int, end: int) -> int | None:
+    """Where in its file `begin` lies, if all of [begin, end) lies in one mapping that is shared; see proc(5)."""
     try:
         lines = Path("/proc/self/maps").read_text().splitlines()
     except OSError:
@@ -97,5 +87,5 @@ def _shared_mapping(begin: int, end: int) -> _Mapping | None:
         where, access, offset, *_ = line.split()
         first, last = (int(number, 16) for number in where.split("-"))
         if first <= begin and end <= last:
-            return _Mapping(first, last, int(offset, 16)) if access.endswith("s") else None
+            return int(offset, 16) + begin - first if access.endswith("s") else None
     return None

@@ -37,9 +37,8 @@ struct alignas(64) TileShapes {
   __asm__ volatile("tileloadd (%0,%1,1), %%tmm" #t ::"r"(base), "r"(static_cast<int64_t>(stride)) : "memory")
 #define PHI_TILE_STORE(t, base, stride) \
   __asm__ volatile("tilestored %%tmm" #t ", (%0,%1,1)" ::"r"(base), "r"(static_cast<int64_t>(stride)) : "memory")
-// sums += x * w: int8 times int8, uint8 times int8, int8 times uint8, bfloat16 times bfloat16.
+// sums += x * w: int8 times int8, int8 times uint8, bfloat16 times bfloat16.
 #define PHI_TILE_ADD_SS(sums, x, w) __asm__ volatile("tdpbssd %%tmm" #w ", %%tmm" #x ", %%tmm" #sums ::: "memory")
-#define PHI_TILE_ADD_US(sums, x, w) __asm__ volatile("tdpbusd %%tmm" #w ", %%tmm" #x ", %%tmm" #sums ::: "memory")
 #define PHI_TILE_ADD_SU(sums, x, w) __asm__ volatile("tdpbsud %%tmm" #w ", %%tmm" #x ", %%tmm" #sums ::: "memory")
 #define PHI_TILE_ADD_BF16(sums, x, w) __asm__ volatile("tdpbf16ps %%tmm" #w ", %%tmm" #x ", %%tmm" #sums ::: "memory")
 

@@ -15,6 +15,7 @@ namespace phi {
 namespace PHI_ISA {
 
 constexpr int kMatrixRows = 16;
+static_assert(kMatrixRows <= kSpareRows, "the last rows' memory");
 
 // What rows of tiles are read from, beside TileRows.
 struct MatrixRows {
