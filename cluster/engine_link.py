@@ -12,15 +12,8 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Any, Literal, Protocol, TypeAlias
 
-from phi_cluster.cluster.messages import (
-    Frame,
-    Heartbeat,
-    ProcessId,
-    StepFrame,
-    TakeOver,
-    decode_frame,
-    encode_frame,
-)
+from phi_cluster.cluster.frames import Frame, Heartbeat, StepFrame, TakeOver, decode_frame, encode_frame
+from phi_cluster.cluster.messages import ProcessId
 
 logger = logging.getLogger(__name__)
 

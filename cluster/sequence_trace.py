@@ -18,7 +18,7 @@ QUEUE, PREFILL, DECODE = "engine.queue", "engine.prefill", "engine.decode"
 
 class SequenceTrace:
     """Begins with its construction, ends with its `with` block (implements
-    engine_client.SequenceWatcher). `clock` is wall clock in seconds."""
+    sequence_stream.SequenceWatcher). `clock` is wall clock in seconds."""
 
     def __init__(self, parent: Span, attributes: Attributes, clock: Callable[[], float] = time.time):
         self._parent = parent

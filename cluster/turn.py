@@ -23,11 +23,12 @@ from contextlib import aclosing, suppress
 from dataclasses import replace
 
 from phi_cluster.cluster.choices import several
-from phi_cluster.cluster.engine_client import EngineClient, EngineHandle, SequenceStream
+from phi_cluster.cluster.engine_client import EngineClient, EngineHandle
 from phi_cluster.cluster.errors import ContextOverflow, Overloaded, PhiError, Unavailable
 from phi_cluster.cluster.messages import ProcessId, SessionKey
 from phi_cluster.cluster.prompt import PromptReader
 from phi_cluster.cluster.reply import Reply
+from phi_cluster.cluster.sequence_stream import SequenceStream
 from phi_cluster.cluster.shared_prompt import SharedPrompt
 from phi_cluster.cluster.span import spanning
 from phi_cluster.cluster.turn_api import (

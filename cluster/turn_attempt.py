@@ -15,21 +15,13 @@ from dataclasses import dataclass, field, replace
 from typing import NoReturn, Protocol
 
 from phi_cluster.cluster.call_reader import CallReader
-from phi_cluster.cluster.engine_client import EngineClient, EngineFailed, SequenceStream
+from phi_cluster.cluster.engine_client import EngineClient, EngineFailed
 from phi_cluster.cluster.errors import GaveWay, InvalidRequest, Overloaded, PoisonousRequest, ReadElsewhere
-from phi_cluster.cluster.messages import (
-    AddSequence,
-    BeginTurn,
-    ProcessId,
-    SegmentRef,
-    SequenceOutput,
-    SessionKey,
-    SharedRows,
-    TokenLogprobs,
-    TurnGrant,
-)
+from phi_cluster.cluster.frames import AddSequence, SequenceOutput, TokenLogprobs
+from phi_cluster.cluster.messages import BeginTurn, ProcessId, SegmentRef, SessionKey, SharedRows, TurnGrant
 from phi_cluster.cluster.prompt import PromptReader
 from phi_cluster.cluster.reply import Reply
+from phi_cluster.cluster.sequence_stream import SequenceStream
 from phi_cluster.cluster.sequence_trace import SequenceTrace
 from phi_cluster.cluster.shared_prompt import SharedPrompt
 from phi_cluster.cluster.span import Attributes, spanning

@@ -8,8 +8,9 @@ from __future__ import annotations
 import asyncio
 from typing import Protocol
 
-from phi_cluster.cluster.engine_client import EngineClient, SequenceStream
+from phi_cluster.cluster.engine_client import EngineClient
 from phi_cluster.cluster.messages import SessionKey
+from phi_cluster.cluster.sequence_stream import SequenceStream
 
 
 class Lessor(Protocol):

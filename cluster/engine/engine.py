@@ -15,7 +15,7 @@ from phi_cluster.cluster.engine.model_runner import StepOutcome
 from phi_cluster.cluster.engine.scheduler import EngineLimits, ScheduledSequence, Scheduler
 from phi_cluster.cluster.engine.sequence import Sequence, SequenceStatus
 from phi_cluster.cluster.engine.settings import Speculation
-from phi_cluster.cluster.messages import SequenceOutput, StepWork, TokenLogprobs
+from phi_cluster.cluster.frames import SequenceOutput, StepWork, TokenLogprobs
 from phi_cluster.model.grammar import GrammarError
 
 __all__ = ["Engine", "EngineLimits"]

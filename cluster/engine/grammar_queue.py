@@ -12,7 +12,7 @@ import threading
 from typing import NamedTuple, Protocol
 
 from phi_cluster.cluster.engine.sequence import ReplyMatcher
-from phi_cluster.cluster.messages import AddSequence
+from phi_cluster.cluster.frames import AddSequence
 
 
 class GrammarSource(Protocol):

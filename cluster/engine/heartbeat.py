@@ -9,7 +9,7 @@ import socket
 import threading
 from collections.abc import Callable
 
-from phi_cluster.cluster.messages import Frame, Heartbeat, encode_frame
+from phi_cluster.cluster.frames import Frame, Heartbeat, encode_frame
 
 HEARTBEAT_SECONDS = 0.5
 

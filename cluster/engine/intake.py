@@ -14,7 +14,7 @@ from phi_cluster.cluster.engine.device_kv import DeviceCaches, DeviceKV
 from phi_cluster.cluster.engine.grammar_queue import GrammarQueue, GrammarSource
 from phi_cluster.cluster.engine.segment_kv import SegmentKV, splice
 from phi_cluster.cluster.engine.sequence import ReplyMatcher, Sequence
-from phi_cluster.cluster.messages import AddSequence, SequenceOutput
+from phi_cluster.cluster.frames import AddSequence, SequenceOutput
 from phi_cluster.cluster.served_model import ServedModel
 from phi_cluster.cluster.session.segment import SegmentGone
 from phi_cluster.model.sampling_params import SamplingParams

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from phi_cluster.cluster.engine.scheduler import ScheduledSequence
 from phi_cluster.cluster.engine.sequence import Sequence
-from phi_cluster.cluster.messages import TokenLogprobs
+from phi_cluster.cluster.frames import TokenLogprobs
 from phi_cluster.model.logprobs import token_logprobs
 from phi_cluster.model.phi3 import SequenceChunk
 from phi_cluster.model.sampler import DrawRows, SamplingError, SamplingRequest, sample

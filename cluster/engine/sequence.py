@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from phi_cluster.cluster.messages import TokenLogprobs
+from phi_cluster.cluster.frames import TokenLogprobs
 from phi_cluster.model.sampler import SamplingRequest
 from phi_cluster.model.sampling_params import SamplingParams
 

@@ -31,7 +31,7 @@ from phi_cluster.cluster.engine.intake import Intake
 from phi_cluster.cluster.engine.model_runner import Model as Network
 from phi_cluster.cluster.engine.model_runner import ModelRunner
 from phi_cluster.cluster.engine.settings import EngineSettings
-from phi_cluster.cluster.messages import (
+from phi_cluster.cluster.frames import (
     AbortSequence,
     AddSequence,
     EngineTotals,

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from phi_cluster.cluster.errors import GaveWay, Overloaded, PoisonousRequest
-from phi_cluster.cluster.messages import SequenceOutput, SessionKey, SharedRows
+from phi_cluster.cluster.frames import SequenceOutput
+from phi_cluster.cluster.messages import SessionKey, SharedRows
 from phi_cluster.cluster.turn_api import (
     ChoiceFinished,
     TextDelta,

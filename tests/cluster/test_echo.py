@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from phi_cluster.cluster.errors import InvalidRequest
-from phi_cluster.cluster.messages import SequenceOutput, TokenLogprobs
+from phi_cluster.cluster.frames import SequenceOutput, TokenLogprobs
 from phi_cluster.cluster.turn_api import ChoiceFinished, TokenChoice, TokenLogprob, TurnFinished, TurnStarted
 from tests.cluster.test_turn import World, build_tokenizer, default_sampling, raw, said
 

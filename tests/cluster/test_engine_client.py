@@ -11,18 +11,16 @@ from typing import Any
 
 import pytest
 
-from phi_cluster.cluster.engine_client import MAX_ENGINE_DEATHS, EngineClient, SequenceStream
+from phi_cluster.cluster.engine_client import EngineClient
 from phi_cluster.cluster.engine_link import EngineLink, start_engine
 from phi_cluster.cluster.errors import Unavailable
-from phi_cluster.cluster.messages import (
+from phi_cluster.cluster.frames import (
     NO_TOTALS,
     AbortSequence,
     AddSequence,
     EngineTotals,
     ExtendSequence,
     Frame,
-    ProcessId,
-    SegmentRef,
     SequenceOutput,
     StepDown,
     StepFrame,
@@ -31,6 +29,8 @@ from phi_cluster.cluster.messages import (
     decode_frame,
     encode_frame,
 )
+from phi_cluster.cluster.messages import ProcessId, SegmentRef
+from phi_cluster.cluster.sequence_stream import MAX_ENGINE_DEATHS, SequenceStream
 from phi_cluster.cluster.standby import StandbyEngines
 
 # Far longer than anything here takes: only a hang ends in it.
@@ -264,7 +264,7 @@ async def test_sequences_get_their_own_outputs_and_ids(engines: Engines, make_cl
 
 
 class Watching:
-    """Implements engine_client.SequenceWatcher."""
+    """Implements sequence_stream.SequenceWatcher."""
 
     def __init__(self) -> None:
         self.told: list[object] = []

@@ -9,17 +9,17 @@ from pathlib import Path
 import pytest
 
 from phi_cluster.cluster.engine_link import EngineLink, EngineLost, HangWatch, start_engine
-from phi_cluster.cluster.messages import (
+from phi_cluster.cluster.frames import (
     AbortSequence,
     Frame,
     Heartbeat,
-    ProcessId,
     SequenceOutput,
     StepFrame,
     TakeOver,
     decode_frame,
     encode_frame,
 )
+from phi_cluster.cluster.messages import ProcessId
 
 # Only a hang ends in it.
 PATIENCE = 5.0

@@ -16,7 +16,8 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.semconv._incubating.attributes import gen_ai_attributes
 
 from phi_cluster.cluster.errors import Overloaded, PhiError
-from phi_cluster.cluster.messages import SequenceOutput, Stretch, TurnGrant
+from phi_cluster.cluster.frames import SequenceOutput
+from phi_cluster.cluster.messages import Stretch, TurnGrant
 from phi_cluster.cluster.open_telemetry import OpenTelemetryTracer
 from phi_cluster.cluster.traced_turns import TracedTurns
 from phi_cluster.cluster.turn_api import BEGINNING, TurnEvent, TurnRequest, WantedFormat

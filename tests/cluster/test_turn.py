@@ -16,7 +16,7 @@ import pytest
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
-from phi_cluster.cluster.engine_client import EngineClient, EngineFailed, SequenceStream
+from phi_cluster.cluster.engine_client import EngineClient, EngineFailed
 from phi_cluster.cluster.errors import (
     ContextOverflow,
     GaveWay,
@@ -30,17 +30,9 @@ from phi_cluster.cluster.errors import (
     StaleEpoch,
     Unavailable,
 )
-from phi_cluster.cluster.messages import (
-    AddSequence,
-    BeginTurn,
-    CommitTurn,
-    ProcessId,
-    SegmentRef,
-    SequenceOutput,
-    SessionKey,
-    TokenLogprobs,
-    TurnGrant,
-)
+from phi_cluster.cluster.frames import AddSequence, SequenceOutput, TokenLogprobs
+from phi_cluster.cluster.messages import BeginTurn, CommitTurn, ProcessId, SegmentRef, SessionKey, TurnGrant
+from phi_cluster.cluster.sequence_stream import SequenceStream
 from phi_cluster.cluster.session.transcript import Transcript
 from phi_cluster.cluster.turn import Turns
 from phi_cluster.cluster.turn_api import (

@@ -12,16 +12,16 @@ from random import Random
 from typing import Any
 
 from phi_cluster.cluster.engine_link import EngineLost
-from phi_cluster.cluster.messages import (
+from phi_cluster.cluster.frames import (
     AbortSequence,
     AddSequence,
     ExtendSequence,
     Frame,
-    ProcessId,
     SequenceOutput,
     StepFrame,
     TakeOver,
 )
+from phi_cluster.cluster.messages import ProcessId
 from phi_cluster.cluster.session.segment import SegmentGone, SegmentLayout, SegmentMismatch
 from tests.simulation import language
 from tests.simulation.loop import Loop, Process

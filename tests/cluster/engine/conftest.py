@@ -20,7 +20,7 @@ from phi_cluster.cluster.engine.engine import Engine, EngineLimits
 from phi_cluster.cluster.engine.model_runner import ModelRunner
 from phi_cluster.cluster.engine.sequence import Sequence as EngineSequence
 from phi_cluster.cluster.engine.settings import Speculation
-from phi_cluster.cluster.messages import SequenceOutput
+from phi_cluster.cluster.frames import SequenceOutput
 from phi_cluster.model.phi3 import SequenceChunk
 from phi_cluster.model.sampling_params import SamplingParams
 

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from phi_cluster.cluster.engine.grammar_queue import GrammarQueue
 from phi_cluster.cluster.engine.settings import Speculation
-from phi_cluster.cluster.messages import AddSequence, SegmentRef
+from phi_cluster.cluster.frames import AddSequence
+from phi_cluster.cluster.messages import SegmentRef
 from phi_cluster.model.grammar import GrammarError
 
 END = 39

@@ -16,13 +16,12 @@ import torch
 from phi_cluster.cluster.engine.heartbeat import FrameSender
 from phi_cluster.cluster.engine.intake import Intake
 from phi_cluster.cluster.engine.server import EngineServer
-from phi_cluster.cluster.messages import (
+from phi_cluster.cluster.frames import (
     AbortSequence,
     AddSequence,
     ExtendSequence,
     Frame,
     Heartbeat,
-    SegmentRef,
     SequenceOutput,
     StepDown,
     StepFrame,
@@ -31,6 +30,7 @@ from phi_cluster.cluster.messages import (
     decode_frame,
     encode_frame,
 )
+from phi_cluster.cluster.messages import SegmentRef
 
 # Only a hang ends in it.
 PATIENCE = 10.0

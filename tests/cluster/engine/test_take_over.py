@@ -18,7 +18,7 @@ from phi_cluster.cluster.engine.model_runner import ModelRunner
 from phi_cluster.cluster.engine.segment_kv import SegmentKV, splice
 from phi_cluster.cluster.engine.sequence import Sequence
 from phi_cluster.cluster.engine.settings import Speculation
-from phi_cluster.cluster.messages import SequenceOutput
+from phi_cluster.cluster.frames import SequenceOutput
 from phi_cluster.cluster.session.segment import Segment
 from phi_cluster.cluster.session.segment_layout import SegmentLayout
 from phi_cluster.model.checkpoint import expected_tensors
