@@ -26,21 +26,19 @@ from phi_cluster.cluster.actors import CONTROLLER, NAMESPACE, keeper_names, keep
 from phi_cluster.cluster.admission import AdmittedTurns, UsageOfKeys
 from phi_cluster.cluster.config import Config
 from phi_cluster.cluster.engine_client import EngineClient
+from phi_cluster.cluster.engine_health import START_SECONDS, EngineHealth
 from phi_cluster.cluster.engine_link import start_engine
-from phi_cluster.cluster.engine_recycler import EngineReport
-from phi_cluster.cluster.errors import StartError, Unavailable
+from phi_cluster.cluster.errors import Unavailable
 from phi_cluster.cluster.events import EventKind, EventLog
 from phi_cluster.cluster.forwarding import ForwardedTurns
 from phi_cluster.cluster.head_relay import HeadClient, HeadRelay
-from phi_cluster.cluster.head_start import HeadWatch, start_on_head
+from phi_cluster.cluster.head_start import HeadWatch
 from phi_cluster.cluster.http.edge import EdgeSettings
 from phi_cluster.cluster.http.schemas import MAX_CHOICES
 from phi_cluster.cluster.http.server import build_app
 from phi_cluster.cluster.keys import KeyFile
-from phi_cluster.cluster.kv_load import KVLoad
 from phi_cluster.cluster.logs import log_as
 from phi_cluster.cluster.managed_sessions import ManagedSessions
-from phi_cluster.cluster.mapped_weights import Mapped, MappedWeights
 from phi_cluster.cluster.node_keepers import NodeKeepers
 from phi_cluster.cluster.own_port import listening_address
 from phi_cluster.cluster.peer_door import PeerDoor
@@ -53,7 +51,7 @@ from phi_cluster.cluster.preflight import LOOPBACK
 from phi_cluster.cluster.processes import boot_id, is_alive, process_id
 from phi_cluster.cluster.ray_engine import EngineSpawner
 from phi_cluster.cluster.refusals import RefusalsTold
-from phi_cluster.cluster.replica_report import ReplicaReport
+from phi_cluster.cluster.replica_reporter import ReplicaReporter
 from phi_cluster.cluster.replica_scaling import scaling_metrics
 from phi_cluster.cluster.responses.assembly import ResponseRoom
 from phi_cluster.cluster.responses.making import MakerLimits
@@ -64,7 +62,6 @@ from phi_cluster.cluster.session.directory import SessionDirectory
 from phi_cluster.cluster.session.keeper_finder import KeeperFinder
 from phi_cluster.cluster.session.memfd import PAGE_NBYTES
 from phi_cluster.cluster.session.recycler import RecycleReason
-from phi_cluster.cluster.session.reports import private_or_zero
 from phi_cluster.cluster.spoken import SpokenReader
 from phi_cluster.cluster.standby import StandbyEngines
 from phi_cluster.cluster.tokenization import Tokenization
@@ -81,13 +78,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Without a step for so long an engine is not ready, and then not alive: it steps every few seconds also when idle.
-_STEP_SILENCE_SECONDS = 15.0
-_START_SECONDS = 300.0
-# Whoever starts the server asks the replicas whether they are ready. One that nobody asks takes it for started then.
-_UNASKED_SECONDS = 30.0
 _LAST_COMMITS_SECONDS = 5.0
-_SETTLE_SECONDS = 60.0
 # The controller is up by then, or being replaced.
 _TOLD_SECONDS = 10.0
 # Why an engine may be renewed.
@@ -110,22 +101,12 @@ class Replica:
         self._served = served
         self._config = config
         self._replica_id = uuid.uuid4().hex
-        self._started_at = time.monotonic()
         self._events = EventLog(time.time)
         self._events.add(EventKind.REPLICA_STARTED)
-        self._events_told = 0
         self._metrics = ReplicaMetrics(reason.value for reason in _ENGINE_RECYCLES)
-        self._last_step = (0, time.monotonic())
-        self._address = ""
-        self._engine_baseline = (0, 0)
-        self._kv_load = KVLoad(0, 0)
-        self._head_watch = HeadWatch() if starts_head else None
-        self._weights = MappedWeights()
-        self._recycling: asyncio.Task[None] | None = None
         finder = KeeperFinder(partial(ray.get_actor, namespace=NAMESPACE), keeper_names(self._node_id))
         self._keys = None if config.keys_path is None else KeyFile(config.keys_path)
         self._peers = PeerTable(self._node_id, lambda: self._turns.num_open, capacity=config.engine.max_num_seqs)
-        self._told = asyncio.Event()
         self._sessions = SessionDirectory(
             finder,
             config.state_path,
@@ -136,11 +117,11 @@ class Replica:
         spawner = EngineSpawner(served, config, runtime_dir, num_threads, self._node_id)
         hang_timeout = config.engine.hang_timeout
         # Set once the server is up: nothing that is not needed for that is started before.
-        self._started = asyncio.Event()
+        started = asyncio.Event()
         self._standbys = StandbyEngines(
             num_standbys,
             partial(start_engine, spawner.spawn_standby, hang_timeout),
-            may_begin=self._started,
+            may_begin=started,
             events=self._events,
         )
         self._engines = EngineClient(
@@ -150,6 +131,7 @@ class Replica:
             events=self._events,
         )
         self._engines.start()
+        self._health = EngineHealth(self._engines, started)
         # The engine's process starts meanwhile.
         self._tokenizer = await asyncio.to_thread(Tokenizer.from_folder, served.folder)
         self._turns = Turns(
@@ -209,16 +191,34 @@ class Replica:
         )
         self._room.start()
         waits = config.max_replicas > 1 and await _others_serve()
+        self._reporter = ReplicaReporter(
+            self._replica_id,
+            self._node_id,
+            config,
+            self._metrics,
+            self._events,
+            self._engines,
+            self._standbys,
+            self._health,
+            started,
+            self._turns,
+            self._peers,
+            controller=_controller,
+            find_address=self._find_address,
+            num_forwarded=lambda: 0 if self._forwarded is None else self._forwarded.num_forwarded,
+            keys=self._keys,
+            head_watch=HeadWatch() if starts_head else None,
+        )
         # From now on it is known that somebody needs what this node has.
-        self._reporting = asyncio.get_running_loop().create_task(self._report())
+        self._reporting = asyncio.get_running_loop().create_task(self._reporter.run())
         if waits:
             # What comes meanwhile is for those that can serve it.
             with contextlib.suppress(Unavailable):
-                await self._engines.wait_ready(_START_SECONDS)
+                await self._engines.wait_ready(START_SECONDS)
         if config.journal is not None:
             # There may be other nodes: whose accounts and responses count is known before the first request.
             with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self._told.wait(), _TOLD_SECONDS)
+                await asyncio.wait_for(self._reporter.told.wait(), _TOLD_SECONDS)
 
     def _open_tracer(self) -> OpenTelemetryTracer | None:
         if self._config.tracing.endpoint is None:
@@ -255,7 +255,7 @@ class Replica:
             room.conversations,
             self._managed,
             self,
-            self,
+            self._health,
             self._metrics.requests,
             ClusterWatch(),
             keys=keys,
@@ -285,144 +285,39 @@ class Replica:
 
     async def check_health(self) -> None:
         """Serve replaces a replica whose check raises."""
-        if not self.live():
+        if not self._health.live():
             raise RuntimeError("the engine has made no step lately")
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """Serve asks for it where `autoscaling` is configured."""
-        return scaling_metrics(self._turns, self._room.num_in_background, self._kv_load)
-
-    def live(self) -> bool:
-        _, silence = self._observe_step()
-        return silence < _START_SECONDS
-
-    def ready(self) -> tuple[bool, str]:
-        step, silence = self._observe_step()
-        if not self._engines.ready or step == 0:
-            return False, "the engine is starting"
-        if silence > _STEP_SILENCE_SECONDS:
-            return False, f"the engine has made no step for {silence:.0f} s"
-        self._started.set()
-        return True, "ready"
+        return scaling_metrics(self._turns, self._room.num_in_background, self._reporter.kv_load)
 
     async def recycle_engines(self) -> int:
         """See turn_api.EngineAdmin."""
         try:
-            controller = ray.get_actor(CONTROLLER, namespace=NAMESPACE)
+            controller = _controller()
             count: int = await controller.request_engine_recycles.remote()
         except (ValueError, RayError):
             raise Unavailable("the controller is being restarted; try again", retry_after=2) from None
         return count
 
-    def _observe_step(self) -> tuple[int, float]:
-        """The engine's step counter, and for how many seconds it has not changed."""
-        step = self._engines.last_step.step
-        key = step + (self._engines.replacements << 40)
-        if key != self._last_step[0]:
-            self._last_step = (key, time.monotonic())
-        return step, time.monotonic() - self._last_step[1]
-
-    async def _report(self) -> None:
-        """To the controller, once a second."""
-        while True:
-            if self._keys is not None and (told := await asyncio.to_thread(self._keys.refresh)):
-                logger.warning("%s", told)
-            if time.monotonic() - self._started_at > _UNASKED_SECONDS and self._engines.ready:
-                self._started.set()
-            try:
-                controller = ray.get_actor(CONTROLLER, namespace=NAMESPACE)
-                report = self._own_report(await self._look_at_weights())
-                orders = await controller.report_replica.remote(report)
-                if self._config.has_nodes and self._config.autoscaling.max_replicas is not None:
-                    self._kv_load = await controller.kv_load.remote(self._node_id)
-                self._events_told = max([self._events_told, *(event.number for event in report.events)])
-                self._peers.take(orders, report.num_open_turns)
-                self._told.set()
-                if orders.recycle is not None and self._recycling is None:
-                    self._recycling = asyncio.get_running_loop().create_task(self._recycle_engine(orders.recycle))
-                if self._head_watch is not None:
-                    self._head_watch.seen()
-            except (ValueError, RayError):
-                # It is being replaced: its successor is told all that is still known.
-                self._events_told = 0
-                if self._head_watch is not None and self._head_watch.should_start():
-                    logger.error("there is no controller; starting the head's part again")
-                    with contextlib.suppress(StartError, RayError):
-                        start_on_head(self._config)
-            await asyncio.sleep(1.0)
-
-    async def _look_at_weights(self) -> Mapped:
-        engine = self._engines.engine
-        return Mapped() if engine is None else await self._weights.of(engine.process.pid)
-
-    def _own_report(self, weights: Mapped) -> ReplicaReport:
-        engines, standby_pids = self._engines, self._standbys.pids
-        recoveries = {"engine": engines.recoveries, "standby_engine": self._standbys.losses}
-        self._metrics.engines.on_engines(recoveries, len(standby_pids), engines.recycles)
-        self._metrics.engines.on_totals(engines.totals._asdict())
-        return ReplicaReport(
-            replica_id=self._replica_id,
-            node_id=self._node_id,
-            pid=os.getpid(),
-            age_seconds=time.monotonic() - self._started_at,
-            snapshot=self._metrics.snapshot(
-                engines.last_step.num_running, 0 if self._forwarded is None else self._forwarded.num_forwarded
-            ),
-            private_nbytes=private_or_zero(os.getpid()),
-            standby_engines=tuple((pid, private_or_zero(pid)) for pid in standby_pids),
-            engine=self._engine_report(weights),
-            last_step_seconds=self._observe_step()[1],
-            queue_seconds=engines.last_step.queue_seconds,
-            events=self._events.after(self._events_told),
-            address=self._find_address(),
-            num_open_turns=self._turns.num_open,
-            max_running_turns=self._config.engine.max_num_seqs,
-        )
-
     def _find_address(self) -> str:
         """Where Serve lets this replica listen; "" before it does, and for whoever nobody may ask anything."""
-        if not self._address and self._cluster_key is not None and self._engines.ready:
-            # As this node has them.
-            first, last = (
-                int(os.environ.get(f"RAY_SERVE_DIRECT_INGRESS_{name}_HTTP_PORT", 0)) for name in ("MIN", "MAX")
-            )
-            self._address = listening_address(first, last, ray.util.get_node_ip_address())
-        return self._address
+        if self._cluster_key is None:
+            return ""
+        # As this node has them.
+        first, last = (int(os.environ.get(f"RAY_SERVE_DIRECT_INGRESS_{name}_HTTP_PORT", 0)) for name in ("MIN", "MAX"))
+        return listening_address(first, last, ray.util.get_node_ip_address())
 
-    def _engine_report(self, weights: Mapped) -> EngineReport | None:
-        engine = self._engines.engine
-        if engine is None:
-            return None
-        age = time.monotonic() - self._engines.serving_since
-        private = private_or_zero(engine.process.pid)
-        pid, baseline = self._engine_baseline
-        if pid != engine.process.pid:
-            baseline = private
-        # What it takes in its first minute is what it needs.
-        self._engine_baseline = (engine.process.pid, max(private, baseline) if age < _SETTLE_SECONDS else baseline)
-        return EngineReport(
-            pid=engine.process.pid,
-            age_seconds=age,
-            steps=self._engines.last_step.step,
-            private_nbytes=private,
-            private_baseline=self._engine_baseline[1],
-            weights_mapped=weights.mapped,
-            weights_copied=weights.copied,
-        )
 
-    async def _recycle_engine(self, reason: RecycleReason) -> None:
-        try:
-            await self._engines.recycle(reason.value)
-        except Exception as error:
-            # The engine that serves goes on. The controller will ask again.
-            logger.warning("the engine was not renewed (%s): %s", reason.value, error)
-        finally:
-            self._recycling = None
+def _controller() -> Any:
+    """Raises ValueError while there is none."""
+    return ray.get_actor(CONTROLLER, namespace=NAMESPACE)
 
 
 async def _of_this_node(node_id: str) -> tuple[ServedModel, int]:
     """The model as it is on this node, and how many engines may stand by: once the node's actors are up."""
-    deadline = time.monotonic() + _START_SECONDS
+    deadline = time.monotonic() + START_SECONDS
     while True:
         try:
             keeper = keeper_of(node_id)
@@ -433,14 +328,13 @@ async def _of_this_node(node_id: str) -> tuple[ServedModel, int]:
             if time.monotonic() > deadline:
                 raise
         with contextlib.suppress(ValueError, RayError):
-            await ray.get_actor(CONTROLLER, namespace=NAMESPACE).want_node.remote(node_id)
+            await _controller().want_node.remote(node_id)
         await asyncio.sleep(0.2)
 
 
 async def _others_serve() -> bool:
     """Whether there are replicas already: else the server is starting, and its parts do so at once."""
     try:
-        controller = ray.get_actor(CONTROLLER, namespace=NAMESPACE)
-        return bool(await controller.num_replicas.remote())
+        return bool(await _controller().num_replicas.remote())
     except (ValueError, RayError):
         return False
