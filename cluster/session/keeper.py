@@ -14,17 +14,13 @@ import asyncio
 import contextlib
 import functools
 import logging
-import math
 import os
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
-
-from ray.exceptions import RayError, RayTaskError
+from typing import Any, TypeVar
 
 from phi_cluster.cluster.config import KVConfig, SessionsConfig
 from phi_cluster.cluster.errors import KeeperMoved, Overloaded
-from phi_cluster.cluster.events import EventKind
 from phi_cluster.cluster.messages import (
     AdmitTurn,
     BeginTurn,
@@ -37,7 +33,7 @@ from phi_cluster.cluster.messages import (
     TurnGrant,
     TurnUsage,
 )
-from phi_cluster.cluster.processes import kill_for_sure, private_bytes, process_id
+from phi_cluster.cluster.processes import kill_for_sure, process_id
 from phi_cluster.cluster.session.accounts import Accounts, ForgetfulStore, UsageStore
 from phi_cluster.cluster.session.actor_pool import RayActors
 from phi_cluster.cluster.session.administration import Administration
@@ -50,7 +46,8 @@ from phi_cluster.cluster.session.forks import Forks
 from phi_cluster.cluster.session.glances import Glances
 from phi_cluster.cluster.session.hibernation import Hibernation
 from phi_cluster.cluster.session.hibernation_store import HibernationStore
-from phi_cluster.cluster.session.journal import Glance, Journals, JournalUnavailable
+from phi_cluster.cluster.session.journal import Glance, Journals
+from phi_cluster.cluster.session.keeper_reporter import KeeperReporter
 from phi_cluster.cluster.session.kept_turns import HeldBy, KeptTurns
 from phi_cluster.cluster.session.moving import MoveResult, Moves
 from phi_cluster.cluster.session.moving_memory import Piece
@@ -59,16 +56,14 @@ from phi_cluster.cluster.session.offers import Offer, Offers
 from phi_cluster.cluster.session.recycler import RecycleReason
 from phi_cluster.cluster.session.reports import (
     KeeperReport,
-    SessionReport,
-    private_or_zero,
     public_usage,
 )
 from phi_cluster.cluster.session.retention import Retention
-from phi_cluster.cluster.session.roster import Entry
 from phi_cluster.cluster.session.session import SessionSettings, SessionStats
 from phi_cluster.cluster.session.spool import SpoolRef
-from phi_cluster.cluster.session.succession import Charge, Door, Estate, SoleCharge, bequeath, inherit
+from phi_cluster.cluster.session.succession import Charge, Estate, SoleCharge
 from phi_cluster.cluster.session.tenant_memory import TenantMemory
+from phi_cluster.cluster.session.tenure import Successor, Tenure
 from phi_cluster.cluster.session_api import ImportLimits, SessionPage, SessionQuery
 from phi_cluster.cluster.turn_api import Rates
 from phi_cluster.monitoring.session_metrics import SessionMetrics
@@ -77,14 +72,6 @@ logger = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 
-# A session that the keeper holds closes its journal's file after so long without a turn.
-_REST_SECONDS = 30.0
-# Between two looks at how much disk the journals take.
-_JOURNALS_SECONDS = 20.0
-# For calls that are inside when the keeper is renewed; they are short, but for those that wait.
-_DRAIN_SECONDS = 0.5
-# A successor that is up takes over in a fraction of a second.
-_SUCCEED_SECONDS = 20.0
 # Why the keeper takes sessions back from their actors.
 _DEACTIVATION_REASONS = (
     RecycleReason.IDLE.value,
@@ -93,25 +80,13 @@ _DEACTIVATION_REASONS = (
 )
 
 
-class Successor(Protocol):
-    """A keeper that is up and not in charge."""
-
-    async def succeed(self, estate: Estate) -> int:
-        """See `NodeSessions.succeed`."""
-        ...
-
-    def give_up(self) -> None:
-        """It is not wanted after all: it ends."""
-        ...
-
-
 def _call(method: Callable[..., Awaitable[_T]]) -> Callable[..., Awaitable[_T]]:
     """One that others make: through the door, once there is all to answer it with."""
 
     @functools.wraps(method)
     async def called(self: NodeSessions, *arguments: Any, **named: Any) -> _T:
-        async with self._door.inside():
-            await self.start()
+        async with self._tenure.door.inside():
+            await self._tenure.start()
             return await method(self, *arguments, **named)
 
     return called
@@ -137,12 +112,13 @@ class NodeSessions:
         make_successor: Callable[[], Awaitable[Successor]] | None = None,
         on_charge: Callable[[], None] = lambda: None,
         peers: Callable[[str], Any] | None = None,
+        end_process: Callable[[], Awaitable[None]] | None = None,
     ):
         """`store` None: no session hibernates; `spool_folder`: see cache_export.py; `usage` None: the tenants' totals
         end with this object; `export_secret`: see cache_export.py (None: one that nobody else will ever know).
         `charge`, `make_successor`: see succession.py (None: there is no other keeper, and will be none); `on_charge` is
-        called when this one begins to serve. `peers`: see moving.py (None: there is no other node). Raises OSError if
-        totals cannot be read."""
+        called when this one begins to serve. `peers`: see moving.py (None: there is no other node). `end_process`: see
+        tenure.py (None: kill -9). Raises OSError if totals cannot be read."""
         self._layout = settings.layout
         self._clock = settings.clock
         self._node_id = node_id
@@ -168,38 +144,53 @@ class NodeSessions:
             self._custody, lambda tenant: self._accounts.limits_of(tenant).kv_bytes, kv.reserve_wait
         )
         self._turns = KeptTurns(self._custody, self._hibernation, self._moves, self._memory)
-        # Disk that journals take, and when that was looked at (the loop's seconds).
-        self._journal_nbytes = 0
-        self._journals_seen_at = -math.inf
-        self._starting: asyncio.Task[None] | None = None
-        self._charge = charge or SoleCharge()
-        self._make_successor = make_successor
-        # One that is up, until there is a moment for it.
-        self._successor: Successor | None = None
-        self._on_charge = on_charge
-        self._door = Door()
-        self._renewing = asyncio.Lock()
+        self._tenure = Tenure(
+            self._custody,
+            self._hibernation,
+            self._accounts,
+            charge or SoleCharge(),
+            make_successor,
+            self._is_bound,
+            on_charge,
+            end_process or functools.partial(kill_for_sure, self._process),
+        )
+        self._reporter = KeeperReporter(
+            node_id,
+            self._process,
+            self._custody,
+            self._hibernation,
+            self._accounts,
+            self._processes,
+            self._elsewhere,
+            self._moves,
+            self._forks,
+            self._retention,
+        )
 
     async def start(self) -> int:
-        """Finds what is stored and what actors hold; then tends to the sessions. Idempotent; returns the pid."""
-        if self._starting is None or (self._starting.done() and self._starting.exception() is not None):
-            self._starting = asyncio.create_task(self._start())
-        await asyncio.shield(self._starting)
-        return os.getpid()
+        """See `Tenure.start`."""
+        return await self._tenure.start()
 
-    async def _start(self, estate: Estate | None = None) -> None:
-        if not self._charge.take():
-            raise KeeperMoved("the sessions of this node have another keeper; try again", retry_after=1)
-        if estate is None:
-            await self._custody.start()
-            await self._hibernation.start()
-        else:
-            inherit(self._custody, estate)
-            self._accounts.inherit(estate.rest["accounts"])
-            self._hibernation.inherit(estate.rest["hibernation"])
-        self._custody.hands.start()
-        self._custody.events.add(EventKind.KEEPER_STARTED)
-        self._on_charge()
+    async def renew(self) -> bool:
+        """See `Tenure.renew`."""
+        return await self._tenure.renew()
+
+    async def succeed(self, estate: Estate) -> int:
+        """See `Tenure.succeed`."""
+        return await self._tenure.succeed(estate)
+
+    async def close(self) -> int:
+        """Ends all actors; conversations stay in their journals. Returns how many named sessions there are."""
+        await self.start()
+        if self._tenure.door.is_left:
+            raise KeeperMoved("this keeper has a successor")
+        await self._reporter.save_usage()
+        self._custody.hands.close()
+        return sum(1 for _ in self._roster.stored_keys())
+
+    def _is_bound(self) -> bool:
+        """What is on its way is bound to this process."""
+        return bool(self._moves.num_coming or self._offers.num_open)
 
     # A turn.
 
@@ -417,140 +408,7 @@ class NodeSessions:
     @_call
     async def report(self, events_after: int = 0) -> KeeperReport:
         """With what happened behind the event numbered so in this keeper's log."""
-        entries = list(self._roster)
-        leased = [self._custody.ledger.lease(entry.key.digest) for entry in entries]
-        stats = await asyncio.gather(*(self._custody.stats(entry) for entry in entries))
-        for entry, s, before in zip(entries, stats, leased, strict=True):
-            if before == self._custody.ledger.lease(s.key.digest) != s.kv_cache_bytes:
-                # A turn that ended without a word (its replica died): the lease shrinks to what is really there.
-                self._custody.settle(entry, s)
-            if entry.session is not None and not entry.session.in_turn and s.idle_seconds > _REST_SECONDS:
-                entry.session.rest()
-        await self._save_usage()
-        await self._processes.look()
-        await self._look_at_journals()
-        in_memory = {entry.key.digest for entry in entries}
-        on_disk = [key for key in self._roster.stored_keys() if key.digest not in in_memory]
-        asleep = [nbytes for key in on_disk if (nbytes := self._hibernation.nbytes(key)) is not None]
-        return KeeperReport(
-            node_id=self._node_id,
-            process=self._process,
-            budget_nbytes=self._custody.ledger.capacity,
-            reserved_nbytes=self._custody.ledger.usage,
-            sessions=[self._reported(entry, s) for entry, s in zip(entries, stats, strict=True)],
-            num_stored=len(on_disk) - len(asleep),
-            num_hibernated=len(asleep),
-            hibernated_nbytes=sum(asleep),
-            num_warm=self._custody.hands.num_warm,
-            activations=self._custody.hands.activations,
-            recycles=dict(self._custody.hands.recycles),
-            private_nbytes=private_bytes(),
-            journal_nbytes=self._journal_nbytes,
-            snapshot=self._metrics.snapshot(),
-            usage=self._accounts.totals(),
-            events=self._custody.events.after(events_after),
-            move_bytes_per_second=self._moves.speed.bytes_per_second,
-            compute_tokens_per_second=self._hibernation.policy.tokens_per_second,
-            counts={"forks": self._forks.made, "deletions": self._retention.deleted, **self._hibernation.counts},
-        )
-
-    async def renew(self) -> bool:
-        """Has a successor take over, make before break: calls that come meanwhile wait for a moment, and then are sent
-        to it. False if that cannot be just now. A successor that fails leaves this keeper in charge; of one that does
-        not answer nobody knows how far it came, and this process ends."""
-        await self.start()
-        if self._make_successor is None or self._renewing.locked() or self._door.is_left:
-            return False
-        if self._moves.num_coming or self._offers.num_open:
-            # What is on its way is bound to this process.
-            return False
-        async with self._renewing:
-            # It starts while all goes on here, and waits if it must.
-            successor = self._successor = self._successor or await self._make_successor()
-            if await self._door.shut(_DRAIN_SECONDS):
-                estate = self._bequeath()
-                if estate is not None:
-                    self._successor = None
-                    return await self._hand_on(successor, estate)
-                self._door.open()
-            return False
-
-    def _bequeath(self) -> Estate | None:
-        estate = bequeath(self._custody)
-        if estate is not None:
-            estate.rest.update(accounts=self._accounts.leave(), hibernation=self._hibernation.leave())
-        return estate
-
-    async def _hand_on(self, successor: Successor, estate: Estate) -> bool:
-        self._charge.give()
-        try:
-            await asyncio.wait_for(successor.succeed(estate), _SUCCEED_SECONDS)
-        except RayTaskError as error:
-            logger.warning("the keeper was not renewed: %s", error.cause)
-            successor.give_up()
-            if not self._charge.take():
-                await self._end()
-            for handle, process in estate.warm:
-                self._custody.hands.add_warm(handle, process)
-            self._custody.hands.start()
-            self._door.open()
-            return False
-        except (RayError, asyncio.TimeoutError) as error:
-            logger.error("a successor did not answer: %s", type(error).__name__)
-            await self._end()
-        # What it holds stays open until the successor ends this process, for those who are about to open it.
-        self._door.leave()
-        return True
-
-    async def succeed(self, estate: Estate) -> int:
-        """Takes over from a keeper that has nobody inside. Raises KeeperMoved, with nothing taken; returns the pid."""
-        is_started = self._starting is not None and (not self._starting.done() or self._starting.exception() is None)
-        if is_started or not self._charge.take():
-            raise KeeperMoved("somebody else is in charge, or this keeper is already")
-        self._starting = asyncio.create_task(self._start(estate))
-        try:
-            await asyncio.shield(self._starting)
-        except BaseException:
-            self._charge.give()
-            raise
-        return os.getpid()
-
-    async def close(self) -> int:
-        """Ends all actors; conversations stay in their journals. Returns how many named sessions there are."""
-        await self.start()
-        if self._door.is_left:
-            raise KeeperMoved("this keeper has a successor")
-        await self._save_usage()
-        self._custody.hands.close()
-        return sum(1 for _ in self._roster.stored_keys())
-
-    async def _look_at_journals(self) -> None:
-        """Now and then: there may be many files."""
-        now = asyncio.get_running_loop().time()
-        if now - self._journals_seen_at < _JOURNALS_SECONDS:
-            return
-        self._journals_seen_at = now
-        try:
-            self._journal_nbytes = await asyncio.to_thread(self._custody.journals.nbytes)
-            if self._custody.journals.shared:
-                await self._elsewhere.look()
-        except JournalUnavailable as error:
-            logger.warning("the journals were not looked at: %s", error.message)
-
-    async def _end(self) -> None:
-        """Ray starts another keeper in the place of this one, if it is needed."""
-        await kill_for_sure(self._process)
-
-    async def _save_usage(self) -> None:
-        try:
-            await self._accounts.save()
-        except OSError as error:
-            # No turn fails for it; the next round tries again.
-            logger.warning("what tenants have used was not stored: %s", error)
-
-    def _reported(self, entry: Entry, stats: SessionStats) -> SessionReport:
-        pid = None if entry.actor is None else entry.actor.process.pid
-        return SessionReport(stats, pid, private_or_zero(pid), entry.private_baseline)
+        return await self._reporter.report(events_after)
 
 
 def _no_peers(node_id: str) -> Any:

@@ -22,9 +22,10 @@ from phi_cluster.cluster.session.actor_pool import RayActors
 from phi_cluster.cluster.session.cache_export import ExportSecret
 from phi_cluster.cluster.session.hibernation_store import FileHibernationStore, read_key
 from phi_cluster.cluster.session.journals import JournalPlace, open_journals
-from phi_cluster.cluster.session.keeper import NodeSessions, Successor
+from phi_cluster.cluster.session.keeper import NodeSessions
 from phi_cluster.cluster.session.segment_layout import SegmentLayout
 from phi_cluster.cluster.session.succession import Estate, FileCharge
+from phi_cluster.cluster.session.tenure import Successor
 from phi_cluster.cluster.session.usage_file import UsageFile
 
 # So long after a keeper has taken over, its predecessor and what that has open are not needed any more.
@@ -90,7 +91,7 @@ class _RaySuccessor:
         self._handle = handle
 
     async def succeed(self, estate: Estate) -> int:
-        """See `NodeSessions.succeed`."""
+        """See `Tenure.succeed`."""
         return await self._handle.succeed.remote(estate)
 
     def give_up(self) -> None:

@@ -21,8 +21,9 @@ from phi_cluster.cluster.config import KVConfig, SessionsConfig
 from phi_cluster.cluster.errors import PhiError
 from phi_cluster.cluster.messages import ProcessId, TurnGrant
 from phi_cluster.cluster.session.actor_pool import ANSWER_SECONDS
-from phi_cluster.cluster.session.keeper import KeeperReport, NodeSessions
+from phi_cluster.cluster.session.keeper import NodeSessions
 from phi_cluster.cluster.session.keeper_finder import KeeperFinder
+from phi_cluster.cluster.session.reports import KeeperReport
 from phi_cluster.cluster.session.segment import SegmentLayout
 from phi_cluster.cluster.session.session import SessionSettings
 from phi_cluster.cluster.turn_api import TurnRequest
@@ -366,7 +367,7 @@ def _reproducible(rng: Random) -> Iterator[None]:
     try:
         with (
             mock.patch("uuid.uuid4", uuid4),
-            mock.patch("phi_cluster.cluster.session.keeper.private_bytes", return_value=0),
+            mock.patch("phi_cluster.cluster.session.keeper_reporter.private_bytes", return_value=0),
         ):
             yield
     finally:

@@ -332,7 +332,7 @@ class Node:
         budget = options.pop("budget", 2**30)
         store = options.pop("store", FileHibernationStore(state_dir, 2**30, reserve_nbytes=0))
         secret = options.pop("export_secret", None)
-        succession = {name: options.pop(name, None) for name in ("charge", "make_successor")}
+        succession = {name: options.pop(name, None) for name in ("charge", "make_successor", "end_process")}
         kv = KVConfig(reserve_wait=options.pop("reserve_wait", 0.2))
         actors = cast(Any, self.actors)
         peers = options.pop("peers", None)

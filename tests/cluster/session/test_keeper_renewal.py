@@ -26,16 +26,14 @@ class Succession:
         self.gave_up = False
         self.ended = False
         self.error = None
-        self.first = make_node(charge=FileCharge(path), make_successor=self.make)
+        self.first = make_node(charge=FileCharge(path), make_successor=self.make, end_process=self.end_process)
         self.second = make_node(charge=FileCharge(path))
         # The same actors, wherever they are asked from.
         self.second.actors.made = self.first.actors.made
 
-        async def end():
-            self.ended = True
-            raise ProcessLookupError
-
-        self.first.keeper._end = end
+    async def end_process(self):
+        self.ended = True
+        raise ProcessLookupError
 
     async def make(self):
         self.made += 1
@@ -144,7 +142,7 @@ async def test_whoever_asks_meanwhile_waits_and_is_told(succession):
 
 
 async def test_with_a_call_that_waits_it_is_put_off(succession, monkeypatch):
-    monkeypatch.setattr("phi_cluster.cluster.session.keeper._DRAIN_SECONDS", 0.01)
+    monkeypatch.setattr("phi_cluster.cluster.session.tenure._DRAIN_SECONDS", 0.01)
     first = succession.first
     grant, _ = await first.begin(HELD, "said ")
     waiting = asyncio.ensure_future(first.keeper.begin_turn(BeginTurn(HELD, "next", "said ", wait_seconds=30)))
