@@ -103,15 +103,19 @@ class ReplicaReporter:
 
     async def run(self) -> None:
         """Until it is cancelled."""
+        found: Any = None
         while True:
             if self._keys is not None and (told := await asyncio.to_thread(self._keys.refresh)):
                 logger.warning("%s", told)
             if self._age > _UNASKED_SECONDS and self._engines.ready:
                 self._started.set()
             try:
-                await self._tell(self._controller())
+                # Looked for once: that asks the GCS, and nothing else goes on here meanwhile.
+                found = found or self._controller()
+                await self._tell(found)
             except (ValueError, RayError):
                 # It is being replaced: its successor is told all that is still known.
+                found = None
                 self._events_told = 0
                 self._look_after_head()
             await asyncio.sleep(self._round_seconds)
