@@ -45,6 +45,10 @@ class NodeKeepers:
         """The one that was found last is not in charge."""
         self._finder(node_id).moved()
 
+    def lost(self, node_id: str) -> None:
+        """The one that was found last does not answer."""
+        self._finder(node_id).lost()
+
     def _finder(self, node_id: str) -> KeeperFinder:
         if node_id not in self._finders:
             # Of nodes that are gone nothing is kept.

@@ -58,6 +58,10 @@ class OtherNodes(Protocol):
         """The keeper that was found last is not in charge."""
         ...
 
+    def lost(self, node_id: str) -> None:
+        """The keeper that was found last does not answer."""
+        ...
+
 
 class KeeperCalls:
     """For one event loop. `keeper()` finds the handle of this node's keeper (it may be a new one after a restart);
@@ -106,8 +110,11 @@ class KeeperCalls:
                 self._holders.pop(digest, None)
                 if actor is not None:
                     await self.keeper("actor_died", key)
-                elif attempt < _QUICK_HOPS:
-                    await asyncio.sleep(_RETRY_SECONDS)
+                else:
+                    self._keeper.lost()
+                    # The first time it may have been an old handle.
+                    if 0 < attempt < _QUICK_HOPS:
+                        await asyncio.sleep(_RETRY_SECONDS)
                 continue
             if isinstance(answer, HeldBy):
                 self._remember(digest, answer)
@@ -129,7 +136,9 @@ class KeeperCalls:
             except KeeperMoved:
                 await self._on_keeper_moved(attempt)
             except RayActorError:
-                await asyncio.sleep(_RETRY_SECONDS)
+                self._keeper.lost()
+                if attempt:
+                    await asyncio.sleep(_RETRY_SECONDS)
         raise Unavailable("the keeper of this node does not answer; try again", retry_after=2)
 
     async def holder(self, method: str, key: SessionKey, *arguments: Any) -> Any:
@@ -176,6 +185,9 @@ class KeeperCalls:
         except KeeperMoved:
             self._others.moved(node_id)
             raise ValueError(f"node {node_id} is changing its keeper") from None
+        except RayActorError:
+            self._others.lost(node_id)
+            raise
 
     async def seat_elsewhere(self, key: SessionKey) -> str | None:
         """The other node, if one that lives, that began the session's last turn."""

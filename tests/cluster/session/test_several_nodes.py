@@ -63,6 +63,9 @@ class Others:
     def moved(self, node_id):
         raise AssertionError("no keeper is renewed here")
 
+    def lost(self, node_id):
+        """It is looked for each time."""
+
 
 @pytest.fixture
 def cluster(make_node, redis_process, kit, clock, tmp_path):
