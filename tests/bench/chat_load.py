@@ -1,6 +1,7 @@
 """Turns over HTTP, with the moments at which their tokens came.
 
-Owns: one streamed turn, and conversations that go on turn after turn. Knows nothing of the server's processes.
+Owns: the client, one streamed turn, and conversations that go on turn after turn. Knows nothing of the server's
+processes.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import uuid
 from dataclasses import dataclass, field
 
 import httpx
+from httpx_aiohttp import HttpxAiohttpClient
 
 PROMPTS = (
     "Tell me about the sea.",
@@ -43,6 +45,13 @@ class Turn:
     @property
     def time_to_first_token(self) -> float:
         return self.times[0] - self.begin
+
+
+def open_client(url: str, num_connections: int, timeout: float = 600.0) -> httpx.AsyncClient:
+    """A context. It shares the server's cores: parsing HTTP in Python would cost as much as all that the server does
+    for a token outside of its engine. `timeout` in seconds."""
+    limits = httpx.Limits(max_connections=num_connections)
+    return HttpxAiohttpClient(base_url=url, timeout=timeout, limits=limits)
 
 
 async def send(client: httpx.AsyncClient, session: str, messages: list[dict[str, str]], tokens: int) -> Turn:

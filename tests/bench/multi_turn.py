@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import httpx
-from chat_load import Conversation, Turn
+from chat_load import Conversation, Turn, open_client
 from server_processes import CLIENT, CpuClock, find_server, overhead, per_thousand_tokens
 
 _STORY = "The lighthouse keeper number {n} wrote down the weather, the ships, and what the gulls had stolen that day. "
@@ -135,8 +135,7 @@ def _row(result: dict[str, Any]) -> str:
 
 async def run(parsed: argparse.Namespace) -> dict[str, Any]:
     """Measures and prints everything; the same as JSON-able values."""
-    limits = httpx.Limits(max_connections=max(parsed.streams) + 4)
-    async with httpx.AsyncClient(base_url=parsed.url, timeout=600.0, limits=limits) as client:
+    async with open_client(parsed.url, max(parsed.streams) + 4) as client:
         if parsed.returning:
             result = await measure_returning(client, parsed.context, parsed.turns)
             print(

@@ -25,6 +25,7 @@ from typing import Any
 
 import httpx
 import jsonschema
+from chat_load import open_client
 from memory_samples import MemorySamples
 from memory_slopes import CONTROL, Judgement, judge, problems, show, table
 from sampled_run import sampled
@@ -127,8 +128,7 @@ async def measure_memory(parsed: argparse.Namespace, server_pid: int) -> dict[st
 async def measure_speed(parsed: argparse.Namespace) -> list[dict[str, Any]]:
     """At each number of streams, rounds of all formats in turn."""
     results = []
-    limits = httpx.Limits(max_connections=max(parsed.streams) + 4)
-    async with httpx.AsyncClient(base_url=parsed.url, timeout=600.0, limits=limits) as client:
+    async with open_client(parsed.url, max(parsed.streams) + 4) as client:
         for num_streams in parsed.streams:
             rates: dict[str, list[float]] = {name: [] for name in FORMATS}
             # The first round does not count: grammars are compiled, prompts computed.

@@ -22,7 +22,7 @@ from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
 
 import httpx
-from chat_load import Conversation
+from chat_load import Conversation, open_client
 from page_requests import page_requests
 from prometheus_client import CollectorRegistry, Metric, generate_latest
 from server_processes import CLIENT, CpuClock
@@ -122,8 +122,7 @@ async def with_and_without(
     url: str, metrics: str, num_streams: int, tokens: int, turns: int, server_pid: int | None
 ) -> dict[str, Any]:
     page = await page_requests(url)
-    limits = httpx.Limits(max_connections=num_streams + 8)
-    async with httpx.AsyncClient(base_url=url, timeout=600.0, limits=limits) as client:
+    async with open_client(url, num_streams + 8) as client:
         scrapes: list[float] = []
         watchers: dict[str, list[Callable[[], Coroutine[Any, Any, None]]]] = {
             "alone": [],

@@ -17,15 +17,13 @@ import statistics
 import time
 from typing import Any
 
-import httpx
-from chat_load import Conversation
+from chat_load import Conversation, open_client
 from server_processes import CpuClock, find_server, per_thousand_tokens
 
 
 async def measure(url: str, num_streams: int, tokens: int, num_turns: int, server_pid: int) -> dict[str, Any]:
     """All streams at once: one turn to warm up, then `num_turns` that count."""
-    limits = httpx.Limits(max_connections=num_streams + 4)
-    async with httpx.AsyncClient(base_url=url, timeout=600.0, limits=limits) as client:
+    async with open_client(url, num_streams + 4) as client:
         conversations = [Conversation(client) for _ in range(num_streams)]
         await asyncio.gather(*(one.say(tokens) for one in conversations))
         turns, rates = [], []
