@@ -161,6 +161,12 @@ class ServerConfig(_Section):
         max_length=256,
         description="without keys: names, besides this machine's own, by which clients may call the server (a proxy's)",
     )
+    stream_interval: int = Field(
+        1,
+        ge=1,
+        le=1024,
+        description="tokens in each event of a stream, behind the first one: more are less smooth and cost less CPU",
+    )
     keep_alive: Seconds = Field(10.0, description="an SSE comment is sent after so much silence")
     drain: Seconds = Field(30.0, description="how long running streams may go on after Ctrl-C")
 

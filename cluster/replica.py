@@ -24,6 +24,7 @@ from starlette.middleware import Middleware
 
 from phi_cluster.cluster.actors import CONTROLLER, NAMESPACE, keeper_names, keeper_of, weight_store_name
 from phi_cluster.cluster.admission import AdmittedTurns, UsageOfKeys
+from phi_cluster.cluster.coalescing import CoalescedTurns
 from phi_cluster.cluster.config import Config
 from phi_cluster.cluster.engine_client import EngineClient
 from phi_cluster.cluster.engine_health import START_SECONDS, EngineHealth
@@ -174,6 +175,8 @@ class Replica:
         self._tracer = self._open_tracer()
         if self._tracer is not None:
             self._runner = TracedTurns(self._runner, self._tracer, served.names[0])
+        if config.server.stream_interval > 1:
+            self._runner = CoalescedTurns(self._runner, config.server.stream_interval)
         self._managed = ManagedSessions(self._sessions, self._engines, SpokenReader(self._tokenizer), self._node_id)
         self._room = ResponseRoom(
             config.state_path,
