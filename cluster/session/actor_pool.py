@@ -113,6 +113,8 @@ class ActorPool:
         self._warm: list[PooledActor] = []
         # Being restarted.
         self._returning: set[asyncio.Task[None]] = set()
+        # Whoever wants an actor stands here, first come, first served.
+        self._line = asyncio.Lock()
 
     @property
     def num_warm(self) -> int:
@@ -140,20 +142,22 @@ class ActorPool:
         self._warm.append(actor)
 
     async def take(self) -> PooledActor:
-        """A warm one if there is one that lives, else one that is being restarted, else a new one. Raises RayError."""
-        while True:
-            while self._warm:
-                actor = self._warm.pop()
-                try:
-                    process = await asyncio.wait_for(actor.handle.process.remote(), ANSWER_SECONDS)
-                except (RayError, asyncio.TimeoutError):
-                    self.actors.kill(actor.handle)
-                    continue
-                # It may have died and been restarted meanwhile.
-                return self.pooled(actor.handle, process)
-            if not self._returning:
-                return await self.spawn()
-            await asyncio.wait(self._returning, return_when=asyncio.FIRST_COMPLETED)
+        """A warm one if there is one that lives, else one that is being restarted, else a new one; for all who ask, in
+        the order of their coming. Raises RayError."""
+        async with self._line:
+            while True:
+                while self._warm:
+                    actor = self._warm.pop()
+                    try:
+                        process = await asyncio.wait_for(actor.handle.process.remote(), ANSWER_SECONDS)
+                    except (RayError, asyncio.TimeoutError):
+                        self.actors.kill(actor.handle)
+                        continue
+                    # It may have died and been restarted meanwhile.
+                    return self.pooled(actor.handle, process)
+                if not self._returning:
+                    return await self.spawn()
+                await asyncio.wait(self._returning, return_when=asyncio.FIRST_COMPLETED)
 
     def end(self, actor: PooledActor) -> None:
         """Its process ends, if it has not yet; the actor is kept for another session unless enough are."""

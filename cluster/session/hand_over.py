@@ -354,20 +354,28 @@ class HandOvers:
         wanted = min(len(waiting), 1) + self._config.warm_actors
         if self._pool.num_waiting < wanted and self._num_actors() < self._config.max_actors:
             self._pool.add(await self._pool.spawn())
-        for entry in waiting[: self._pool.num_warm]:
+        # One at least, if it has to stand in line with those that renew theirs: while they go on none is ever spare.
+        num = max(self._pool.num_warm, 1) if self._pool.num_waiting else 0
+        for _ in range(min(len(waiting), num)):
+            await self._give(await self._pool.take())
+
+    async def _give(self, successor: PooledActor) -> None:
+        """To the first of the sessions that want an actor by now."""
+        for entry in self._waiting():
+            if entry.moving.locked():
+                continue
             async with entry.moving:
-                if entry.session is None or entry.session.in_turn:
-                    continue
-                successor = await self._pool.take()
                 try:
                     await self._to_actor(entry, successor, None)
                 except SessionBusy:
                     # A turn began in between; the next round tries again.
-                    continue
+                    pass
                 except (PhiError, RayError) as error:
                     # The session stays, until its next turn asks again: the others must not wait behind it.
                     entry.wants_actor = False
                     logger.warning("a session did not change hands: %s", error)
+            return
+        self._pool.add(successor)
 
 
 def _activation(entry: Entry) -> int:

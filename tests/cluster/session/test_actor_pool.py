@@ -128,3 +128,43 @@ async def test_a_session_is_never_given_to_an_actor_that_was_restarted_on_the_wa
     assert (await taken.handle.held.remote()).key is None
     assert (await node.keeper.describe(KEY))["state"] == "held"
     assert (await node.turn(KEY, "said more", [4])).num_computed_tokens == 3
+
+
+async def test_who_comes_just_when_an_actor_is_there_does_not_stand_before_who_waits(make_node, processes):
+    node = make_node()
+    pool = ActorPool(node.actors, 0, processes.is_alive)
+    actor = await pool.spawn()
+    pool.end(actor)
+    [returning] = pool._returning
+    late = []
+    returning.add_done_callback(lambda _: late.append(asyncio.ensure_future(pool.take())))
+    first = await pool.take()
+    assert first.handle is actor.handle
+    [second] = late
+    assert (await second).handle is not actor.handle
+
+
+async def test_a_new_session_stands_in_line_with_those_that_are_renewed(make_node):
+    """While they go on, no actor is ever spare."""
+    node = make_node()
+    other = SessionKey("tenant", "other")
+    await node.turn(other, "said ", [1, 2, 3])
+    await node.keeper.recycle(other, RecycleReason.REQUESTED)
+    restart, may_restart = node.actors.restart, asyncio.Event()
+
+    async def late(handle, process):
+        await may_restart.wait()
+        return await restart(handle, process)
+
+    node.actors.restart = late
+    await node.keeper.recycle(other, RecycleReason.REQUESTED)
+    await node.turn(KEY, "said ", [1, 2, 3])
+    hands = node.keeper._custody.hands
+    # One that comes next, and ever again.
+    tending = asyncio.ensure_future(hands._tend_once())
+    await asyncio.sleep(0.01)
+    renewing = asyncio.ensure_future(node.keeper.recycle(other, RecycleReason.REQUESTED))
+    await asyncio.sleep(0.01)
+    may_restart.set()
+    await asyncio.gather(tending, renewing)
+    assert (await node.keeper.describe(KEY))["actor_pid"] is not None
