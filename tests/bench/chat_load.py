@@ -113,6 +113,11 @@ class Conversation:
         self.messages.append({"role": "assistant", "content": turn.reply})
         return turn
 
+    async def has_actor(self) -> bool:
+        """Whether the session is in a process of its own by now."""
+        described = (await self._client.get(f"/v1/sessions/{self.session}")).raise_for_status().json()
+        return described["actor_pid"] is not None
+
     async def clear(self) -> None:
         """The server forgets history and cache, as if the session were new; `messages` stay."""
         (await self._client.post(f"/v1/sessions/{self.session}/clear")).raise_for_status()

@@ -4,10 +4,11 @@
     python tests/bench/multi_turn.py --streams 1 4 8 16 32
     python tests/bench/multi_turn.py --returning
 
-Each stream is a named session and is measured at turn 2 or later, so every prompt is mostly cached; turns are committed
-to the journal, as always. Replies are forced to their full length (`ignore_eos`), greedy. All streams begin a turn
-together; the steady rate counts what came while all of them were generating. CPU seconds are read from /proc for every
-process of the server that runs here, and for this client.
+Each stream is a named session and is measured at turn 2 or later, when it has its actor (which it is given after its
+first turn), so every prompt is mostly cached; turns are committed to the journal, as always. Replies are forced to
+their full length (`ignore_eos`), greedy. All streams begin a turn together; the steady rate counts what came while all
+of them were generating. CPU seconds are read from /proc for every process of the server that runs here, and for this
+client.
 
 `--returning` compares the time to first token of a turn with few new tokens in a long session to that of the same
 prompt after the session was cleared, in pairs. The last line is JSON.
@@ -50,11 +51,24 @@ def percentile(values: Sequence[float], percent: float) -> float:
     return ordered[max(0, -int(-len(ordered) * percent // 100) - 1)]
 
 
-async def measure(client: httpx.AsyncClient, num_streams: int, tokens: int, num_turns: int, pid: int) -> dict[str, Any]:
-    """All streams at once: one turn that does not count, then `num_turns` that do."""
+async def settle(conversations: Sequence[Conversation], seconds: float) -> int:
+    """Waits until all sessions have their actors, each of which costs some CPU seconds to start, once; but not longer.
+    Returns how many have one."""
+    deadline = time.monotonic() + seconds
+    while True:
+        num = sum([await one.has_actor() for one in conversations])
+        if num == len(conversations) or time.monotonic() > deadline:
+            return num
+        await asyncio.sleep(0.5)
+
+
+async def measure(client: httpx.AsyncClient, num_streams: int, parsed: argparse.Namespace, pid: int) -> dict[str, Any]:
+    """All streams at once: one turn that does not count, then those that do."""
+    tokens, num_turns = parsed.tokens, parsed.turns
     conversations = [Conversation(client) for _ in range(num_streams)]
     try:
         await asyncio.gather(*(one.say(tokens) for one in conversations))
+        num_actors = await settle(conversations, parsed.settle)
         rounds, rates = [], []
         clock = CpuClock(pid)
         for _ in range(num_turns):
@@ -69,6 +83,7 @@ async def measure(client: httpx.AsyncClient, num_streams: int, tokens: int, num_
     gaps = [(b - a) * 1000 for turn in turns for a, b in zip(turn.times, turn.times[1:], strict=False)]
     return {
         "streams": num_streams,
+        "actors": num_actors,
         "steady_tokens_per_second": round(statistics.median(steady_rate(turns) for turns in rounds), 1),
         "tokens_per_second": round(statistics.median(rates), 1),
         "tokens_per_second_by_turn": [round(rate, 1) for rate in rates],
@@ -146,7 +161,7 @@ async def run(parsed: argparse.Namespace) -> dict[str, Any]:
         results = []
         server = parsed.server_pid or find_server()
         for num_streams in parsed.streams:
-            results.append(await measure(client, num_streams, parsed.tokens, parsed.turns, server))
+            results.append(await measure(client, num_streams, parsed, server))
             print(_row(results[-1]), flush=True)
         return {"url": parsed.url, "tokens": parsed.tokens, "results": results}
 
@@ -157,6 +172,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 4, 8, 16, 32])
     parser.add_argument("--tokens", type=int, default=64, help="length of each reply")
     parser.add_argument("--turns", type=int, default=3, help="turns (or pairs) that count")
+    parser.add_argument(
+        "--settle", type=float, default=150.0, help="seconds that sessions may take to get their actors"
+    )
     parser.add_argument("--server-pid", type=int)
     parser.add_argument("--returning", action="store_true", help="what the cache of a long session is worth")
     parser.add_argument("--context", type=int, default=2000, help="tokens in that session")

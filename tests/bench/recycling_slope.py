@@ -85,8 +85,7 @@ class Recycling:
     async def _until_it_has_an_actor(self, conversation: Conversation) -> None:
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline:
-            described = (await self._client.get(f"/v1/sessions/{conversation.session}")).json()
-            if described["actor_pid"] is not None:
+            if await conversation.has_actor():
                 return
             await asyncio.sleep(0.2)
         raise TimeoutError(f"{conversation.session} was given no actor within two minutes")
