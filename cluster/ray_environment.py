@@ -82,6 +82,10 @@ def environment(config: Config, runtime_dir: Path, token: str) -> dict[str, str]
         # By default 5 s: where the machine is busy with something else a proxy takes longer, and Serve would kill it,
         # which ends our start.
         "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
+        # Ten times a second Serve's controller looks at everything by default, and asks the GCS; and replicas write
+        # down measurements of Serve's, which nobody reads here.
+        "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.25",
+        "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "10000",
         "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
         "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "1",
         # Workers at the priority of everybody else: engines must not wait for idle processes. Session actors
@@ -96,12 +100,17 @@ def environment(config: Config, runtime_dir: Path, token: str) -> dict[str, str]
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": token,
         "RAY_DEDUP_LOGS": "0",
+        # By default glibc gives threads heaps of their own, eight for each core, and all of them grow for hours where
+        # actors come and go.
+        "MALLOC_ARENA_MAX": "2",
         # What Ray remembers of the dead: of 100,000 actors by default, 50 KB of each. Session actors come and go.
         "RAY_maximum_gcs_destroyed_actor_cached_count": "64",
         "RAY_maximum_gcs_dead_worker_cached_count": "64",
         # Ray's own metrics and task events, which nobody reads here, cost the keeper and Ray's agent 100 KB each
         # for every session actor. Ours are the controller's.
+        # Nor does anybody read how long each handler of its loops took.
         "RAY_enable_metrics_collection": "0",
+        "RAY_event_stats": "0",
         "RAY_task_events_report_interval_ms": "0",
     } | (_OF_SEVERAL_MACHINES if config.has_nodes else {})
 
