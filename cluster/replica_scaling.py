@@ -1,6 +1,6 @@
 """How many replicas the load wants.
 
-Owns: the policy, and its form as one of Serve's own (a class by path, called with Serve's context about ten times a
+Owns: the policy, and its form as one of Serve's own (a class by path, called with Serve's context about four times a
 second; Serve keeps the delays, which are the hysteresis in time). Pure: numbers in, a number out. Knows nothing of how
 replicas are started and drained.
 """
