@@ -22,6 +22,11 @@ def create(actor_class: Any, options: dict[str, Any], *arguments: Any) -> Any:
     return actor_class.options(**options).remote(*arguments)
 
 
+def find_controller() -> Any:
+    """Raises ValueError while there is none."""
+    return ray.get_actor(CONTROLLER, namespace=NAMESPACE)
+
+
 def keeper_names(node_id: str) -> tuple[str, str]:
     """The first keeper of a node has the first, its successor the second, and so on in turn."""
     return f"keeper-{node_id}", f"keeper-{node_id}-next"

@@ -20,7 +20,7 @@ import ray
 from ray.exceptions import RayError
 
 from phi_cluster.cluster import ray_cluster
-from phi_cluster.cluster.actors import CONTROLLER, NAMESPACE, end_actors, keeper_names
+from phi_cluster.cluster.actors import NAMESPACE, end_actors, find_controller, keeper_names
 from phi_cluster.cluster.cluster_record import withdraw
 from phi_cluster.cluster.config import Config
 from phi_cluster.cluster.errors import KeeperMoved, StartError
@@ -65,7 +65,7 @@ class Server:
     def num_streams(self) -> int:
         """Requests that are running or waiting, as of a second ago."""
         try:
-            controller = ray.get_actor(CONTROLLER, namespace=NAMESPACE)
+            controller = find_controller()
             return ray.get(controller.num_open_requests.remote(), timeout=2)
         except (ValueError, RayError):
             return 0
@@ -104,7 +104,7 @@ class Server:
     def _end_event_streams(self) -> None:
         """Whoever watches would be waited for as if he were talking."""
         with contextlib.suppress(ValueError, RayError):
-            controller = ray.get_actor(CONTROLLER, namespace=NAMESPACE)
+            controller = find_controller()
             ray.get(controller.end_event_streams.remote(), timeout=2)
 
     def _start(self, prepared: Prepared, report: Report) -> None:

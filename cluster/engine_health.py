@@ -18,12 +18,12 @@ START_SECONDS = 300.0
 
 
 class EngineHealth:
-    """Implements turn_api.Health. `started` is set when it is ready for the first time, or at the latest by whoever
-    reports. `clock` is monotonic, in seconds."""
+    """Implements turn_api.Health. `started` is set when it is ready for the first time, if nobody does so before.
+    `clock` is monotonic, in seconds."""
 
     def __init__(self, engines: EngineClient, started: asyncio.Event, clock: Callable[[], float] = time.monotonic):
         self._engines = engines
-        self._started = started
+        self.started = started
         self._clock = clock
         self._last_step = (0, clock())
 
@@ -36,7 +36,7 @@ class EngineHealth:
             return False, "the engine is starting"
         if silence > _SILENCE_SECONDS:
             return False, f"the engine has made no step for {silence:.0f} s"
-        self._started.set()
+        self.started.set()
         return True, "ready"
 
     def silence(self) -> float:

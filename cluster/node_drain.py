@@ -13,7 +13,7 @@ import ray
 from ray.exceptions import RayError
 
 from phi_cluster.cluster import ray_cluster
-from phi_cluster.cluster.actors import CONTROLLER, NAMESPACE
+from phi_cluster.cluster.actors import find_controller
 from phi_cluster.cluster.cluster_record import published
 from phi_cluster.cluster.errors import StartError
 from phi_cluster.cluster.runtime_dir import current_runtime_dir
@@ -46,7 +46,7 @@ def drain_here(address: str) -> tuple[str, bool]:
 def is_drained(node_id: str) -> bool:
     """Whether nothing is left to wait for on the node, as the controller says. Wants a connection to Ray."""
     try:
-        controller = ray.get_actor(CONTROLLER, namespace=NAMESPACE)
+        controller = find_controller()
         return bool(ray.get(controller.is_drained.remote(node_id), timeout=10))
     except (ValueError, RayError):
         # It is being restarted.

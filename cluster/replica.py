@@ -22,7 +22,7 @@ from ray import serve
 from ray.exceptions import RayError
 from starlette.middleware import Middleware
 
-from phi_cluster.cluster.actors import CONTROLLER, NAMESPACE, keeper_names, keeper_of, weight_store_name
+from phi_cluster.cluster.actors import NAMESPACE, find_controller, keeper_names, keeper_of, weight_store_name
 from phi_cluster.cluster.admission import AdmittedTurns, UsageOfKeys
 from phi_cluster.cluster.coalescing import CoalescedTurns
 from phi_cluster.cluster.config import Config
@@ -203,10 +203,9 @@ class Replica:
             self._engines,
             self._standbys,
             self._health,
-            started,
             self._turns,
             self._peers,
-            controller=_controller,
+            controller=find_controller,
             find_address=self._find_address,
             num_forwarded=lambda: 0 if self._forwarded is None else self._forwarded.num_forwarded,
             keys=self._keys,
@@ -298,7 +297,7 @@ class Replica:
     async def recycle_engines(self) -> int:
         """See turn_api.EngineAdmin."""
         try:
-            controller = _controller()
+            controller = find_controller()
             count: int = await controller.request_engine_recycles.remote()
         except (ValueError, RayError):
             raise Unavailable("the controller is being restarted; try again", retry_after=2) from None
@@ -311,11 +310,6 @@ class Replica:
         # As this node has them.
         first, last = (int(os.environ.get(f"RAY_SERVE_DIRECT_INGRESS_{name}_HTTP_PORT", 0)) for name in ("MIN", "MAX"))
         return listening_address(first, last, ray.util.get_node_ip_address())
-
-
-def _controller() -> Any:
-    """Raises ValueError while there is none."""
-    return ray.get_actor(CONTROLLER, namespace=NAMESPACE)
 
 
 async def _of_this_node(node_id: str) -> tuple[ServedModel, int]:
@@ -331,13 +325,13 @@ async def _of_this_node(node_id: str) -> tuple[ServedModel, int]:
             if time.monotonic() > deadline:
                 raise
         with contextlib.suppress(ValueError, RayError):
-            await _controller().want_node.remote(node_id)
+            await find_controller().want_node.remote(node_id)
         await asyncio.sleep(0.2)
 
 
 async def _others_serve() -> bool:
     """Whether there are replicas already: else the server is starting, and its parts do so at once."""
     try:
-        return bool(await _controller().num_replicas.remote())
+        return bool(await find_controller().num_replicas.remote())
     except (ValueError, RayError):
         return False

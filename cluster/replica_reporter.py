@@ -60,7 +60,6 @@ class ReplicaReporter:
         engines: EngineClient,
         standbys: StandbyEngines,
         health: EngineHealth,
-        started: asyncio.Event,
         turns: OpenTurns,
         peers: PeerTable,
         *,
@@ -71,7 +70,7 @@ class ReplicaReporter:
         head_watch: HeadWatch | None = None,
         round_seconds: float = 1.0,
     ):
-        """`started` is set once the server is up. `controller` finds the actor, or raises ValueError; `find_address` is
+        """`controller` finds the actor, or raises ValueError; `find_address` is
         asked, once an engine serves, until it knows where peers reach this replica; `num_forwarded` turns are run by
         peers just now. `keys` are looked at again in each round. `head_watch`: see head_start.py."""
         self._replica_id = replica_id
@@ -83,7 +82,6 @@ class ReplicaReporter:
         self._engines = engines
         self._standbys = standbys
         self._health = health
-        self._started = started
         self._turns = turns
         self._peers = peers
         self._controller = controller
@@ -108,7 +106,7 @@ class ReplicaReporter:
             if self._keys is not None and (told := await asyncio.to_thread(self._keys.refresh)):
                 logger.warning("%s", told)
             if self._age > _UNASKED_SECONDS and self._engines.ready:
-                self._started.set()
+                self._health.started.set()
             try:
                 # Looked for once: that asks the GCS, and nothing else goes on here meanwhile.
                 found = found or self._controller()

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import ray
 from ray.exceptions import RayError
 
-from phi_cluster.cluster.actors import CONTROLLER, NAMESPACE
+from phi_cluster.cluster.actors import find_controller
 from phi_cluster.cluster.errors import Unavailable
 from phi_cluster.cluster.watch_api import EventPage
 
@@ -31,7 +30,7 @@ class ClusterWatch:
 
 async def _ask(method: str, *arguments: Any) -> Any:
     try:
-        controller = ray.get_actor(CONTROLLER, namespace=NAMESPACE)
+        controller = find_controller()
         return await getattr(controller, method).remote(*arguments)
     except (ValueError, RayError):
         raise Unavailable("the controller is being restarted; try again", retry_after=2) from None

@@ -361,21 +361,20 @@ class HandOvers:
 
     async def _give(self, successor: PooledActor) -> None:
         """To the first of the sessions that want an actor by now."""
-        for entry in self._waiting():
-            if entry.moving.locked():
-                continue
-            async with entry.moving:
-                try:
-                    await self._to_actor(entry, successor, None)
-                except SessionBusy:
-                    # A turn began in between; the next round tries again.
-                    pass
-                except (PhiError, RayError) as error:
-                    # The session stays, until its next turn asks again: the others must not wait behind it.
-                    entry.wants_actor = False
-                    logger.warning("a session did not change hands: %s", error)
+        entry = next((one for one in self._waiting() if not one.moving.locked()), None)
+        if entry is None:
+            self._pool.add(successor)
             return
-        self._pool.add(successor)
+        async with entry.moving:
+            try:
+                await self._to_actor(entry, successor, None)
+            except SessionBusy:
+                # A turn began in between; the next round tries again.
+                pass
+            except (PhiError, RayError) as error:
+                # The session stays, until its next turn asks again: the others must not wait behind it.
+                entry.wants_actor = False
+                logger.warning("a session did not change hands: %s", error)
 
 
 def _activation(entry: Entry) -> int:

@@ -10,7 +10,7 @@ import asyncio
 import logging
 import os
 from collections.abc import Awaitable, Callable
-from typing import Protocol
+from typing import Protocol, TypeGuard
 
 from ray.exceptions import RayError, RayTaskError
 
@@ -75,15 +75,14 @@ class Tenure:
     async def start(self) -> int:
         """Finds what is stored and what actors hold; then tends to the sessions. Idempotent; returns the pid. Raises
         KeeperMoved if another keeper is in charge."""
-        if self._starting is None or (self._starting.done() and self._starting.exception() is not None):
+        if not _has_begun(self._starting):
             self._starting = asyncio.create_task(self._start(None))
         await asyncio.shield(self._starting)
         return os.getpid()
 
     async def succeed(self, estate: Estate) -> int:
         """Takes over from a keeper that has nobody inside. Raises KeeperMoved, with nothing taken; returns the pid."""
-        is_started = self._starting is not None and (not self._starting.done() or self._starting.exception() is None)
-        if is_started or not self._charge.take():
+        if _has_begun(self._starting) or not self._charge.take():
             raise KeeperMoved("somebody else is in charge, or this keeper is already")
         self._starting = asyncio.create_task(self._start(estate))
         try:
@@ -151,3 +150,8 @@ class Tenure:
         # What it holds stays open until the successor ends this process, for those who are about to open it.
         self.door.leave()
         return True
+
+
+def _has_begun(starting: asyncio.Task[None] | None) -> TypeGuard[asyncio.Task[None]]:
+    """Or is about to: a start that failed is none."""
+    return starting is not None and (not starting.done() or starting.exception() is None)

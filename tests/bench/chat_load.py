@@ -6,6 +6,7 @@ processes.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 import uuid
@@ -113,10 +114,16 @@ class Conversation:
         self.messages.append({"role": "assistant", "content": turn.reply})
         return turn
 
-    async def has_actor(self) -> bool:
-        """Whether the session is in a process of its own by now."""
-        described = (await self._client.get(f"/v1/sessions/{self.session}")).raise_for_status().json()
-        return described["actor_pid"] is not None
+    async def gets_actor(self, seconds: float) -> bool:
+        """Waits until the session is in a process of its own, but not longer; whether it is."""
+        deadline = time.monotonic() + seconds
+        while True:
+            described = (await self._client.get(f"/v1/sessions/{self.session}")).raise_for_status().json()
+            if described["actor_pid"] is not None:
+                return True
+            if time.monotonic() > deadline:
+                return False
+            await asyncio.sleep(0.5)
 
     async def clear(self) -> None:
         """The server forgets history and cache, as if the session were new; `messages` stay."""

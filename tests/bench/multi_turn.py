@@ -51,24 +51,14 @@ def percentile(values: Sequence[float], percent: float) -> float:
     return ordered[max(0, -int(-len(ordered) * percent // 100) - 1)]
 
 
-async def settle(conversations: Sequence[Conversation], seconds: float) -> int:
-    """Waits until all sessions have their actors, each of which costs some CPU seconds to start, once; but not longer.
-    Returns how many have one."""
-    deadline = time.monotonic() + seconds
-    while True:
-        num = sum([await one.has_actor() for one in conversations])
-        if num == len(conversations) or time.monotonic() > deadline:
-            return num
-        await asyncio.sleep(0.5)
-
-
 async def measure(client: httpx.AsyncClient, num_streams: int, parsed: argparse.Namespace, pid: int) -> dict[str, Any]:
     """All streams at once: one turn that does not count, then those that do."""
     tokens, num_turns = parsed.tokens, parsed.turns
     conversations = [Conversation(client) for _ in range(num_streams)]
     try:
         await asyncio.gather(*(one.say(tokens) for one in conversations))
-        num_actors = await settle(conversations, parsed.settle)
+        # Each costs some CPU seconds to start, once.
+        num_actors = sum(await asyncio.gather(*(one.gets_actor(parsed.settle) for one in conversations)))
         rounds, rates = [], []
         clock = CpuClock(pid)
         for _ in range(num_turns):

@@ -64,7 +64,8 @@ class Recycling:
     async def _live(self, conversation: Conversation) -> None:
         """A session from its first turn to the recycle that is its last."""
         await self._say(conversation)
-        await self._until_it_has_an_actor(conversation)
+        if not await conversation.gets_actor(120):
+            raise TimeoutError(f"{conversation.session} was given no actor within two minutes")
         for number in range(1, self._parsed.life + 1):
             if self.begun >= self._total:
                 return
@@ -81,14 +82,6 @@ class Recycling:
         self.turns += 1
         if self.turns > 1 and len(conversation.messages) > 2 and not turn.cached_tokens:
             raise RuntimeError(f"a turn of {conversation.session} after a recycle found its cache cold")
-
-    async def _until_it_has_an_actor(self, conversation: Conversation) -> None:
-        deadline = time.monotonic() + 120
-        while time.monotonic() < deadline:
-            if await conversation.has_actor():
-                return
-            await asyncio.sleep(0.2)
-        raise TimeoutError(f"{conversation.session} was given no actor within two minutes")
 
 
 async def measure(parsed: argparse.Namespace, server_pid: int) -> tuple[MemorySamples, dict[str, Any]]:

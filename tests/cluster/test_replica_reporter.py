@@ -95,7 +95,6 @@ class Found:
 async def reporting(
     found: Found, engines: Any, events: EventLog | None = None, addresses: list[str] | None = None
 ) -> AsyncIterator[ReplicaReporter]:
-    started = asyncio.Event()
     turns = Turns()
     listening = iter(addresses or [])
     reporter = ReplicaReporter(
@@ -106,8 +105,7 @@ async def reporting(
         events or EventLog(lambda: 0.0),
         engines,
         engines,
-        EngineHealth(engines, started),
-        started,
+        EngineHealth(engines, asyncio.Event()),
         turns,
         PeerTable("here", lambda: turns.num_open, capacity=1),
         controller=found,
