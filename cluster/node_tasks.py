@@ -95,7 +95,8 @@ def check_nodes(config: Config, weights_nbytes: int) -> None:
     for node in ray.nodes():
         if node["Alive"]:
             name = f"node {node['NodeID'][:12]} ({node['NodeManagerAddress']})"
-            given = ray.get(_environment.options(**_on(node["NodeID"])).remote())
+            names = [RUNTIME_DIR_VARIABLE, *environment(config, Path(), "")]
+            given = ray.get(_environment.options(**_on(node["NodeID"])).remote(names))
             check_environment(name, config, given)
             check_object_store(name, int(node["Resources"].get("object_store_memory", 0)), weights_nbytes)
     for node in ray.nodes():
@@ -104,7 +105,7 @@ def check_nodes(config: Config, weights_nbytes: int) -> None:
 
 
 def check_environment(node: str, config: Config, given: Mapping[str, str]) -> None:
-    """`given`: the environment of the node's workers. Raises StartError."""
+    """`given`: of what is asked for, what the node's workers have in their environment. Raises StartError."""
     wanted = environment(config, Path(given.get(RUNTIME_DIR_VARIABLE) or "/tmp/phi"), "")
     # Ray's own check of its token has let us in.
     del wanted["RAY_AUTH_TOKEN"]
@@ -128,8 +129,8 @@ def check_object_store(node: str, nbytes: int, weights_nbytes: int) -> None:
 
 
 @ray.remote
-def _environment() -> dict[str, str]:
-    return {name: value for name, value in os.environ.items() if name.startswith(("RAY_", "PHI_"))}
+def _environment(names: list[str]) -> dict[str, str]:
+    return {name: os.environ[name] for name in names if name in os.environ}
 
 
 @ray.remote

@@ -91,5 +91,11 @@ class _StubbornKeeper(NodeSessions):
 
 
 def test_without_giving_way_they_would_stand_still() -> None:
-    with pytest.raises(Violation):
-        CrowdedWorld(4, is_named=True, parts=Parts(keeper=_StubbornKeeper)).run()
+    """In about every second order; which ones it is changes with anything that asks for a random number."""
+    stood_still = 0
+    for seed in range(8):
+        try:
+            CrowdedWorld(seed, is_named=False, parts=Parts(keeper=_StubbornKeeper)).run()
+        except Violation:
+            stood_still += 1
+    assert stood_still
