@@ -33,6 +33,7 @@ from phi_cluster.cluster.engine_recycler import EnginePolicy, EngineRecycles
 from phi_cluster.cluster.errors import KeeperMoved, PhiError
 from phi_cluster.cluster.events import EventKind
 from phi_cluster.cluster.growth import GrowthWatch
+from phi_cluster.cluster.heap import keep_heap_trimmed
 from phi_cluster.cluster.kv_load import KVLoad, KVLoads
 from phi_cluster.cluster.logs import log_as
 from phi_cluster.cluster.messages import ProcessId
@@ -72,6 +73,7 @@ class Controller:
         self, served: ServedModel, config: Config, weights_nbytes: int, build: Mapping[str, str], runtime_dir: Path
     ):
         log_as("controller")
+        keep_heap_trimmed()
         sessions, engine = config.sessions, config.engine
         self._policy = RecyclePolicy(
             max_age=sessions.max_age,

@@ -150,7 +150,10 @@ def _read_stat(pid: int) -> tuple[str, int, int]:
 
 def _read(pid: int, name: str) -> bytes:
     try:
-        return Path(f"/proc/{pid}/{name}").read_bytes()
+        # No `Path`: each leaves its parts' places in a table that grows by them (`sys.intern`), and this is asked for
+        # each process each second.
+        with open(f"/proc/{pid}/{name}", "rb") as file:
+            return file.read()
     except (FileNotFoundError, ProcessLookupError):
         raise ProcessLookupError(f"no process {pid}") from None
 

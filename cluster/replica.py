@@ -34,6 +34,7 @@ from phi_cluster.cluster.events import EventKind, EventLog
 from phi_cluster.cluster.forwarding import ForwardedTurns
 from phi_cluster.cluster.head_relay import HeadClient, HeadRelay
 from phi_cluster.cluster.head_start import HeadWatch
+from phi_cluster.cluster.heap import keep_heap_trimmed
 from phi_cluster.cluster.http.edge import EdgeSettings
 from phi_cluster.cluster.http.schemas import MAX_CHOICES
 from phi_cluster.cluster.http.server import build_app
@@ -95,6 +96,7 @@ class Replica:
     ):
         """`served` and `num_standbys` are the head's; another machine has its own. `starts_head`: see head_start.py."""
         log_as("replica")
+        keep_heap_trimmed()
         self._node_id = ray.get_runtime_context().get_node_id()
         if config.has_nodes:
             served, num_standbys = await _of_this_node(self._node_id)

@@ -6,6 +6,7 @@ Owns: which of them may go. Knows nothing of Ray's processes, of sessions or of 
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 from collections import defaultdict
 from collections.abc import Callable
@@ -30,19 +31,27 @@ def prune_logs(folder: Path, keep: int, is_running: Callable[[int], bool]) -> in
 
     `is_running(pid)`. A file that is gone meanwhile, or cannot be deleted, is passed over: the next time looks again.
     """
-    files: dict[int, list[Path]] = defaultdict(list)
+    files: dict[int, list[str]] = defaultdict(list)
     last_written: dict[int, float] = defaultdict(float)
-    for path in (path for place in _PLACES for path in (folder / place).glob("*.*")):
-        match = _NAME.fullmatch(path.name)
+    for entry in (entry for place in _PLACES for entry in _entries(folder / place)):
+        match = _NAME.fullmatch(entry.name)
         if match is None or is_running(pid := int(match[1])):
             continue
         with contextlib.suppress(OSError):
-            last_written[pid] = max(last_written[pid], path.stat().st_mtime)
-            files[pid].append(path)
+            last_written[pid] = max(last_written[pid], entry.stat().st_mtime)
+            files[pid].append(entry.path)
     deleted = 0
     for pid in sorted(files, key=lambda pid: (last_written[pid], pid), reverse=True)[keep:]:
         for path in files[pid]:
             with contextlib.suppress(OSError):
-                path.unlink()
+                os.unlink(path)
                 deleted += 1
     return deleted
+
+
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    """No `Path` for each of hundreds, again and again: see processes.py."""
+    try:
+        return list(os.scandir(folder))
+    except FileNotFoundError:
+        return []

@@ -15,6 +15,7 @@ import ray
 
 from phi_cluster.cluster.actors import NAMESPACE, create, detached_options, keeper_names, keeper_of
 from phi_cluster.cluster.config import KVConfig, SessionsConfig
+from phi_cluster.cluster.heap import keep_heap_trimmed
 from phi_cluster.cluster.logs import log_as
 from phi_cluster.cluster.messages import ProcessId
 from phi_cluster.cluster.session.actor import session_settings
@@ -50,6 +51,7 @@ class Keeper(NodeSessions):
     ):
         """`name`: one of the two that keepers of its node have."""
         log_as("keeper")
+        keep_heap_trimmed()
         settings = session_settings(layout, fingerprint)
         node_id = ray.get_runtime_context().get_node_id()
         actors = RayActors(layout, fingerprint, place, node_id)

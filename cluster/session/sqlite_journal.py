@@ -86,10 +86,20 @@ def list_sessions(state_dir: Path, on_error: Callable[[Path, PhiError], None] | 
 def journals_nbytes(state_dir: Path) -> int:
     """Disk that all stored sessions' journals and their logs take."""
     total = 0
-    for path in (state_dir / "sessions").glob("??/*.sqlite*"):
-        with contextlib.suppress(OSError):
-            total += path.stat().st_blocks * 512
+    with contextlib.suppress(FileNotFoundError):
+        # No `Path` for each of them, again and again: see processes.py.
+        for folder in os.scandir(state_dir / "sessions"):
+            with contextlib.suppress(OSError), os.scandir(folder) as entries:
+                total += sum(_allocated(entry) for entry in entries if ".sqlite" in entry.name)
     return total
+
+
+def _allocated(entry: os.DirEntry[str]) -> int:
+    """Bytes on the disk; 0 of one that is gone meanwhile."""
+    try:
+        return entry.stat().st_blocks * 512
+    except OSError:
+        return 0
 
 
 def _read_names(path: Path) -> tuple[str, str, int] | None:

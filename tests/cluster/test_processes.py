@@ -104,6 +104,22 @@ def test_private_bytes_count_anonymous_memory_and_not_shared() -> None:
     os.close(fd)
 
 
+def test_who_asks_for_it_again_and_again_does_not_grow() -> None:
+    """A `Path` for each question would: its parts take places in the table of interned strings, which is built anew,
+    larger, once it is full. It is about as full here as in our processes."""
+    script = """
+import sys
+names = [sys.intern(f"name-{number}") for number in range(30_000)]
+from phi_cluster.cluster.processes import private_bytes
+before = private_bytes()
+for _ in range(30_000):
+    after = private_bytes()
+print(after - before)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 300_000
+
+
 @pytest.mark.parametrize("stopped", [False, True])
 async def test_a_process_is_killed_for_sure_also_if_it_was_stopped(stopped: bool) -> None:
     with child(WAIT) as process:
