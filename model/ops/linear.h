@@ -21,12 +21,17 @@ constexpr int kMaxRowsInt8 = 6, kMaxRowsInt4 = 4;
 // Inputs whose products are summed exactly and then rounded once; int32 holds half as many: 127 * 32639 * 512 < 2^31.
 constexpr int kExactBlock = 1024, kInt32Block = kExactBlock / 2;
 
+// So far ahead weights are asked for. By itself the CPU fetches them too late where eight rows and more share them: this
+// brings 12 to 20 %, 1 and 4 KiB less.
+constexpr int kPrefetchNbytes = 2048;
+
 // Adds the products of inputs [k, end).
 template <int R>
 PHI_INLINE void add_int8(const int8_t* w, const int16_t* x, int64_t ld_x, int k, int end, Sums (&sums)[R]) {
   for (int r = 0; r < R; r++) sums[r] = Sums::zero();
   for (; k < end; k += 4) {
     Pairs first, second;
+    __builtin_prefetch(w + 16 * k + kPrefetchNbytes);
     pairs_from_i8(w + 16 * k, first, second);
 #pragma GCC unroll 16
     for (int r = 0; r < R; r++) add_products(sums[r], first, x + r * ld_x + k);
@@ -66,6 +71,7 @@ PHI_INLINE void panel_int4(const uint8_t* w, const uint16_t* scale, const Linear
     for (int r = 0; r < R; r++) sums[r] = QuadSums::zero();
     for (int k = 32 * g; k < 32 * g + 32; k += 8) {
       Quads first, second;
+      __builtin_prefetch(w + 8 * k + kPrefetchNbytes);
       quads_from_i4(w + 8 * k, first, second);
 #pragma GCC unroll 16
       for (int r = 0; r < R; r++) add_products(sums[r], first, x + static_cast<int64_t>(r) * a.k32 + k);
@@ -109,9 +115,9 @@ PHI_INLINE void tile_int4(const LinearArgs& a, int panel, int row) {
   for (int r = 0; r < R; r++) write_panel(a, panel, row + r, f[r]);
 }
 
-// The last rows, fewer than a full tile.
+// A tile of at most R rows.
 template <int R, bool Int4>
-inline void tile_rest(const LinearArgs& a, int panel, int row, int rows) {
+inline void tile_of_rows(const LinearArgs& a, int panel, int row, int rows) {
   if constexpr (R > 0) {
     if (rows == R) {
       if constexpr (Int4) {
@@ -120,17 +126,19 @@ inline void tile_rest(const LinearArgs& a, int panel, int row, int rows) {
         tile_int8<R>(a, panel, row);
       }
     } else {
-      tile_rest<R - 1, Int4>(a, panel, row, rows);
+      tile_of_rows<R - 1, Int4>(a, panel, row, rows);
     }
   }
 }
 
 template <int R, bool Int4>
 inline void linear(const LinearArgs& a, int first_panel, int last_panel) {
-  // A tile of rows stays in the inner cache while it meets all panels of the range, which stay in the outer one.
-  for (int row = 0; row < a.m; row += R) {
-    int rows = a.m - row < R ? a.m - row : R;
-    for (int panel = first_panel; panel < last_panel; panel++) tile_rest<R, Int4>(a, panel, row, rows);
+  // A tile of rows stays in the inner cache while it meets all panels of the range, which stay in the outer one. Tiles
+  // are about equally large: each of them unpacks the weights again, which a small one hardly makes use of.
+  int tiles = (a.m + R - 1) / R;
+  for (int tile = 0; tile < tiles; tile++) {
+    int row = tile * a.m / tiles, rows = (tile + 1) * a.m / tiles - row;
+    for (int panel = first_panel; panel < last_panel; panel++) tile_of_rows<R, Int4>(a, panel, row, rows);
   }
 }
 
