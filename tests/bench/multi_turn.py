@@ -26,7 +26,7 @@ from typing import Any
 
 import httpx
 from chat_load import Conversation, Turn, open_client
-from server_processes import CLIENT, CpuClock, find_server, overhead, per_thousand_tokens
+from server_processes import CLIENT, CpuClock, find_server, overhead, per_thousand_tokens, wait_until_idle
 
 _STORY = "The lighthouse keeper number {n} wrote down the weather, the ships, and what the gulls had stolen that day. "
 _QUESTION = "What did the keeper write down on the last day, and why?"
@@ -57,8 +57,9 @@ async def measure(client: httpx.AsyncClient, num_streams: int, parsed: argparse.
     conversations = [Conversation(client) for _ in range(num_streams)]
     try:
         await asyncio.gather(*(one.say(tokens) for one in conversations))
-        # Each costs some CPU seconds to start, once.
+        # Each costs some CPU seconds to start, once; and when all have theirs, others are started to be spare.
         num_actors = sum(await asyncio.gather(*(one.gets_actor(parsed.settle) for one in conversations)))
+        await wait_until_idle(pid, parsed.settle)
         rounds, rates = [], []
         clock = CpuClock(pid)
         for _ in range(num_turns):
