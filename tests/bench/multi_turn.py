@@ -26,8 +26,11 @@ from typing import Any
 
 import httpx
 from chat_load import Conversation, Turn, open_client
-from server_processes import CLIENT, CpuClock, find_server, overhead, per_thousand_tokens, wait_until_idle
+from peers.process import wait_until_quiet
+from server_processes import CLIENT, CpuClock, find_server, overhead, per_thousand_tokens
 
+# Processes that start one after the other take more, with pauses of less.
+_STARTING_CORES, _PAUSE_SECONDS = 0.8, 2.0
 _STORY = "The lighthouse keeper number {n} wrote down the weather, the ships, and what the gulls had stolen that day. "
 _QUESTION = "What did the keeper write down on the last day, and why?"
 
@@ -59,7 +62,7 @@ async def measure(client: httpx.AsyncClient, num_streams: int, parsed: argparse.
         await asyncio.gather(*(one.say(tokens) for one in conversations))
         # Each costs some CPU seconds to start, once; and when all have theirs, others are started to be spare.
         num_actors = sum(await asyncio.gather(*(one.gets_actor(parsed.settle) for one in conversations)))
-        await wait_until_idle(pid, parsed.settle)
+        await asyncio.to_thread(wait_until_quiet, _STARTING_CORES, parsed.settle, _PAUSE_SECONDS)
         rounds, rates = [], []
         clock = CpuClock(pid)
         for _ in range(num_turns):

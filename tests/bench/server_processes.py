@@ -5,17 +5,14 @@ Owns: finding them through /proc, and what they are called. Knows nothing of HTT
 
 from __future__ import annotations
 
-import asyncio
 import os
 import sys
-import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from phi_cluster.cluster.runtime_dir import base_dir
 
-_IDLE_SECONDS, _IDLE_CORES = 2.0, 0.8
 _TICKS = os.sysconf("SC_CLK_TCK")
 _KINDS = {
     "EngineActor": "engine",
@@ -109,17 +106,6 @@ class CpuClock:
         for pid, (kind, seconds) in _read(server_processes(self._server_pid)).items():
             total[kind] += seconds - self._before.get(pid, (kind, 0.0))[1]
         return dict(total)
-
-
-async def wait_until_idle(server_pid: int, seconds: float) -> bool:
-    """Until the server takes less of the cores than a process that starts, but at most `seconds`; whether it does."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        clock = CpuClock(server_pid)
-        await asyncio.sleep(_IDLE_SECONDS)
-        if sum(clock.seconds().values()) < _IDLE_CORES * _IDLE_SECONDS:
-            return True
-    return False
 
 
 def per_thousand_tokens(seconds: Mapping[str, float], tokens: int) -> dict[str, float]:

@@ -99,12 +99,12 @@ class PeerProcess:
         return (int(fields[11]) + int(fields[12])) / _TICKS
 
 
-def wait_until_quiet(max_others: float, patience: float) -> None:
-    """Returns when all processes together use less than `max_others` cores, or after `patience` seconds."""
+def wait_until_quiet(max_others: float, patience: float, window: float = 0.5) -> None:
+    """Returns when all processes use less than `max_others` cores for `window` seconds, or after `patience` seconds."""
     cores, deadline = len(os.sched_getaffinity(0)), time.monotonic() + patience
     while time.monotonic() < deadline:
         idle, begin = _idle_seconds(), time.monotonic()
-        time.sleep(0.5)
+        time.sleep(window)
         if cores - (_idle_seconds() - idle) / (time.monotonic() - begin) <= max_others:
             return
 
