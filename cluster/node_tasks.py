@@ -92,10 +92,10 @@ def _on(node_id: str) -> dict[str, Any]:
 
 def check_nodes(config: Config, weights_nbytes: int) -> None:
     """On a Ray that somebody else has started: whether its nodes are such as we start them. Raises StartError."""
+    names = list(environment(config, Path(), ""))
     for node in ray.nodes():
         if node["Alive"]:
             name = f"node {node['NodeID'][:12]} ({node['NodeManagerAddress']})"
-            names = [RUNTIME_DIR_VARIABLE, *environment(config, Path(), "")]
             given = ray.get(_environment.options(**_on(node["NodeID"])).remote(names))
             check_environment(name, config, given)
             check_object_store(name, int(node["Resources"].get("object_store_memory", 0)), weights_nbytes)

@@ -86,20 +86,13 @@ def list_sessions(state_dir: Path, on_error: Callable[[Path, PhiError], None] | 
 def journals_nbytes(state_dir: Path) -> int:
     """Disk that all stored sessions' journals and their logs take."""
     total = 0
-    with contextlib.suppress(FileNotFoundError):
-        # No `Path` for each of them, again and again: see processes.py.
-        for folder in os.scandir(state_dir / "sessions"):
-            with contextlib.suppress(OSError), os.scandir(folder) as entries:
-                total += sum(_allocated(entry) for entry in entries if ".sqlite" in entry.name)
+    # No `Path` for each of them, again and again: see processes.py.
+    for folder, _, names in os.walk(state_dir / "sessions"):
+        for name in names:
+            if ".sqlite" in name:
+                with contextlib.suppress(OSError):
+                    total += os.stat(os.path.join(folder, name)).st_blocks * 512
     return total
-
-
-def _allocated(entry: os.DirEntry[str]) -> int:
-    """Bytes on the disk; 0 of one that is gone meanwhile."""
-    try:
-        return entry.stat().st_blocks * 512
-    except OSError:
-        return 0
 
 
 def _read_names(path: Path) -> tuple[str, str, int] | None:
