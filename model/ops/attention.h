@@ -8,8 +8,9 @@
 #pragma once
 
 #include "attention_args.h"
+#include "attention_few.h"
 #include "attention_kv.h"
-#include "attention_narrow.h"
+#include "attention_scratch.h"
 #include "attention_tile.h"
 #if defined(PHI_AMX)
 #include "attention_amx.h"
@@ -30,41 +31,6 @@ class FlushDenormals {
   unsigned before_;
 #endif
 };
-
-// An item's memory, within a thread's scratch.
-struct Scratch {
-  float* keys;     // [dim][32]
-  float* values;   // [32][dim]
-  float* weights;  // [kTileRows][32]
-  float* scales;   // [32]
-  float* sums;     // [rows][16], this and the following as in TileRows
-  float* queries;  // [rows][dim]
-  float* acc;      // [rows][dim]
-  float* most;     // [rows]
-  float* narrow;   // the queries in bfloat16, if they are multiplied by tiles
-  // The same of all super blocks before.
-  float* total;      // [rows][dim]
-  float* total_most;  // [rows]
-  float* total_sum;   // [rows]
-};
-
-inline Scratch scratch_parts(float* memory, int rows, int dim) {
-  Scratch s;
-  s.keys = memory + (-(reinterpret_cast<uintptr_t>(memory) / sizeof(float)) & 15);
-  s.values = s.keys + kKeyBlock * dim;
-  s.weights = s.values + kKeyBlock * dim;
-  s.scales = s.weights + kTileRows * kKeyBlock;
-  s.sums = s.scales + kKeyBlock;
-  rows += kSpareRows;
-  s.queries = s.sums + rows * 16;
-  s.acc = s.queries + rows * dim;
-  s.total = s.acc + rows * dim;
-  s.most = s.total + rows * dim;
-  s.total_most = s.most + rows;
-  s.total_sum = s.total_most + rows;
-  s.narrow = s.total_sum + rows;
-  return s;
-}
 
 inline void load_queries(const AttendArgs& a, const AttendItem& it, int group, float* to) {
   const int dim = padded_dim(a.head_dim);
@@ -100,14 +66,6 @@ struct BlockStep {
   int next_head, next_block;
 };
 
-template <int R, class Block>
-PHI_INLINE void attend_rows(const AttendArgs& a, const TileRows& rows, int group, int position, int block_index,
-                            const Block& block, int& row, int end) {
-  for (; row + R <= end; row += R) {
-    attend_tile<R>(visible_keys<R>(a, group, position, row, block_index), rows, row, block);
-  }
-}
-
 template <int Kind>
 inline void attend_block(const AttendArgs& a, const AttendItem& it, int group, const BlockStep& step,
                          const Scratch& s) {
@@ -120,7 +78,7 @@ inline void attend_block(const AttendArgs& a, const AttendItem& it, int group, c
   const int first_seen = first_key(a, position) - first_position;
   const int last_seen = a.start + it.last_query - first_position;
   const int first = first_seen > 0 ? first_seen : 0, last = last_seen < kKeyBlock ? last_seen : kKeyBlock;
-  const int head_nbytes = Kind == KV_BF16 ? 2 * a.head_dim : 4 + a.head_dim;
+  const int head_nbytes = stored_nbytes(Kind, a.head_dim);
   const int64_t at = first_position * a.row_nbytes + step.kv_head * head_nbytes;
   const int64_t next = step.next_block * kKeyBlock * a.row_nbytes + step.next_head * head_nbytes;
   const StoredBlock keys = {a.keys + at, a.keys + next, a.row_nbytes, first, last, a.head_dim};
@@ -132,17 +90,6 @@ inline void attend_block(const AttendArgs& a, const AttendItem& it, int group, c
     const int behind = (first_position + kKeyBlock - 1 + a.window - position) * group;
     if (behind < end) end = behind;
   }
-#if defined(PHI_AVX2) || defined(PHI_AVX512)
-  if (end - row <= 4 && a.head_dim % 16 == 0) {
-    turn_keys<Kind, false>(keys, s.keys, s.scales);
-    const NarrowBlock<Kind> block = {s.keys, s.scales, keys, values};
-    attend_rows<4>(a, rows, group, position, step.block, block, row, end);
-    attend_rows<3>(a, rows, group, position, step.block, block, row, end);
-    attend_rows<2>(a, rows, group, position, step.block, block, row, end);
-    attend_rows<1>(a, rows, group, position, step.block, block, row, end);
-    return;
-  }
-#endif
 #if defined(PHI_AMX)
   if (use_tiles(a, num_rows)) {
     uint32_t* pairs = reinterpret_cast<uint32_t*>(s.values);
@@ -247,6 +194,9 @@ inline void attend_item(const AttendArgs& a, int num_threads, int item, float* s
     load_matrix_shapes();
   }
 #endif
+#if defined(PHI_AVX2) || defined(PHI_AVX512)
+  const bool few = (it.last_query - it.first_query) * plan.group <= kNarrowRows && a.head_dim % 16 == 0;
+#endif
   const int first_block = first_key(a, a.start + it.first_query) / kKeyBlock;
   const int last_block = ceil_div(a.start + it.last_query, kKeyBlock);
   for (int super = it.first_super; super < it.last_super; super++) {
@@ -258,6 +208,17 @@ inline void attend_item(const AttendArgs& a, int num_threads, int item, float* s
     memset(s.sums, 0, sizeof(float) * rows * 16);
     for (int r = 0; r < rows; r++) s.most[r] = -INFINITY;
     for (; block < end; block++) {
+#if defined(PHI_AVX2) || defined(PHI_AVX512)
+      if (few) {
+        const AttendArgs* after = block + 1 < last_block ? &a : a.next;
+        if (a.kv_kind == KV_BF16) {
+          attend_few<KV_BF16>(a, it, plan.group, block, after, s);
+        } else {
+          attend_few<KV_INT8>(a, it, plan.group, block, after, s);
+        }
+        continue;
+      }
+#endif
       for (int kv_head = it.first_head; kv_head < it.last_head; kv_head++) {
         const bool more = kv_head + 1 < it.last_head;
         const BlockStep step = {kv_head, block, more ? kv_head + 1 : it.first_head, more ? block : block + 1};

@@ -37,6 +37,8 @@ struct AttendArgs {
   int64_t ld_out;
   // Workspace of attend_partials() floats; may be null if that is 0.
   float* partials;
+  // Whose keys and values are probably read next by the thread that computes this chunk's last item; may be null.
+  const AttendArgs* next;
 };
 
 constexpr int kKeyBlock = 32;
@@ -48,6 +50,9 @@ constexpr int kSpareRows = 16;
 // Up to so many rows for each kv head, reading what is stored is most of the work, and an item takes several kv heads:
 // they lie side by side in memory.
 constexpr int kFewRows = 8;
+// Up to so many rows are computed where keys and values are stored, and so many bytes of a position are read at once.
+constexpr int kNarrowRows = 4;
+constexpr int kSliceNbytes = 768;
 // Items for each thread, so that threads end at about the same time.
 constexpr int kItemsPerThread = 4;
 
@@ -70,6 +75,13 @@ struct AttendItem {
 
 static inline int ceil_div(int a, int b) { return (a + b - 1) / b; }
 static inline int padded_dim(int head_dim) { return ceil_div(head_dim, 16) * 16; }
+// Bytes of one kv head's numbers at one position.
+static inline int stored_nbytes(int kv_kind, int head_dim) { return kv_kind == KV_BF16 ? 2 * head_dim : 4 + head_dim; }
+// Kv heads of a slice.
+static inline int slice_heads(int kv_kind, int head_dim) {
+  const int heads = kSliceNbytes / stored_nbytes(kv_kind, head_dim);
+  return heads > 0 ? heads : 1;
+}
 
 // The first key that the query at position t sees.
 static inline int first_key(const AttendArgs& a, int t) {
@@ -132,13 +144,21 @@ static inline int64_t attend_partials(const AttendArgs& a, int num_threads) {
   return p.split ? int64_t{p.supers} * a.n * a.num_heads * (padded_dim(a.head_dim) + 2) : 0;
 }
 
+// Floats for a widened block of keys, or a slice of turned ones; and for their scales.
+static inline int64_t scratch_keys(int head_dim) {
+  const int64_t wide = int64_t{kKeyBlock} * padded_dim(head_dim), slice = kKeyBlock * kSliceNbytes / 4;
+  return wide > slice ? wide : slice;
+}
+static inline int64_t scratch_scales() { return kKeyBlock * slice_heads(KV_INT8, 16); }
+
 // Floats of each thread's scratch, for any chunk and any number of threads.
 static inline int64_t attend_scratch(int head_dim, int num_heads, int num_kv_heads) {
   const int group = num_heads / num_kv_heads;
   const int64_t rows = group > kItemRows ? group : kItemRows, dim = padded_dim(head_dim);
-  // See Scratch in attention.h: a block of keys and one of values, a tile's weights (of at most 8 rows), scales, and
-  // what is kept for each row. It begins on a cache line.
-  return 16 + 2 * kKeyBlock * dim + 9 * kKeyBlock + (rows + kSpareRows) * (3 * dim + dim / 2 + 16 + 3);
+  // See Scratch in attention_scratch.h: keys and their scales, a block of values, a tile's weights (of at most 8 rows),
+  // and what is kept for each row. It begins on a cache line.
+  return 16 + scratch_keys(head_dim) + scratch_scales() + kKeyBlock * dim + 8 * kKeyBlock +
+         (rows + kSpareRows) * (3 * dim + dim / 2 + 16 + 3);
 }
 
 }  // namespace phi

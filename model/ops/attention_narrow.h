@@ -1,7 +1,7 @@
 // A block of 32 keys and values that is read where it is stored, for a few rows: reading it is most of the work.
 //
-// Owns: how keys that were turned, and stored values, become numbers; brings the next block closer meanwhile. The order of
-// additions is attention_sums.h's. Included by attention.h only.
+// Owns: how keys are turned, and how turned keys and stored values become numbers; brings what is read next closer
+// meanwhile. The order of additions is attention_sums.h's. Included by attention_few.h only.
 
 #pragma once
 
@@ -13,7 +13,53 @@
 namespace phi {
 namespace PHI_ISA {
 
-// Stored rows, in pieces of 16 numbers from dimension d on; asks for rows of the next block meanwhile.
+// Keys and values to be read next, asked for by and by in the order in which they lie in memory, which is what a CPU's
+// own prefetching expects, and into the outer cache, because a core waits for few lines of the inner one at a time.
+struct LinesAhead {
+  const char* keys;
+  const char* values;
+  int64_t row_nbytes;
+  // Of a row.
+  int nbytes;
+  int at;
+  // Null keys: nothing is.
+  PHI_INLINE void ask() {
+    if (keys == nullptr) return;
+    __builtin_prefetch(keys + at, 0, 2);
+    __builtin_prefetch(values + at, 0, 2);
+    at += 64;
+    if (at >= nbytes) at = 0, keys += row_nbytes, values += row_nbytes;
+  }
+};
+
+// The keys of several heads that lie side by side: of each head columns of four bytes [head_dim * size / 4][32], and
+// `scales` [32] (int8), behind one another. What stands for rows outside [first, last) is anything at all.
+template <int Kind>
+PHI_INLINE void turn_heads(const StoredBlock& block, int num_heads, float* to, float* scales) {
+  constexpr int kSize = Kind == KV_BF16 ? 2 : 1, kHead = Kind == KV_BF16 ? 0 : 4;
+  const int head_nbytes = kHead + kSize * block.head_dim;
+  // Row j's; for rows that must not be read, the nearest that may.
+  const char* row = block.rows + block.first * block.row_nbytes;
+  for (int j = 0; j < kKeyBlock; j += 8) {
+    const char* r[8];
+    for (int i = 0; i < 8; i++, row += j + i > block.first && j + i < block.last ? block.row_nbytes : 0) r[i] = row;
+    float* column = to + j;
+    for (int h = 0; h < num_heads; h++) {
+      int at = h * head_nbytes;
+      if (Kind == KV_INT8) {
+        for (int i = 0; i < 8; i++) scales[h * kKeyBlock + j + i] = stored_scale<Kind>(r[i] + at);
+      }
+      at += kHead;
+      for (int d = 0; d < kSize * block.head_dim; d += 16, at += 16, column += 4 * kKeyBlock) {
+        store_columns<Kind, false>(columns_of(r[0] + at, r[1] + at, r[2] + at, r[3] + at, r[4] + at, r[5] + at,
+                                              r[6] + at, r[7] + at),
+                                   _mm256_setzero_ps(), column);
+      }
+    }
+  }
+}
+
+// Stored rows, in pieces of 16 numbers from dimension d on.
 template <int Kind>
 struct StoredRow {
   const char* row;
@@ -28,13 +74,6 @@ struct StoredRows {
   int d;
   PHI_INLINE StoredRow<Kind> row(int k) const {
     const char* at = block.rows + k * block.row_nbytes;
-    // The first rows were asked for before, see NarrowBlock::scores.
-    const char* soon = block.next + (16 + k / 2) * block.row_nbytes + d * kSize;
-    if (d * kSize % 64 == 0) {
-      for (int i = 0; i < 16 * Pieces * kSize; i += 64) __builtin_prefetch(soon + i);
-      // Not aligned, behind a scale.
-      if (Kind == KV_INT8) __builtin_prefetch(soon + 67);
-    }
     return {at, d, F16::set1(stored_scale<Kind>(at))};
   }
 };
@@ -80,13 +119,14 @@ struct Lanes {
 };
 #endif
 
-// Keys turned but not widened, and values where they are stored: as WideBlock, and quicker for a single tile of at most 4
-// rows. head_dim is a multiple of 16.
+// Keys turned but not widened, and values where they are stored: as WideBlock, and quicker for a single tile of at most
+// 4 rows. head_dim is a multiple of 16.
 template <int Kind>
 struct NarrowBlock {
   const float* columns;
   const float* scales;
-  StoredBlock keys, values;
+  StoredBlock values;
+  LinesAhead& ahead;
 
   PHI_INLINE int dim() const { return values.head_dim; }
 
@@ -143,8 +183,8 @@ struct NarrowBlock {
     }
     for (; d < last; d += kNumbers, column += kKeyBlock) {
       if (I == 0 && j == 0) {
-        keys.fetch<Kind>(16, 16, d / kNumbers);
-        values.fetch<Kind>(0, 16, d / kNumbers);
+        // So that all of a block was asked for when all heads of one are done.
+        for (int i = 0; i < (Kind == KV_BF16 ? 2 : 3); i++) ahead.ask();
       }
       add_column<R, I, Groups>(column, scale, queries + d, dim(), chain);
       if (Kind == KV_INT8) add_column<R, I + 2, Groups>(column, scale, queries + d, dim(), chain);

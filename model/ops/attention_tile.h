@@ -111,5 +111,14 @@ inline __attribute__((noinline)) void attend_tile(const Visible<R>& v, const Til
   block.template weigh<R>(v, rows.weights, factor, rows.acc + row * dim);
 }
 
+// Rows from `row` on, R at a time while so many are left before `end`.
+template <int R, class Block>
+PHI_INLINE void attend_rows(const AttendArgs& a, const TileRows& rows, int group, int position, int block_index,
+                            const Block& block, int& row, int end) {
+  for (; row + R <= end; row += R) {
+    attend_tile<R>(visible_keys<R>(a, group, position, row, block_index), rows, row, block);
+  }
+}
+
 }  // namespace PHI_ISA
 }  // namespace phi

@@ -170,6 +170,9 @@ void Network::attend(int layer, const PhiChunk* chunks) {
   for (size_t c = 0; c < attends_.size(); c++) {
     attends_[c].keys = static_cast<const char*>(chunks[c].kv) + 2 * layer * net_.kv_region_nbytes;
     attends_[c].values = attends_[c].keys + net_.kv_region_nbytes;
+    // Where each chunk is one item, threads take turns.
+    size_t next = c + pool_.num_threads();
+    attends_[c].next = next < attends_.size() ? &attends_[next] : nullptr;
   }
   pool_.run(static_cast<int>(attend_items_.size()), [&](int i, int thread) {
     kernels_.attend_item(attends_[attend_items_[i].chunk], attend_threads_, attend_items_[i].item, scratch(thread));

@@ -40,6 +40,7 @@ class AttendArgsC(ctypes.Structure):
         ("out", ctypes.c_void_p),
         ("ld_out", ctypes.c_int64),
         ("partials", ctypes.c_void_p),
+        ("next", ctypes.c_void_p),
     )
 
 
