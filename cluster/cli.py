@@ -222,7 +222,7 @@ def _check(parsed: argparse.Namespace) -> int:
     served = prepared.served
     print(
         f"model        {served.names[0]}, {served.dtype}, {prepared.weights_nbytes / 1e6:.0f} MB of weights, "
-        f"KV cache {served.kv_cache_dtype}, up to {served.max_model_len} tokens"
+        f"activations {served.activation_dtype}, KV cache {served.kv_cache_dtype}, up to {served.max_model_len} tokens"
     )
     print(f"/dev/shm     {prepared.shm_nbytes / 1e6:.0f} MB: docker run --shm-size {prepared.shm_nbytes}")
     budget = prepared.plan.budget_nbytes

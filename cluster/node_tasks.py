@@ -155,7 +155,7 @@ def _start_node(node_id: str, source_node_id: str, served: ServedModel, config: 
     if config.keys_path is not None:
         # Replicas here read it too.
         KeyFile(config.keys_path)
-    if choose_dtypes(config.model_copy(update={"dtype": served.dtype}))[0] != served.dtype:
+    if choose_dtypes(config.model_copy(update={"dtype": served.dtype})).weights != served.dtype:
         raise StartError(f"dtype: {served.dtype} cannot be computed on this node")
     source = ray.get_actor(weight_store_name(source_node_id), namespace=NAMESPACE)
     served = with_folder(served, config.cache_path, source)

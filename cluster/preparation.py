@@ -112,5 +112,6 @@ def build_info(prepared: Prepared) -> dict[str, str]:
         "isa": os.environ.get(ISA_VARIABLE) or prepared.machine.instructions,
         "dtype": served.dtype,
         "kv_cache_dtype": served.kv_cache_dtype,
+        "activation_dtype": served.activation_dtype,
         "model": served.names[0],
     }

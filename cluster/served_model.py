@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from phi_cluster.cluster.config import Config
 from phi_cluster.cluster.errors import StartError
@@ -27,7 +28,8 @@ _KV_NBYTES = {"float32": (4, 0), "bfloat16": (2, 0), "int8": (1, 4)}
 @dataclass(frozen=True)
 class ServedModel:
     """`dtype`, of the weights, is float32, bfloat16, int8 or int4; `kv_cache_dtype` float32, bfloat16 or int8;
-    `fingerprint` names the checkpoint (not the dtype: ids that one dtype generated mean the same to the other)."""
+    `activation_dtype` int16 or int8 with int8 and int4 weights (of what meets int8 ones), else `dtype`; `fingerprint`
+    names the checkpoint (not the dtype: ids that one dtype generated mean the same to the other)."""
 
     names: tuple[str, ...]
     folder: Path
@@ -35,6 +37,7 @@ class ServedModel:
     fingerprint: str
     dtype: str
     kv_cache_dtype: str
+    activation_dtype: str
     max_model_len: int
 
     @property
@@ -56,13 +59,29 @@ def compiled_ops_problem() -> str | None:
     return library.problem()
 
 
+def compiled_ops_activations() -> str:
+    """What the compiled kernels round activations to best, here. They must be usable."""
+    from phi_cluster.model.ops import library
+
+    return library.load().activation_dtype
+
+
+class Dtypes(NamedTuple):
+    """As ServedModel has them."""
+
+    weights: str
+    kv_cache: str
+    activations: str
+
+
 def choose_dtypes(
     config: Config,
     ops_problem: Callable[[], str | None] = compiled_ops_problem,
     noted: Callable[[str], None] = lambda text: None,
-) -> tuple[str, str]:
-    """(dtype, kv_cache_dtype). `ops_problem` is asked only where the answer matters; `noted` is told, in one line,
-    where auto had to be less than it could. Raises StartError in one sentence.
+    ops_activations: Callable[[], str] = compiled_ops_activations,
+) -> Dtypes:
+    """`ops_problem` and `ops_activations` are asked only where the answer matters; `noted` is told, in one line, where
+    auto had to be less than it could. Raises StartError in one sentence.
     """
     dtype = config.dtype
     if config.device != "cpu":
@@ -81,11 +100,20 @@ def choose_dtypes(
             noted(f"dtype is bfloat16, as {problem}; for int8, {_REMEDY}")
         if dtype == "auto":
             dtype = "bfloat16" if problem else "int8"
+    if dtype in _QUANTISED:
+        activations = ops_activations() if config.activation_dtype == "auto" else config.activation_dtype
+    elif config.activation_dtype == "auto":
+        activations = dtype
+    else:
+        raise StartError(
+            f"activation_dtype: {config.activation_dtype} does not go with dtype {dtype}, whose activations are "
+            f"{dtype}; leave it at auto or set dtype: int8"
+        )
     natural = "float32" if dtype == "float32" else "bfloat16"
     if config.kv_cache_dtype in ("auto", natural):
-        return dtype, natural
+        return Dtypes(dtype, natural, activations)
     if config.kv_cache_dtype == "int8" and dtype in _QUANTISED:
-        return dtype, "int8"
+        return Dtypes(dtype, "int8", activations)
     raise StartError(
         f"kv_cache_dtype: {config.kv_cache_dtype} does not go with dtype {dtype}, whose KV cache is {natural}; "
         "leave it at auto or set dtype: int8"
@@ -97,6 +125,7 @@ def describe_model(
     folder: Path,
     ops_problem: Callable[[], str | None] = compiled_ops_problem,
     noted: Callable[[str], None] = lambda text: None,
+    ops_activations: Callable[[], str] = compiled_ops_activations,
 ) -> ServedModel:
     """Reads the checkpoint's config and settles dtypes (as `choose_dtypes`) and limits. Raises StartError in one
     sentence."""
@@ -105,7 +134,7 @@ def describe_model(
         fingerprint = model_fingerprint(folder)
     except UnsupportedModel as error:
         raise StartError(f"{config.model}: {error}") from None
-    dtype, kv_cache_dtype = choose_dtypes(config, ops_problem, noted)
+    dtypes = choose_dtypes(config, ops_problem, noted, ops_activations)
     max_model_len = min(config.max_model_len or DEFAULT_MAX_MODEL_LEN, model.max_position_embeddings)
     if config.max_model_len and config.max_model_len > model.max_position_embeddings:
         raise StartError(
@@ -120,7 +149,8 @@ def describe_model(
         folder=folder,
         config=model,
         fingerprint=fingerprint,
-        dtype=dtype,
-        kv_cache_dtype=kv_cache_dtype,
+        dtype=dtypes.weights,
+        kv_cache_dtype=dtypes.kv_cache,
+        activation_dtype=dtypes.activations,
         max_model_len=max_model_len,
     )

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from phi_cluster.model.config import Phi3Config
 from phi_cluster.model.kv_layout import KVCacheLayout
-from phi_cluster.model.ops.library import CHUNK, KV_KINDS, LinearC, NetworkC, Ops
+from phi_cluster.model.ops.library import CHUNK, KV_KINDS, LINEAR_KINDS, LinearC, NetworkC, Ops
 from phi_cluster.model.phi3 import SequenceChunk
 from phi_cluster.model.rope import Rope
 
@@ -37,25 +37,29 @@ class QuantizedPhi3ForCausalLM:
         weights: Mapping[str, Tensor],
         kv_layout: KVCacheLayout,
         kv_cache_dtype: str,
+        activation_dtype: str,
         ops: Ops,
         num_threads: int,
     ):
         """`weights` as packed by quantize.py (views on read-only memory, kept alive here); all chunks' KV caches must
-        have `kv_layout`, with numbers of `kv_cache_dtype` (bfloat16 or int8). Raises ValueError if these do not fit
-        each other or the network, and MemoryError.
+        have `kv_layout`, with numbers of `kv_cache_dtype` (bfloat16 or int8). Rows that meet int8 weights are rounded
+        to `activation_dtype`: int16, or int8 in groups; rows that meet int4 weights always are int8. Raises ValueError
+        if these do not fit each other or the network, and MemoryError.
         """
         numbers = {"bfloat16": (2, 0), "int8": (1, 4)}.get(kv_cache_dtype, (0, 0))
         if (kv_layout.itemsize, kv_layout.scale_nbytes) != numbers:
             raise ValueError(f"the KV layout is not for {kv_cache_dtype}")
         if kv_layout != KVCacheLayout.for_config(config, kv_layout.max_model_len, *numbers):
             raise ValueError("the KV layout is not the network's")
+        if activation_dtype not in ("int16", "int8"):
+            raise ValueError(f"activations of {activation_dtype} do not meet int8 weights")
         self.config = config
         self.rope = Rope(config)
         self._kv_layout = kv_layout
         self._ops = ops
         # Whatever the description points to.
         self._kept: list[object] = [weights]
-        description = self._describe(config, weights, kv_layout, kv_cache_dtype)
+        description = self._describe(config, weights, kv_layout, kv_cache_dtype, activation_dtype)
         self._handle: int | None = ops.c.phi_network_create(ctypes.byref(description), ops.isa.encode(), num_threads)
         if self._handle is None:
             raise MemoryError("no memory for the network's workspace")
@@ -125,7 +129,12 @@ class QuantizedPhi3ForCausalLM:
         self._ops.c.phi_network_sample(self._network, rows.ctypes.data, len(rows))
 
     def _describe(
-        self, config: Phi3Config, weights: Mapping[str, Tensor], layout: KVCacheLayout, kv_cache_dtype: str
+        self,
+        config: Phi3Config,
+        weights: Mapping[str, Tensor],
+        layout: KVCacheLayout,
+        kv_cache_dtype: str,
+        activation_dtype: str,
     ) -> NetworkC:
         layers = [f"model.layers.{i}" for i in range(config.num_hidden_layers)]
         norm_names = [
@@ -142,10 +151,12 @@ class QuantizedPhi3ForCausalLM:
             (config.hidden_size, config.intermediate_size),
         ] * len(layers) + [(config.vocab_size, config.hidden_size)]
         linears = (LinearC * len(linear_names))()
+        int8_kind = LINEAR_KINDS["int8", activation_dtype]
         for linear, name, (n, k) in zip(linears, linear_names, shapes, strict=True):
             weight = weights[f"{name}.weight"]
             linear.weight, linear.scale = weight.data_ptr(), weights[f"{name}.scale"].data_ptr()
-            linear.n, linear.k, linear.is_int4 = n, k, weight.dtype == torch.uint8
+            linear.n, linear.k = n, k
+            linear.kind = LINEAR_KINDS["uint8", "int8"] if weight.dtype == torch.uint8 else int8_kind
         frequencies = [self.rope.inv_freq[regime].contiguous() for regime in ("short", "long")]
         self._kept += [norms, linears, frequencies]
         return NetworkC(

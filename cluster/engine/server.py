@@ -73,7 +73,13 @@ def build_engine_server(
     model: Network
     if served.dtype in ("int8", "int4"):
         model = quantized = QuantizedPhi3ForCausalLM(
-            served.config, weights, served.layout.kv, served.kv_cache_dtype, library.load(), settings.num_threads
+            served.config,
+            weights,
+            served.layout.kv,
+            served.kv_cache_dtype,
+            served.activation_dtype,
+            library.load(),
+            settings.num_threads,
         )
         runner = ModelRunner(quantized, served.config, quantized.draw)
     else:

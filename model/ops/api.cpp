@@ -17,7 +17,7 @@ using phi::Network;
 extern "C" {
 
 // Raised with every change to these functions or their structures.
-int phi_abi() { return 2; }
+int phi_abi() { return 3; }
 
 // The instruction set that `isa` ("": the best) means on this CPU, or null.
 const char* phi_isa(const char* isa) {
@@ -59,9 +59,9 @@ void phi_network_sample(void* network, phi::SampleArgs* rows, int num_rows) {
 
 // Single kernels, for tests and for the check at start: whole layers on the caller's thread. The instruction set must
 // be there.
-void phi_linear(const char* isa, int is_int4, const phi::LinearArgs* args) {
+void phi_linear(const char* isa, int kind, const phi::LinearArgs* args) {
   const phi::Kernels& kernels = *phi::find_kernels(isa);
-  (is_int4 ? kernels.linear_int4 : kernels.linear_int8)(*args, 0, (args->n + 15) / 16);
+  kernels.linear[kind](*args, 0, (args->n + 15) / 16);
 }
 
 void phi_sample(const char* isa, phi::SampleArgs* rows, int num_rows) {

@@ -24,8 +24,9 @@ const Kernels& kernels() {
   const auto int8 = linear_int8, int4 = linear_int4;
 #endif
   static const Kernels table = {
-      PHI_STRING(PHI_ISA), int8,          int4,        norm_quantize, silu_mul_quantize, copy_quantize,
-      rotate_heads,        widen_row,     store_kv_row, attend_item,  attend_merge_item, sample_row,
+      PHI_STRING(PHI_ISA), {int8, int4, linear_int8_groups}, norm_quantize, silu_mul_quantize, copy_quantize,
+      rotate_heads,        widen_row,                        store_kv_row,  attend_item,       attend_merge_item,
+      sample_row,
   };
   return table;
 }

@@ -1,5 +1,5 @@
-// Linear layers: packed int8 weights times int16 activations, or int4 weights times int8 ones, summed exactly as
-// integers and then in float32 in one fixed order, so that a row's result depends on nothing but the row.
+// Linear layers: packed int8 weights times int16 activations, or int8 or int4 weights times int8 ones in groups, summed
+// exactly as integers and then in float32 in one fixed order, so that a row's result depends on nothing but the row.
 //
 // Owns: the arithmetic (reference.py has it in torch) and the blocking. The packed formats are quantize.py's. Knows
 // nothing of threads: it is called for a range of panels (16 outputs each).
@@ -13,9 +13,9 @@ namespace phi {
 namespace PHI_ISA {
 
 #if defined(PHI_AVX512)
-constexpr int kMaxRowsInt8 = 12, kMaxRowsInt4 = 6;
+constexpr int kMaxRowsInt8 = 12, kMaxRowsInt8Groups = 12, kMaxRowsInt4 = 6;
 #else
-constexpr int kMaxRowsInt8 = 6, kMaxRowsInt4 = 4;
+constexpr int kMaxRowsInt8 = 6, kMaxRowsInt8Groups = 4, kMaxRowsInt4 = 4;
 #endif
 
 // Inputs whose products are summed exactly and then rounded once; int32 holds half as many: 127 * 32639 * 512 < 2^31.
@@ -56,6 +56,29 @@ PHI_INLINE void panel_int8(const int8_t* w, const LinearArgs& a, int first_row, 
     add_int8<R>(w, x, a.k32, block, half, others);
     add_int8<R>(w, x, a.k32, half, end, sums);
     for (int r = 0; r < R; r++) f[r] = f[r] + to_float(others[r], sums[r]);
+  }
+}
+
+// The same for rows in groups of 32, each group's sums rounded once.
+template <int R>
+PHI_INLINE void panel_int8_groups(const int8_t* w, const LinearArgs& a, int first_row, F16 (&f)[R]) {
+  const int groups = a.k32 / 32;
+  const int8_t* x = static_cast<const int8_t*>(a.x) + static_cast<int64_t>(first_row) * a.k32;
+  const float* x_scale = a.x_scale + static_cast<int64_t>(first_row) * groups;
+  const int32_t* offsets = a.offsets + static_cast<int64_t>(first_row) * groups;
+  for (int r = 0; r < R; r++) f[r] = F16::zero();
+  for (int g = 0; g < groups; g++) {
+    SignedSums sums[R];
+    for (int r = 0; r < R; r++) sums[r] = SignedSums::begin(offsets + static_cast<int64_t>(r) * groups + g);
+    for (int k = 32 * g; k < 32 * g + 32; k += 4) {
+      __builtin_prefetch(w + 16 * k + kPrefetchNbytes);
+      const Fours fours = fours_from_i8(w + 16 * k);
+#pragma GCC unroll 16
+      for (int r = 0; r < R; r++) add_products(sums[r], fours, x + static_cast<int64_t>(r) * a.k32 + k);
+    }
+    for (int r = 0; r < R; r++) {
+      f[r] = fma(to_float(sums[r]), F16::set1(x_scale[static_cast<int64_t>(r) * groups + g]), f[r]);
+    }
   }
 }
 
@@ -108,6 +131,14 @@ PHI_INLINE void tile_int8(const LinearArgs& a, int panel, int row) {
 }
 
 template <int R>
+PHI_INLINE void tile_int8_groups(const LinearArgs& a, int panel, int row) {
+  F16 f[R];
+  panel_int8_groups<R>(static_cast<const int8_t*>(a.weight) + static_cast<int64_t>(panel) * 16 * a.k32, a, row, f);
+  F16 scale = F16::load(static_cast<const float*>(a.scale) + 16 * panel);
+  for (int r = 0; r < R; r++) write_panel(a, panel, row + r, f[r] * scale);
+}
+
+template <int R>
 PHI_INLINE void tile_int4(const LinearArgs& a, int panel, int row) {
   F16 f[R];
   panel_int4<R>(static_cast<const uint8_t*>(a.weight) + static_cast<int64_t>(panel) * 8 * a.k32,
@@ -116,38 +147,44 @@ PHI_INLINE void tile_int4(const LinearArgs& a, int panel, int row) {
 }
 
 // A tile of at most R rows.
-template <int R, bool Int4>
+template <int R, LinearKind Kind>
 inline void tile_of_rows(const LinearArgs& a, int panel, int row, int rows) {
   if constexpr (R > 0) {
     if (rows == R) {
-      if constexpr (Int4) {
+      if constexpr (Kind == LINEAR_INT4) {
         tile_int4<R>(a, panel, row);
+      } else if constexpr (Kind == LINEAR_INT8_GROUPS) {
+        tile_int8_groups<R>(a, panel, row);
       } else {
         tile_int8<R>(a, panel, row);
       }
     } else {
-      tile_of_rows<R - 1, Int4>(a, panel, row, rows);
+      tile_of_rows<R - 1, Kind>(a, panel, row, rows);
     }
   }
 }
 
-template <int R, bool Int4>
+template <int R, LinearKind Kind>
 inline void linear(const LinearArgs& a, int first_panel, int last_panel) {
   // A tile of rows stays in the inner cache while it meets all panels of the range, which stay in the outer one. Tiles
   // are about equally large: each of them unpacks the weights again, which a small one hardly makes use of.
   int tiles = (a.m + R - 1) / R;
   for (int tile = 0; tile < tiles; tile++) {
     int row = tile * a.m / tiles, rows = (tile + 1) * a.m / tiles - row;
-    for (int panel = first_panel; panel < last_panel; panel++) tile_of_rows<R, Int4>(a, panel, row, rows);
+    for (int panel = first_panel; panel < last_panel; panel++) tile_of_rows<R, Kind>(a, panel, row, rows);
   }
 }
 
 inline void linear_int8(const LinearArgs& a, int first_panel, int last_panel) {
-  linear<kMaxRowsInt8, false>(a, first_panel, last_panel);
+  linear<kMaxRowsInt8, LINEAR_INT8>(a, first_panel, last_panel);
+}
+
+inline void linear_int8_groups(const LinearArgs& a, int first_panel, int last_panel) {
+  linear<kMaxRowsInt8Groups, LINEAR_INT8_GROUPS>(a, first_panel, last_panel);
 }
 
 inline void linear_int4(const LinearArgs& a, int first_panel, int last_panel) {
-  linear<kMaxRowsInt4, true>(a, first_panel, last_panel);
+  linear<kMaxRowsInt4, LINEAR_INT4>(a, first_panel, last_panel);
 }
 
 }  // namespace PHI_ISA

@@ -6,17 +6,21 @@
 
 namespace phi {
 
+// Weights and the rows that meet them: int8 and int16, int4 and int8 in groups, int8 and int8 in groups.
+enum LinearKind { LINEAR_INT8 = 0, LINEAR_INT4 = 1, LINEAR_INT8_GROUPS = 2 };
+
 struct LinearArgs {
   // quantize.py's packed int8 or int4 weights of ceil(n / 16) panels, and their scales.
   const void* weight;
   const void* scale;
   // Outputs; inputs, padded to whole groups of 32.
   int n, k32;
-  // Rounded rows [m, k32]: int16 with a scale each [m]; for int4 weights int8 with a scale for each group of 32
-  // [m, k32 / 32], and that scale times the group's sum.
+  // Rounded rows [m, k32]: int16 with a scale each [m]; or int8 in groups of 32, with each group's scale [m, k32 / 32],
+  // that scale times the group's sum, and -128 times its sum.
   const void* x;
   const float* x_scale;
   const float* group_sums;
+  const int32_t* offsets;
   int m;
   // [m, n], rows ld_y apart; added to if `add`.
   float* y;

@@ -11,8 +11,8 @@ struct PhiLinear {
   const void* weight;
   const void* scale;
   int32_t n, k;
-  // 1: int4, 0: int8.
-  int32_t is_int4;
+  // A LinearKind.
+  int32_t kind;
   int32_t unused;
 };
 

@@ -50,6 +50,7 @@ inline void quantize_groups(const float* y, int k32, QuantizedRow out) {
     for (int i = 0; i < 32; i++) sum += x[32 * g + i];
     out.scale[g] = scale;
     out.group_sums[g] = scale * static_cast<float>(sum);
+    out.offsets[g] = -128 * sum;
   }
 }
 

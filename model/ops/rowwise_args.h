@@ -6,12 +6,13 @@
 
 namespace phi {
 
-// For int8 weights: int16 [k32] (amx: as linear_amx.h's planes) and one scale. For int4 weights, where `group_sums` is not null: int8 [k32], a scale for
-// each group of 32, and the scale times the group's sum.
+// int16 [k32] (amx: as linear_amx.h's planes) and one scale; or, where `group_sums` is not null, int8 [k32] and for
+// each group of 32 a scale, the scale times the group's sum, and -128 times its sum.
 struct QuantizedRow {
   void* x;
   float* scale;
   float* group_sums;
+  int32_t* offsets;
 };
 
 }  // namespace phi

@@ -150,6 +150,46 @@ PHI_INLINE F16 to_float(QuadSums sums) {
 #endif
 }
 
+// Four int8 weights of each of 16 outputs in their inputs' order, and their sums of products with int8. VNNI wants one
+// side without signs: there weights are 128 more, which `begin` takes away beforehand. Others multiply magnitudes.
+struct Fours {
+  __m512i v;
+#if !defined(PHI_AVX512_VNNI)
+  __mmask64 negative;
+#endif
+};
+struct SignedSums {
+  __m512i v;
+#if defined(PHI_AVX512_VNNI)
+  static PHI_INLINE SignedSums begin(const int32_t* offset) { return {_mm512_set1_epi32(*offset)}; }
+#else
+  static PHI_INLINE SignedSums begin(const int32_t*) { return {_mm512_setzero_si512()}; }
+#endif
+};
+PHI_INLINE Fours fours_from_i8(const int8_t* p) {
+  const __m512i order = _mm512_set4_epi32(0x0f0d0e0c, 0x0b090a08, 0x07050604, 0x03010200);
+  const __m512i w = _mm512_shuffle_epi8(_mm512_loadu_si512(p), order);
+#if defined(PHI_AVX512_VNNI)
+  return {_mm512_xor_si512(w, _mm512_set1_epi8(-128))};
+#else
+  return {_mm512_abs_epi8(w), _mm512_movepi8_mask(w)};
+#endif
+}
+PHI_INLINE void add_products(SignedSums& sums, const Fours& weights, const int8_t* x) {
+  int32_t four;
+  __builtin_memcpy(&four, x, 4);
+  const __m512i all = _mm512_set1_epi32(four);
+#if defined(PHI_AVX512_VNNI)
+  sums.v = _mm512_dpbusd_epi32(sums.v, weights.v, all);
+#else
+  const __m512i turned = _mm512_mask_sub_epi8(all, weights.negative, _mm512_setzero_si512(), all);
+  // 127 * 127 * 2 < 2^15.
+  const __m512i pairs = _mm512_maddubs_epi16(weights.v, turned);
+  sums.v = _mm512_add_epi32(sums.v, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
+#endif
+}
+PHI_INLINE F16 to_float(SignedSums sums) { return {_mm512_cvtepi32_ps(sums.v)}; }
+
 #elif defined(PHI_AVX2)
 
 struct F16 {
@@ -293,6 +333,34 @@ PHI_INLINE F16 to_float(QuadSums sums) {
   __m256i one = _mm256_set1_epi16(1);
   return {_mm256_cvtepi32_ps(_mm256_madd_epi16(sums.a, one)), _mm256_cvtepi32_ps(_mm256_madd_epi16(sums.b, one))};
 }
+
+// Four int8 weights of each of 16 outputs in their inputs' order, and their sums of products with int8.
+struct Fours {
+  __m256i a, b, a_size, b_size;
+};
+struct SignedSums {
+  __m256i a, b;
+  static PHI_INLINE SignedSums begin(const int32_t*) { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+};
+PHI_INLINE Fours fours_from_i8(const int8_t* p) {
+  const __m256i* q = reinterpret_cast<const __m256i*>(p);
+  const __m256i order = _mm256_setr_epi32(0x03010200, 0x07050604, 0x0b090a08, 0x0f0d0e0c, 0x03010200, 0x07050604,
+                                          0x0b090a08, 0x0f0d0e0c);
+  const __m256i a = _mm256_shuffle_epi8(_mm256_loadu_si256(q), order);
+  const __m256i b = _mm256_shuffle_epi8(_mm256_loadu_si256(q + 1), order);
+  return {a, b, _mm256_abs_epi8(a), _mm256_abs_epi8(b)};
+}
+PHI_INLINE void add_products(SignedSums& sums, const Fours& weights, const int8_t* x) {
+  int32_t four;
+  __builtin_memcpy(&four, x, 4);
+  const __m256i all = _mm256_set1_epi32(four), one = _mm256_set1_epi16(1);
+  // 127 * 127 * 2 < 2^15.
+  const __m256i a = _mm256_maddubs_epi16(weights.a_size, _mm256_sign_epi8(all, weights.a));
+  const __m256i b = _mm256_maddubs_epi16(weights.b_size, _mm256_sign_epi8(all, weights.b));
+  sums.a = _mm256_add_epi32(sums.a, _mm256_madd_epi16(a, one));
+  sums.b = _mm256_add_epi32(sums.b, _mm256_madd_epi16(b, one));
+}
+PHI_INLINE F16 to_float(SignedSums sums) { return {_mm256_cvtepi32_ps(sums.a), _mm256_cvtepi32_ps(sums.b)}; }
 
 #else
 #include "simd_plain.h"

@@ -153,6 +153,27 @@ inline F16 to_float(const QuadSums& sums) {
   return detail::each([&](int i) { return static_cast<float>(sums.v[i]); });
 }
 
+struct Fours {
+  int8_t v[64];
+};
+struct SignedSums {
+  int32_t v[16];
+  static inline SignedSums begin(const int32_t*) { return {}; }
+};
+inline Fours fours_from_i8(const int8_t* p) {
+  Fours fours;
+  for (int i = 0; i < 64; i += 4) {
+    fours.v[i] = p[i], fours.v[i + 1] = p[i + 2], fours.v[i + 2] = p[i + 1], fours.v[i + 3] = p[i + 3];
+  }
+  return fours;
+}
+inline void add_products(SignedSums& sums, const Fours& weights, const int8_t* x) {
+  for (int i = 0; i < 64; i++) sums.v[i / 4] += int32_t{weights.v[i]} * x[i % 4];
+}
+inline F16 to_float(const SignedSums& sums) {
+  return detail::each([&](int i) { return static_cast<float>(sums.v[i]); });
+}
+
 inline float reduce_add(F16 x) {
   for (int n = 8; n > 0; n /= 2) {
     for (int i = 0; i < n; i++) x.v[i] = x.v[i] + x.v[i + n];

@@ -23,17 +23,23 @@ _GROUP = 32
 class _QuantizedRowC(ctypes.Structure):
     """rowwise_args.h's QuantizedRow."""
 
-    _fields_ = (("x", ctypes.c_void_p), ("scale", ctypes.c_void_p), ("group_sums", ctypes.c_void_p))
+    _fields_ = (
+        ("x", ctypes.c_void_p),
+        ("scale", ctypes.c_void_p),
+        ("group_sums", ctypes.c_void_p),
+        ("offsets", ctypes.c_void_p),
+    )
 
 
 @dataclass(frozen=True)
 class QuantizedRows:
-    """m rounded rows, padded to k32: int16 `x` [m, k32] with `scale` [m]; or, in groups, int8 `x` with `scale` and
-    `group_sums` [m, k32 / 32]."""
+    """m rounded rows, padded to k32: int16 `x` [m, k32] with `scale` [m]; or, in groups, int8 `x` with `scale`,
+    `group_sums` and `offsets` [m, k32 / 32]."""
 
     x: NDArray[Any]
     scale: Floats
     group_sums: Floats | None
+    offsets: NDArray[np.int32] | None
 
 
 def norm_quantize(ops: Ops, x: Floats, weight: Floats, eps: float, groups: bool) -> QuantizedRows:
@@ -94,6 +100,7 @@ def _quantized(ops: Ops, m: int, k: int, groups: bool, call: Callable[[int, Floa
     x = np.zeros((m, k32), np.int8 if groups else np.int16)
     scale = np.zeros((m, k32 // _GROUP) if groups else m, np.float32)
     group_sums = np.zeros((m, k32 // _GROUP), np.float32) if groups else None
+    offsets = np.zeros((m, k32 // _GROUP), np.int32) if groups else None
     # What an earlier row left there must not matter.
     scratch = np.full(k32, np.nan, np.float32)
     for row in range(m):
@@ -101,9 +108,10 @@ def _quantized(ops: Ops, m: int, k: int, groups: bool, call: Callable[[int, Floa
             x[row].ctypes.data,
             scale[row:].ctypes.data,
             None if group_sums is None else group_sums[row].ctypes.data,
+            None if offsets is None else offsets[row].ctypes.data,
         )
         call(row, scratch, ctypes.byref(out))
-    return QuantizedRows(out_of_order_of(ops, x), scale, group_sums)
+    return QuantizedRows(out_of_order_of(ops, x), scale, group_sums, offsets)
 
 
 def _padded(rows: Floats) -> Floats:

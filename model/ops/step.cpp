@@ -46,7 +46,7 @@ void Network::forward(const PhiChunk* chunks, int num_chunks, const int32_t* tok
   embed(token_ids);
   for (int i = 0; i < net_.num_layers; i++) {
     const PhiLinear* layer = &linears_[4 * i];
-    norm(&norms_[static_cast<size_t>(2 * i) * hidden_stride_], layer[0].is_int4, nullptr, num_tokens_);
+    norm(&norms_[static_cast<size_t>(2 * i) * hidden_stride_], layer[0].kind, nullptr, num_tokens_);
     linear(layer[0], num_tokens_, qkv_.data(), qkv_width_, false);
     rotate_and_store(i, chunks);
     attend(i, chunks);
@@ -54,17 +54,17 @@ void Network::forward(const PhiChunk* chunks, int num_chunks, const int32_t* tok
       for (int t = item * kRowsPerItem; t < std::min((item + 1) * kRowsPerItem, num_tokens_); t++) {
         int k32 = pad32(attention_width_);
         kernels_.copy_quantize(&attention_[static_cast<int64_t>(t) * attention_width_], attention_width_, k32,
-                               scratch(thread), quantized(t, k32, layer[1].is_int4));
+                               scratch(thread), quantized(t, k32, layer[1].kind));
       }
     });
     linear(layer[1], num_tokens_, hidden_.data(), hidden_stride_, true);
-    norm(&norms_[static_cast<size_t>(2 * i + 1) * hidden_stride_], layer[2].is_int4, nullptr, num_tokens_);
+    norm(&norms_[static_cast<size_t>(2 * i + 1) * hidden_stride_], layer[2].kind, nullptr, num_tokens_);
     linear(layer[2], num_tokens_, gate_up_.data(), 2 * net_.intermediate_size, false);
     pool_.run((num_tokens_ + kRowsPerItem - 1) / kRowsPerItem, [&](int item, int thread) {
       for (int t = item * kRowsPerItem; t < std::min((item + 1) * kRowsPerItem, num_tokens_); t++) {
         int k32 = pad32(net_.intermediate_size);
         kernels_.silu_mul_quantize(&gate_up_[static_cast<int64_t>(t) * 2 * net_.intermediate_size],
-                                   net_.intermediate_size, k32, scratch(thread), quantized(t, k32, layer[3].is_int4));
+                                   net_.intermediate_size, k32, scratch(thread), quantized(t, k32, layer[3].kind));
       }
     });
     linear(layer[3], num_tokens_, hidden_.data(), hidden_stride_, true);
@@ -73,7 +73,7 @@ void Network::forward(const PhiChunk* chunks, int num_chunks, const int32_t* tok
   int num_wanted = static_cast<int>(wanted_.size());
   if (num_wanted == 0) return;
   const PhiLinear& head = linears_.back();
-  norm(&norms_[static_cast<size_t>(2 * net_.num_layers) * hidden_stride_], head.is_int4, wanted_.data(), num_wanted);
+  norm(&norms_[static_cast<size_t>(2 * net_.num_layers) * hidden_stride_], head.kind, wanted_.data(), num_wanted);
   linear(head, num_wanted, logits, net_.vocab_size, false);
 }
 
@@ -98,6 +98,7 @@ void Network::prepare(const PhiChunk* chunks, int num_chunks) {
   grow(x_, static_cast<int64_t>(num_tokens_) * max_k32_);
   grow(x_scale_, static_cast<int64_t>(num_tokens_) * (max_k32_ / 32));
   grow(group_sums_, static_cast<int64_t>(num_tokens_) * (max_k32_ / 32));
+  grow(offsets_, static_cast<int64_t>(num_tokens_) * (max_k32_ / 32));
   grow(cos_, static_cast<int64_t>(num_tokens_) * half);
   grow(sin_, static_cast<int64_t>(num_tokens_) * half);
   for (int t = 0; t < num_tokens_; t++) {
@@ -182,22 +183,22 @@ void Network::attend(int layer, const PhiChunk* chunks) {
   });
 }
 
-void Network::norm(const float* weight, bool groups, const int32_t* rows, int num_rows) {
+void Network::norm(const float* weight, int kind, const int32_t* rows, int num_rows) {
   pool_.run((num_rows + kRowsPerItem - 1) / kRowsPerItem, [&](int item, int thread) {
     for (int i = item * kRowsPerItem; i < std::min((item + 1) * kRowsPerItem, num_rows); i++) {
       const float* x = &hidden_[static_cast<int64_t>(rows ? rows[i] : i) * hidden_stride_];
       kernels_.norm_quantize(x, weight, net_.rms_norm_eps, net_.hidden_size, hidden_stride_, scratch(thread),
-                             quantized(i, hidden_stride_, groups));
+                             quantized(i, hidden_stride_, kind));
     }
   });
 }
 
 void Network::linear(const PhiLinear& layer, int num_rows, float* y, int64_t ld_y, bool add) {
   LinearArgs a = {layer.weight, layer.scale,        layer.n,  pad32(layer.k), x_.data(), x_scale_.data(),
-                  group_sums_.data(), num_rows, y,   ld_y,           add};
-  auto kernel = layer.is_int4 ? kernels_.linear_int4 : kernels_.linear_int8;
+                  group_sums_.data(), offsets_.data(), num_rows, y, ld_y, add};
+  auto kernel = kernels_.linear[layer.kind];
   int num_panels = (layer.n + 15) / 16;
-  int64_t panel_nbytes = static_cast<int64_t>(a.k32) * (layer.is_int4 ? 10 : 16);
+  int64_t panel_nbytes = static_cast<int64_t>(a.k32) * (layer.kind == LINEAR_INT4 ? 10 : 16);
   int64_t shared = (num_panels + 4 * pool_.num_threads() - 1) / (4 * pool_.num_threads());
   int64_t least = std::max<int64_t>(1, kLeastRangeNbytes / (panel_nbytes * num_rows));
   int64_t most = std::max<int64_t>(1, kRangeNbytes / panel_nbytes);
@@ -207,11 +208,12 @@ void Network::linear(const PhiLinear& layer, int num_rows, float* y, int64_t ld_
   });
 }
 
-QuantizedRow Network::quantized(int row, int k32, bool groups) {
-  if (!groups) return {x_.data() + static_cast<int64_t>(row) * k32, x_scale_.data() + row, nullptr};
+QuantizedRow Network::quantized(int row, int k32, int kind) {
+  int16_t* x = x_.data() + static_cast<int64_t>(row) * k32;
+  if (kind == LINEAR_INT8) return {x, x_scale_.data() + row, nullptr, nullptr};
   int64_t first_group = static_cast<int64_t>(row) * (k32 / 32);
   return {reinterpret_cast<int8_t*>(x_.data()) + static_cast<int64_t>(row) * k32, x_scale_.data() + first_group,
-          group_sums_.data() + first_group};
+          group_sums_.data() + first_group, offsets_.data() + first_group};
 }
 
 }  // namespace phi

@@ -58,10 +58,10 @@ class Network {
   void embed(const int32_t* token_ids);
   void rotate_and_store(int layer, const PhiChunk* chunks);
   void attend(int layer, const PhiChunk* chunks);
-  // Each row of `rows` (indices into hidden, null: all) normed and rounded, with a scale for each group if `groups`.
-  void norm(const float* weight, bool groups, const int32_t* rows, int num_rows);
+  // Each row of `rows` (indices into hidden, null: all) normed and rounded as layers of this kind take it.
+  void norm(const float* weight, int kind, const int32_t* rows, int num_rows);
   void linear(const PhiLinear& layer, int num_rows, float* y, int64_t ld_y, bool add);
-  QuantizedRow quantized(int row, int k32, bool groups);
+  QuantizedRow quantized(int row, int k32, int kind);
   float* scratch(int thread) { return reinterpret_cast<float*>(scratch_.data() + thread * scratch_size_); }
 
   PhiNetwork net_;
@@ -78,6 +78,7 @@ class Network {
   std::atomic<uint64_t> progress_{0};
   int num_tokens_ = 0, attend_threads_ = 1;
   Lines<float> hidden_, qkv_, attention_, gate_up_, cos_, sin_, x_scale_, group_sums_, partials_;
+  Lines<int32_t> offsets_;
   Lines<int16_t> x_;
   // For each of the step's tokens: its chunk, its place in it; the rows that logits are wanted of.
   std::vector<int32_t> chunk_of_, offset_of_, wanted_;

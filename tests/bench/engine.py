@@ -21,19 +21,17 @@ import shlex
 import statistics
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from machine import Machine, measure_machine
+from machine import Machine, Meter
 from peers.process import Answer, PeerProcess, wait_until_quiet
 
 PEERS = ("llama_cpp", "openvino_genai", "vllm_cpu")
 _TEXTS = Path(__file__).with_name("texts")
 _LONGEST_TEXT = 4096
-# What weights of a dtype are multiplied by, on a CPU.
-_FACTORS = {"float32": "float32", "bfloat16": "float32", "int8": "int16", "int4": "int8"}
 # Tokens of one sample of prompts: a short one alone would be over before anything about it can be believed.
 _PREFILLED = 2048
 
@@ -60,17 +58,16 @@ class Case:
         answer = contestant.ask("decode", streams=self.streams, context=self.size, tokens=self.tokens)
         return Answer(self.streams / statistics.median(answer.result), answer.others)
 
-    def limit(self, costs: dict[str, int], machine: Machine, kind: str) -> float:
+    def limit(self, costs: dict[str, Any], machine: Machine) -> float:
         """Tokens a second that cannot be passed with these costs (see OwnEngine.costs)."""
         rows = self.streams or self.size
         logits = self.streams or 1
         context = self.streams * (self.size + self.tokens / 2) if self.streams else 0
         seconds = (costs["weight_bytes"] + context * costs["kv_bytes_per_token"]) / machine.read_bandwidth
-        if kind in machine.peak_ops:
-            # The head of an int4 network is int8, and so meets int16 activations.
-            head = machine.peak_ops["int16" if kind == "int8" else kind]
-            computing = rows * costs["ops_per_token"] / machine.peak_ops[kind] + logits * costs["ops_per_logits"] / head
-            seconds = max(seconds, computing)
+        if costs["products"] in machine.peak_ops:
+            layers = rows * costs["ops_per_token"] / machine.peak_ops[costs["products"]]
+            head = logits * costs["ops_per_logits"] / machine.peak_ops[costs["products_of_head"]]
+            seconds = max(seconds, layers + head)
         return rows / seconds
 
 
@@ -142,14 +139,16 @@ def start(parsed: argparse.Namespace) -> dict[str, PeerProcess]:
     common = ["--threads", str(parsed.threads)]
     texts = [_LONGEST_TEXT] if parsed.perplexity else []
     longest = max([*parsed.context, *parsed.prefill, *texts]) + parsed.tokens
-    for dtype in parsed.dtype:
+    for label in parsed.dtype:
+        dtype, _, activations = label.partition(":")
         arguments = ["--model", parsed.model, "--dtype", dtype, "--kv-cache-dtype", parsed.kv_cache_dtype]
+        arguments += ["--activation-dtype", activations or "auto"]
         arguments += ["--chunk", str(parsed.chunk), "--max-model-len", str(longest)]
         if parsed.cache_dir:
             arguments += ["--cache-dir", str(parsed.cache_dir.absolute())]
-        wanted.append((dtype, sys.executable, "own_engine", arguments))
+        wanted.append((label, sys.executable, "own_engine", arguments))
         for isa in parsed.isa:
-            wanted.append((f"{dtype} {isa}", sys.executable, "own_engine", [*arguments, "--isa", isa]))
+            wanted.append((f"{label} {isa}", sys.executable, "own_engine", [*arguments, "--isa", isa]))
     pythons = dict(item.split("=", 1) for item in parsed.peer_python)
     models = [item.split("=", 1) for item in parsed.peer_model]
     if parsed.peers:
@@ -174,7 +173,8 @@ def run(parsed: argparse.Namespace) -> dict[str, Any]:
     """Measures and prints everything; the same as JSON-able values."""
     wait = partial(wait_until_quiet, parsed.others, parsed.patience)
     wait()
-    machine = measure_machine(parsed.threads)
+    meter = Meter(parsed.threads)
+    machine = meter.machine()
     print(machine.describe(), flush=True)
     contestants = start(parsed)
     own = [name for name in contestants if name.split()[0] in parsed.dtype]
@@ -195,12 +195,22 @@ def run(parsed: argparse.Namespace) -> dict[str, Any]:
         for case in cases:
             load = Path("/proc/loadavg").read_text().split()[0]
             asks = {name: partial(case.rate, contestant) for name, contestant in contestants.items()}
+            before = meter.read_bandwidth()
             rates = measure(asks, parsed.repeat, parsed.others, wait, lambda text: print(text, flush=True))
-            print(f"\n{case}   (load {load})")
+            machine = replace(machine, read_bandwidth=(before + meter.read_bandwidth()) / 2)
+            print(f"\n{case}   (load {load}, {machine.read_bandwidth / 1e9:.1f} GB/s)")
             for name, rate in rates.items():
                 print(line(name, rate, rates, own, costs, case, machine), flush=True)
-            results["cases"].append({"case": str(case), "load": load, "rates": {n: vars(r) for n, r in rates.items()}})
+            results["cases"].append(
+                {
+                    "case": str(case),
+                    "load": load,
+                    "read_bandwidth": machine.read_bandwidth,
+                    "rates": {n: vars(r) for n, r in rates.items()},
+                }
+            )
     finally:
+        meter.close()
         for contestant in contestants.values():
             contestant.close()
     return results
@@ -211,7 +221,7 @@ def line(
     rate: Rate,
     rates: dict[str, Rate],
     own: list[str],
-    costs: dict[str, dict[str, int]],
+    costs: dict[str, dict[str, Any]],
     case: Case,
     machine: Machine,
 ) -> str:
@@ -220,7 +230,7 @@ def line(
     if case.streams:
         shown += f"  {1000 * case.streams / rate.rate:.1f} ms a step"
     if name in costs:
-        limit = case.limit(costs[name], machine, _FACTORS.get(name.split()[0], "int16"))
+        limit = case.limit(costs[name], machine)
         shown += f"  {rate.rate / limit:.0%} of the limit {limit:.0f}"
     elif own and own[0] in rates:
         shown += f"  {own[0]} is {rates[own[0]].rate / rate.rate:.2f} x"
@@ -232,7 +242,12 @@ def line(
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--dtype", nargs="*", default=["auto"], help="of ours; none: peers only")
+    parser.add_argument(
+        "--dtype",
+        nargs="*",
+        default=["auto"],
+        help="of ours, as int8, or as int8:int16 with that of activations; none: peers only",
+    )
     parser.add_argument("--kv-cache-dtype", default="auto")
     parser.add_argument("--isa", nargs="*", default=[], help="beside the best instruction set, e.g. avx512_vnni avx2")
     parser.add_argument("--chunk", type=int, default=256, help="tokens of a prompt in one step of ours")

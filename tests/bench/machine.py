@@ -3,13 +3,15 @@
     python tests/bench/machine.py
 
 Owns: a few lines of C++, compiled for this CPU with the compiler that is there, that read a buffer far larger than the
-caches and multiply in registers. Without a compiler numpy stands in, which reads less and cannot tell the peak.
+caches, in huge pages where the kernel has them (as weights are), and multiply in registers. Without a compiler numpy
+stands in, which reads less and cannot tell the peak.
 """
 
 from __future__ import annotations
 
 import argparse
 import ctypes
+import mmap
 import os
 import shutil
 import statistics
@@ -18,6 +20,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -169,26 +172,42 @@ class Machine:
         return f"{self.threads} threads read {self.read_bandwidth / 1e9:.1f} GB/s{peaks}"
 
 
-def measure_machine(threads: int) -> Machine:
-    """Takes some seconds and a gigabyte; medians of a few rounds."""
-    buffer = np.ones(_BUFFER_NBYTES // 8, dtype=np.int64)
-    share = len(buffer) // threads // 1024 * 1024
-    with tempfile.TemporaryDirectory() as folder:
-        library = _compile(Path(folder))
-        if library is None:
-            parts = [buffer[i * share : (i + 1) * share].view(np.float32) for i in range(threads)]
-            seconds = _together(threads, lambda i: parts[i].max())
-            return Machine(threads, 8 * share * threads / seconds, {})
-        # numpy aligns to 16 bytes, the loads to 32.
-        begin = -(-buffer.ctypes.data // 4096) * 4096
-        seconds = _together(threads, lambda i: library.read_bytes(begin + i * 8 * share, 8 * share - 4096))
-        bandwidth = (8 * share - 4096) * threads / seconds
-        rounds = 5_000_000
-        peaks = {}
-        for name in _KINDS:
-            multiply, ops = getattr(library, f"multiply_{name}"), getattr(library, f"ops_{name}")()
-            peaks[name] = ops * rounds * threads / _together(threads, lambda i, call=multiply: call(rounds))
-    return Machine(threads, bandwidth, peaks)
+class Meter:
+    """Measures with a buffer of a gigabyte, which `close` gives back. Neighbours on the same host share its memory: its
+    bandwidth is to be measured beside what is compared to it, and again."""
+
+    def __init__(self, threads: int):
+        self._threads = threads
+        self._folder = tempfile.TemporaryDirectory()
+        self._library = _compile(Path(self._folder.name))
+        self._memory = mmap.mmap(-1, _BUFFER_NBYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        # A kernel without huge pages refuses.
+        with suppress(OSError):
+            self._memory.madvise(mmap.MADV_HUGEPAGE)
+        self._buffer = np.frombuffer(self._memory, dtype=np.int64)
+        self._buffer.fill(1)
+
+    def close(self) -> None:
+        del self._buffer
+        self._memory.close()
+        self._folder.cleanup()
+
+    def read_bandwidth(self) -> float:
+        """Bytes a second, with all threads; takes less than a second."""
+        share = len(self._buffer) // self._threads // 1024 * 1024
+        if self._library is None:
+            parts = [self._buffer[i * share : (i + 1) * share].view(np.float32) for i in range(self._threads)]
+            return 8 * share * self._threads / _together(self._threads, lambda i: parts[i].max())
+        begin, read = self._buffer.ctypes.data, self._library.read_bytes
+        return 8 * share * self._threads / _together(self._threads, lambda i: read(begin + i * 8 * share, 8 * share))
+
+    def machine(self) -> Machine:
+        """Takes some seconds."""
+        rounds, peaks = 5_000_000, {}
+        for name in _KINDS if self._library is not None else ():
+            multiply, ops = getattr(self._library, f"multiply_{name}"), getattr(self._library, f"ops_{name}")()
+            peaks[name] = ops * rounds * self._threads / _together(self._threads, lambda i, call=multiply: call(rounds))
+        return Machine(self._threads, self.read_bandwidth(), peaks)
 
 
 def _compile(folder: Path) -> Any:
@@ -226,4 +245,8 @@ def _together(threads: int, work: Callable[[int], Any]) -> float:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    print(measure_machine(parser.parse_args().threads).describe())
+    meter = Meter(parser.parse_args().threads)
+    print(meter.machine().describe())
+    for _ in range(4):
+        print(f"again: {meter.read_bandwidth() / 1e9:.1f} GB/s")
+    meter.close()

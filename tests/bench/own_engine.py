@@ -43,7 +43,10 @@ class OwnEngine:
         self.caches: list[KVCache] = []
         # How many tokens each cache holds of the prompt of stream 0.
         self._filled: list[int] = []
-        self.description = f"phi-cluster, {served.dtype}, KV cache {served.kv_cache_dtype}, chunks of {chunk}"
+        self.description = (
+            f"phi-cluster, {served.dtype}, activations {served.activation_dtype}, KV cache {served.kv_cache_dtype}, "
+            f"chunks of {chunk}"
+        )
 
     @torch.inference_mode()
     def decode(self, streams: int, context: int, tokens: int) -> list[float]:
@@ -75,10 +78,10 @@ class OwnEngine:
         picked = logits[:-1].log_softmax(-1).gather(1, ids[1:, None])
         return float(picked.double().sum())
 
-    def costs(self) -> dict[str, int]:
+    def costs(self) -> dict[str, Any]:
         """What a step reads and computes: bytes of weights (all but the embedding, of which a row a token is read),
         bytes of keys and values a token of context, multiplications and additions of the linear layers a token, and
-        of the head a row of logits."""
+        of the head a row of logits; and of what kind these are, as Machine calls them."""
         config = self._config
         head = config.vocab_size * config.hidden_size
         attention = config.num_attention_heads * config.head_dim
@@ -91,6 +94,8 @@ class OwnEngine:
             "kv_bytes_per_token": self.served.layout.kv.bytes_per_token,
             "ops_per_token": 2 * layer * config.num_hidden_layers,
             "ops_per_logits": 2 * head,
+            "products": {"int8": self.served.activation_dtype, "int4": "int8"}.get(self.served.dtype, "float32"),
+            "products_of_head": self.served.activation_dtype if self.served.dtype in ("int8", "int4") else "float32",
         }
 
     def prepare(self, streams: int, context: int) -> None:
@@ -146,13 +151,16 @@ def _network(served: ServedModel, weights: dict[str, torch.Tensor], threads: int
     from phi_cluster.model.quantized_phi3 import QuantizedPhi3ForCausalLM
 
     kv = served.layout.kv
-    return QuantizedPhi3ForCausalLM(served.config, weights, kv, served.kv_cache_dtype, load(isa), threads)
+    return QuantizedPhi3ForCausalLM(
+        served.config, weights, kv, served.kv_cache_dtype, served.activation_dtype, load(isa), threads
+    )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--kv-cache-dtype", default="auto")
+    parser.add_argument("--activation-dtype", default="auto")
     parser.add_argument("--chunk", type=int, default=256)
     parser.add_argument("--max-model-len", type=int, default=4096)
     parser.add_argument("--cache-dir", type=Path)
@@ -166,6 +174,7 @@ def make(parsed: argparse.Namespace) -> OwnEngine:
             "model": parsed.model,
             "dtype": parsed.dtype,
             "kv_cache_dtype": parsed.kv_cache_dtype,
+            "activation_dtype": parsed.activation_dtype,
             "max_model_len": parsed.max_model_len,
             "cache_dir": parsed.cache_dir,
         },

@@ -1,6 +1,7 @@
 """What each dtype costs in quality: perplexity, and the distance of its predictions from float32's, on fixed texts.
 
-    python tests/bench/quality.py [--model smollm2] [--dtypes bfloat16 int8 int4] [--kv auto int8] [--check]
+    python tests/bench/quality.py [--model smollm2] [--dtypes bfloat16 int8 int4] [--activations int16 int8]
+        [--kv auto int8] [--check]
 
 Every network reads the same texts (those in `texts/`), beside the float32 network, in chunks as a server's prefill. The
 table is for the README; the last line is JSON. With --check the exit status is 1 if a bound of LIMITS does not hold.
@@ -40,7 +41,8 @@ from phi_cluster.model.quantized_phi3 import QuantizedPhi3ForCausalLM
 from phi_cluster.model.tokenizer import Tokenizer
 
 TEXTS = Path(__file__).with_name("texts")
-# Promised for the default model. Perplexity as a ratio to another dtype's, both with a KV cache of bfloat16.
+# Promised for the default model, with either activations. Perplexity as a ratio to another dtype's, both with a KV
+# cache of bfloat16.
 LIMITS = {"int8 to float32": 1.01, "int8 KL": 0.01, "int4 to int8": 1.01}
 # (dtype, bytes of a number, bytes of a scale) of the KV cache.
 _KV = {"float32": (torch.float32, 4, 0), "bfloat16": (torch.bfloat16, 2, 0), "int8": (torch.int8, 1, 4)}
@@ -48,10 +50,12 @@ _KV = {"float32": (torch.float32, 4, 0), "bfloat16": (torch.bfloat16, 2, 0), "in
 
 @dataclass(frozen=True)
 class Variant:
-    """A network's dtype, and its KV cache's, where "auto" is what the server takes by itself."""
+    """A network's dtype, its KV cache's, where "auto" is what the server takes by itself, and that of what meets int8
+    weights, if there are any."""
 
     dtype: str
     kv: str = "auto"
+    activations: str = "int16"
 
     @property
     def kv_dtype(self) -> str:
@@ -61,7 +65,7 @@ class Variant:
 
     @property
     def possible(self) -> bool:
-        return self.kv == "auto" or self.dtype in ("int8", "int4")
+        return self.dtype in ("int8", "int4") or (self.kv, self.activations) == ("auto", "int16")
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,7 @@ class Quality:
 
     dtype: str
     kv: str
+    activations: str
     perplexity: float
     ratio: float
     ratio_error: float
@@ -93,7 +98,9 @@ class Network:
         self._cache = KVCache(layout, kv_dtype)
         self._network: Phi3ForCausalLM | QuantizedPhi3ForCausalLM
         if variant.dtype in ("int8", "int4"):
-            self._network = QuantizedPhi3ForCausalLM(config, weights, layout, variant.kv_dtype, load(), threads)
+            self._network = QuantizedPhi3ForCausalLM(
+                config, weights, layout, variant.kv_dtype, variant.activations, load(), threads
+            )
         else:
             self._network = Phi3ForCausalLM(config, weights, getattr(torch, variant.dtype))
 
@@ -153,25 +160,31 @@ def measure(
 
 def failures(results: Sequence[Quality]) -> list[str]:
     """Which of LIMITS do not hold; those of variants that were not measured are left out."""
-    found = {(result.dtype, result.kv): result for result in results}
-    int8, int4 = found.get(("int8", "bfloat16")), found.get(("int4", "bfloat16"))
-    figures: dict[str, float] = {}
-    if int8:
-        figures |= {"int8 to float32": int8.ratio, "int8 KL": int8.kl}
-    if int8 and int4:
-        figures["int4 to int8"] = int4.perplexity / int8.perplexity
-    return [
-        f"{name} is {figure:.4f}, at most {LIMITS[name]} is promised"
-        for name, figure in figures.items()
-        if not figure <= LIMITS[name]
-    ]
+    found = {(result.dtype, result.activations): result for result in results if result.kv == "bfloat16"}
+    problems = []
+    for activations in ("int16", "int8"):
+        int8, int4 = (found.get((dtype, activations)) for dtype in ("int8", "int4"))
+        figures: dict[str, float] = {}
+        if int8:
+            figures |= {"int8 to float32": int8.ratio, "int8 KL": int8.kl}
+        if int8 and int4:
+            figures["int4 to int8"] = int4.perplexity / int8.perplexity
+        problems += [
+            f"{name} is {figure:.4f} with {activations} activations, at most {LIMITS[name]} is promised"
+            for name, figure in figures.items()
+            if not figure <= LIMITS[name]
+        ]
+    return problems
 
 
 def table(results: Sequence[Quality]) -> str:
     """Markdown."""
-    lines = ["| dtype | KV cache | perplexity | to float32 | KL to float32 | same top-1 |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| dtype | activations | KV cache | perplexity | to float32 | KL to float32 | same top-1 |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for result in results:
-        start = f"| {result.dtype} | {result.kv} | {result.perplexity:.2f} |"
+        start = f"| {result.dtype} | {result.activations} | {result.kv} | {result.perplexity:.2f} |"
         if result.dtype == "float32":
             lines.append(f"{start} | | |")
         else:
@@ -197,6 +210,7 @@ def _quality(variant: Variant, nlls: dict[str, Tensor], sums: _Sums) -> Quality:
     return Quality(
         dtype=variant.dtype,
         kv=variant.kv_dtype,
+        activations=variant.activations if variant.dtype in ("int8", "int4") else variant.dtype,
         perplexity=math.exp(torch.cat(list(nlls.values())).mean()) * ratio,
         ratio=ratio,
         ratio_error=ratio * float(extra.std()) / math.sqrt(len(extra)),
@@ -211,6 +225,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "int8", "int4"], help="float32 is always there")
+    parser.add_argument("--activations", nargs="+", default=["int16", "int8"], choices=["int16", "int8"])
     parser.add_argument("--kv", nargs="+", default=["auto", "int8"], choices=["auto", "int8"])
     parser.add_argument("--tokens", type=int, help="of each text; default: all")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -221,11 +236,20 @@ def main() -> None:
     folder = resolve_model(parsed.model, parsed.cache_dir or Config().cache_path)
     limit = min(parsed.tokens or sys.maxsize, Phi3Config.from_folder(folder).max_position_embeddings)
     texts = read_texts(Tokenizer.from_folder(folder), limit)
-    pairs = [Variant(dtype, kv) for dtype in parsed.dtypes if dtype != "float32" for kv in parsed.kv]
-    results = measure(folder, [variant for variant in pairs if variant.possible], texts, parsed.threads)
+    variants = [
+        Variant(dtype, kv, activations)
+        for dtype in parsed.dtypes
+        if dtype != "float32"
+        for activations in parsed.activations
+        for kv in parsed.kv
+    ]
+    results = measure(folder, [variant for variant in variants if variant.possible], texts, parsed.threads)
     print(table(results), flush=True)
     for name, ids in texts.items():
-        parts = [f"{result.dtype}/{result.kv} {result.by_text[name][1] - 1:+.2%}" for result in results[1:]]
+        parts = [
+            f"{result.dtype}/{result.activations}/{result.kv} {result.by_text[name][1] - 1:+.2%}"
+            for result in results[1:]
+        ]
         print(f"{name}, {len(ids)} tokens: float32 {results[0].by_text[name][0]:.2f}, {', '.join(parts)}")
     problems = failures(results)
     for problem in problems:

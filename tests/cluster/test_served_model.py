@@ -84,6 +84,20 @@ def test_the_layout_follows_from_network_and_dtypes(
     assert served.layout.max_model_len == 100
 
 
+@pytest.mark.parametrize("dtype", ["auto", "int8", "int4"])
+@pytest.mark.parametrize("best", ["int16", "int8"])
+def test_activations_are_what_the_kernels_are_best_at_unless_they_are_named(
+    dtype: Any, best: str, tmp_path: Path
+) -> None:
+    folder = checkpoint(tmp_path)
+
+    def activations(wanted: Any) -> str:
+        config = Config(dtype=dtype, activation_dtype=wanted)
+        return describe_model(config, folder, works, ops_activations=lambda: best).activation_dtype
+
+    assert [activations(wanted) for wanted in ("auto", "int16", "int8")] == [best, "int16", "int8"]
+
+
 def test_the_dtype_is_not_part_of_the_fingerprint_but_the_network_is(tmp_path: Path) -> None:
     folder = checkpoint(tmp_path / "a")
     one, other = (describe_model(Config(dtype=dtype), folder) for dtype in ("float32", "bfloat16"))
@@ -112,7 +126,7 @@ def test_auto_is_int8_where_the_kernels_are_and_says_so_where_not(tmp_path: Path
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_kernels_that_are_not_needed_are_not_asked_for(dtype: Any) -> None:
     assert choose_dtypes(Config(dtype=dtype), never_asked)[0] == dtype
-    assert choose_dtypes(Config(device="cuda"), never_asked) == ("bfloat16", "bfloat16")
+    assert choose_dtypes(Config(device="cuda"), never_asked) == ("bfloat16", "bfloat16", "bfloat16")
     assert choose_dtypes(Config(device="cuda", dtype=dtype), never_asked)[0] == dtype
 
 
@@ -126,6 +140,11 @@ def test_kernels_that_are_not_needed_are_not_asked_for(dtype: Any) -> None:
             {"device": "cuda", "dtype": "int8"},
             "dtype: int8 runs on the CPU only; with device: cuda set dtype: bfloat16",
         ),
+        (
+            {"dtype": "bfloat16", "activation_dtype": "int8"},
+            "activation_dtype: int8 does not go with dtype bfloat16, whose activations are bfloat16; leave it at auto",
+        ),
+        ({"activation_dtype": "int16"}, "activation_dtype: int16 does not go with dtype bfloat16, whose activations"),
         ({"dtype": "bfloat16", "kv_cache_dtype": "int8"}, "kv_cache_dtype: int8 does not go with dtype bfloat16, "),
         ({"device": "cuda", "kv_cache_dtype": "int8"}, "kv_cache_dtype: int8 does not go with dtype bfloat16, "),
         ({"dtype": "float32", "kv_cache_dtype": "int8"}, "kv_cache_dtype: int8 does not go with dtype float32, "),

@@ -1,4 +1,7 @@
-"""Tiny networks with random int8 or int4 weights, without a checkpoint."""
+"""Tiny networks with random int8 or int4 weights, without a checkpoint.
+
+A dtype here is that of the weights, or, as "int8_int8", also that of what meets int8 weights (else int16).
+"""
 
 from __future__ import annotations
 
@@ -32,6 +35,10 @@ def config(**changes: Any) -> Phi3Config:
     return Phi3Config(**(fields | changes))
 
 
+def activations(dtype: str) -> str:
+    return dtype.partition("_")[2] or "int16"
+
+
 def weights(of: Phi3Config, dtype: str, seed: int = 0) -> dict[str, torch.Tensor]:
     """Packed as flat_weights.py does it; logits differ as much as a real network's."""
     generator = torch.Generator().manual_seed(seed)
@@ -44,7 +51,7 @@ def weights(of: Phi3Config, dtype: str, seed: int = 0) -> dict[str, torch.Tensor
         elif name == "model.embed_tokens.weight":
             packed[name] = (0.15 * weight).bfloat16()
         else:
-            quantize = quantize_int4 if dtype == "int4" and name != "lm_head.weight" else quantize_int8
+            quantize = quantize_int4 if dtype.startswith("int4") and name != "lm_head.weight" else quantize_int8
             packed[name], packed[name.replace(".weight", ".scale")] = quantize(0.15 * weight)
     return packed
 
@@ -60,9 +67,11 @@ def network(
     max_model_len: int = 128,
     isa: str | None = None,
     num_threads: int = 1,
+    activation_dtype: str = "int16",
 ) -> QuantizedPhi3ForCausalLM:
+    kv_layout = layout(of, kv_cache_dtype, max_model_len)
     return QuantizedPhi3ForCausalLM(
-        of, packed, layout(of, kv_cache_dtype, max_model_len), kv_cache_dtype, library.load(isa), num_threads
+        of, packed, kv_layout, kv_cache_dtype, activation_dtype, library.load(isa), num_threads
     )
 
 

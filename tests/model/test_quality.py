@@ -27,25 +27,28 @@ quality = SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[1] / "benc
 # bound is for the whole texts (tests/bench/quality.py --check): here it may be off by what chance does to so few.
 TOKENS = 128
 STANDARD_ERRORS = 2
+ACTIVATIONS = ["int16", "int8"]
 
 
 @pytest.fixture(scope="module")
-def measured() -> dict[tuple[str, str], Any]:
-    """(dtype, KV cache's dtype) -> its figures on the default model, which is got once."""
+def measured() -> dict[tuple[str, str, str], Any]:
+    """(dtype, activations', KV cache's dtype) -> its figures on the default model, which is got once."""
     if problem := library.problem():
         pytest.skip(f"no kernels: {problem}")
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     folder = resolve_model("smollm2", cache / "phi-cluster")
     texts = quality.read_texts(Tokenizer.from_folder(folder), TOKENS)
     assert [len(ids) for ids in texts.values()] == [TOKENS] * 3
-    variants = [quality.Variant("int8"), quality.Variant("int4"), quality.Variant("int8", "int8")]
+    variants = [quality.Variant(dtype, activations=number) for dtype in ("int8", "int4") for number in ACTIVATIONS]
+    variants.append(quality.Variant("int8", "int8"))
     results = quality.measure(folder, variants, texts, torch.get_num_threads())
-    return {(result.dtype, result.kv): result for result in results}
+    return {(result.dtype, result.activations, result.kv): result for result in results}
 
 
 @pytest.mark.slow
-def test_int8_is_near_float32(measured: dict[tuple[str, str], Any]) -> None:
-    int8 = measured["int8", "bfloat16"]
+@pytest.mark.parametrize("activations", ACTIVATIONS)
+def test_int8_is_near_float32(measured: dict[tuple[str, str, str], Any], activations: str) -> None:
+    int8 = measured["int8", activations, "bfloat16"]
     assert 0 < int8.kl <= quality.LIMITS["int8 KL"]
     assert 0 < int8.ratio_error < 0.01
     assert int8.ratio - STANDARD_ERRORS * int8.ratio_error <= quality.LIMITS["int8 to float32"]
@@ -53,16 +56,17 @@ def test_int8_is_near_float32(measured: dict[tuple[str, str], Any]) -> None:
 
 
 @pytest.mark.slow
-def test_int4_is_as_near_as_int8(measured: dict[tuple[str, str], Any]) -> None:
+@pytest.mark.parametrize("activations", ACTIVATIONS)
+def test_int4_is_as_near_as_int8(measured: dict[tuple[str, str, str], Any], activations: str) -> None:
     """The default model's own weights are 4-bit numbers in groups of 32, which int4 holds exactly."""
-    int8, int4 = measured["int8", "bfloat16"], measured["int4", "bfloat16"]
+    int8, int4 = (measured[dtype, activations, "bfloat16"] for dtype in ("int8", "int4"))
     assert 0 < int4.kl <= quality.LIMITS["int8 KL"]
     assert int4.perplexity / int8.perplexity <= quality.LIMITS["int4 to int8"]
 
 
 @pytest.mark.slow
-def test_an_int8_kv_cache_costs_little(measured: dict[tuple[str, str], Any]) -> None:
-    assert measured["int8", "int8"].kl <= 1.5 * measured["int8", "bfloat16"].kl
+def test_an_int8_kv_cache_costs_little(measured: dict[tuple[str, str, str], Any]) -> None:
+    assert measured["int8", "int16", "int8"].kl <= 1.5 * measured["int8", "int16", "bfloat16"].kl
 
 
 def test_the_figures_are_what_they_are_called(checkpoint: Callable[[str], Any]) -> None:
@@ -93,19 +97,19 @@ def test_the_figures_are_what_they_are_called(checkpoint: Callable[[str], Any]) 
     assert bfloat16.perplexity == pytest.approx(other, rel=0.01)
     assert bfloat16.ratio == pytest.approx(bfloat16.perplexity / float32.perplexity)
     assert bfloat16.kl == pytest.approx(float(torch.cat(kls).mean()), rel=0.2)
-    assert (bfloat16.dtype, bfloat16.kv) == ("bfloat16", "bfloat16")
+    assert (bfloat16.dtype, bfloat16.activations, bfloat16.kv) == ("bfloat16", "bfloat16", "bfloat16")
 
 
 def test_broken_bounds_are_named() -> None:
     def result(dtype: str, perplexity: float, kl: float) -> Any:
-        return quality.Quality(dtype, "bfloat16", perplexity, perplexity / 10, 0.001, kl, kl, 0.9, {})
+        return quality.Quality(dtype, "bfloat16", "int8", perplexity, perplexity / 10, 0.001, kl, kl, 0.9, {})
 
     assert quality.failures([result("int8", 10.1, 0.01), result("int4", 10.2, 0.5)]) == []
     assert quality.failures([result("bfloat16", 20, 1), result("int4", 20, 1)]) == []
     problems = quality.failures([result("int8", 10.2, 0.02), result("int4", 10.4, 0.5)])
     assert [problem.split(" is ")[0] for problem in problems] == ["int8 to float32", "int8 KL", "int4 to int8"]
     assert len(quality.failures([result("int8", math.nan, math.nan)])) == 2
-    assert "| int4 | bfloat16 | 10.40 | +4.00 ± 0.10 % | 0.50000 | 90.0% |" in quality.table(
+    assert "| int4 | int8 | bfloat16 | 10.40 | +4.00 ± 0.10 % | 0.50000 | 90.0% |" in quality.table(
         [result("int4", 10.4, 0.5)]
     )
 

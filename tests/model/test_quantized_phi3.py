@@ -31,7 +31,7 @@ tiny = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("random_net
 
 pytestmark = pytest.mark.skipif(library.problem() is not None, reason=f"no kernels: {library.problem()}")
 
-DTYPES = ["int8", "int4"]
+DTYPES = ["int8", "int4", "int8_int8", "int4_int8"]
 KINDS = ["bfloat16", "int8"]
 ISAS = tiny.available()
 MAX_MODEL_LEN = 80
@@ -62,7 +62,7 @@ def packed(checkpoint: Any) -> Callable[[str, str], Packed]:
     @functools.cache
     def get(variant: str, dtype: str) -> Packed:
         one = checkpoint(variant)
-        buffer, index = pack_weights(one.folder, one.config, dtype)
+        buffer, index = pack_weights(one.folder, one.config, dtype.partition("_")[0])
         protect_read_only(buffer)
         return view_weights(buffer, index)
 
@@ -92,7 +92,8 @@ class RoundingPhi3(Phi3ForCausalLM):
         self._dtype, self._kind = dtype, kind
 
     def _linear(self, x: Tensor, weight: Tensor) -> Tensor:
-        if self._dtype == "int4" and weight is not self.lm_head:
+        int8_weights = self._dtype.startswith("int8") or weight is self.lm_head
+        if not int8_weights or tiny.activations(self._dtype) == "int8":
             q, scale, _ = reference.round_groups(torch.nn.functional.pad(x, (0, -x.shape[1] % 32)))
             scale = scale.repeat_interleave(32, 1)
         else:
@@ -152,17 +153,17 @@ def difference(actual: Tensor, expected: Tensor) -> float:
 @pytest.mark.parametrize(("variant", "length"), CASES)
 def test_logits_are_torchs(checkpoint, packed, variant, length, dtype, kind, isa):
     config, weights = checkpoint(variant).config, packed(variant, dtype)
-    network = tiny.network(config, weights, kind, MAX_MODEL_LEN, isa)
+    network = tiny.network(config, weights, kind, MAX_MODEL_LEN, isa, activation_dtype=tiny.activations(dtype))
     ids = random_ids(length)
     actual = logits_of(network, tiny.new_cache(config, kind, MAX_MODEL_LEN), ids)
     exact_config, exact_weights = replace(config, tie_word_embeddings=False), dequantized(config, weights)
     layout = KVCacheLayout.for_config(config, MAX_MODEL_LEN, 4)
     rounded = logits_of(RoundingPhi3(exact_config, exact_weights, dtype, kind), KVCache(layout, torch.float32), ids)
     # A single activation of 8 bits that is rounded the other way shows in all that follows.
-    assert difference(actual, rounded) < {"int8": 2e-3, "int4": 0.02}[dtype]
-    # What is rounded beside the weights costs little: for int4 weights activations have 8 bits, for int8 16.
+    assert difference(actual, rounded) < (2e-3 if dtype == "int8" else 0.02)
+    # What is rounded beside the weights costs little: activations have 8 bits, or 16.
     exact = Phi3ForCausalLM(exact_config, exact_weights, torch.float32)
-    allowed = {"int4": 0.05, "int8": 0.01 if kind == "bfloat16" else 0.03}[dtype]
+    allowed = 0.05 if dtype != "int8" else 0.01 if kind == "bfloat16" else 0.03
     assert difference(actual, logits_of(exact, KVCache(layout, torch.float32), ids)) < allowed
 
 
@@ -172,7 +173,8 @@ def test_keys_and_values_are_torchs(checkpoint, packed, dtype, kind):
     """Of the first layer, where nothing has been rounded differently before."""
     config, weights = checkpoint("longrope").config, packed("longrope", dtype)
     cache = tiny.new_cache(config, kind, MAX_MODEL_LEN)
-    logits_of(tiny.network(config, weights, kind, MAX_MODEL_LEN), cache, random_ids(LENGTH))
+    network = tiny.network(config, weights, kind, MAX_MODEL_LEN, activation_dtype=tiny.activations(dtype))
+    logits_of(network, cache, random_ids(LENGTH))
     rounding = RoundingPhi3(config, dequantized(config, weights), dtype, kind)
     expected = KVCache(KVCacheLayout.for_config(config, MAX_MODEL_LEN, 4), torch.float32)
     logits_of(rounding, expected, random_ids(LENGTH))
@@ -199,9 +201,11 @@ def test_the_regimes_of_longrope_differ(checkpoint, packed):
 def test_the_checkpoints_own_logits_are_near(checkpoint, packed, dtype):
     """Of transformers, on weights that were never rounded. (Tiny random networks suffer more than real ones.)"""
     one = checkpoint("gqa")
-    network = tiny.network(one.config, packed("gqa", dtype))
+    network = tiny.network(one.config, packed("gqa", dtype), activation_dtype=tiny.activations(dtype))
     actual = logits_of(network, tiny.new_cache(one.config), random_ids(LENGTH))
-    assert difference(actual, one.reference_logits(random_ids(LENGTH))) < {"int8": 0.03, "int4": 0.4}[dtype]
+    assert difference(actual, one.reference_logits(random_ids(LENGTH))) < (
+        0.4 if dtype.startswith("int4") else 0.03 if dtype == "int8" else 0.05
+    )
 
 
 # What is refused.
@@ -301,7 +305,15 @@ def test_a_network_for_another_layout(config, layout, kind, why):
     fields = {"num_layers": 2, "num_kv_heads": 2, "head_dim": 16, "max_model_len": MAX_MODEL_LEN} | layout
     with pytest.raises(ValueError, match=why):
         QuantizedPhi3ForCausalLM(
-            config, tiny.weights(config, "int8"), KVCacheLayout(**fields), kind, library.load(), num_threads=1
+            config, tiny.weights(config, "int8"), KVCacheLayout(**fields), kind, "int16", library.load(), num_threads=1
+        )
+
+
+def test_activations_that_there_are_not(config):
+    layout = tiny.layout(config, "bfloat16", MAX_MODEL_LEN)
+    with pytest.raises(ValueError, match="activations of bfloat16"):
+        QuantizedPhi3ForCausalLM(
+            config, tiny.weights(config, "int8"), layout, "bfloat16", "bfloat16", library.load(), num_threads=1
         )
 
 
@@ -309,7 +321,7 @@ def test_a_network_that_cannot_be_made(config):
     layout = tiny.layout(config, "bfloat16", MAX_MODEL_LEN)
     ops = replace(library.load(), isa="avx1024")
     with pytest.raises(MemoryError, match="workspace"):
-        QuantizedPhi3ForCausalLM(config, tiny.weights(config, "int8"), layout, "bfloat16", ops, num_threads=1)
+        QuantizedPhi3ForCausalLM(config, tiny.weights(config, "int8"), layout, "bfloat16", "int16", ops, num_threads=1)
 
 
 def test_logits_lie_where_the_next_call_writes(network, config):

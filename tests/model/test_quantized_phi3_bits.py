@@ -30,7 +30,7 @@ tiny = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("random_net
 
 pytestmark = pytest.mark.skipif(library.problem() is not None, reason=f"no kernels: {library.problem()}")
 
-DTYPES = ["int8", "int4"]
+DTYPES = ["int8", "int4", "int8_int8"]
 KINDS = ["bfloat16", "int8"]
 ISAS = tiny.available()
 # Longer than a super block of attention (512 positions).
@@ -64,12 +64,15 @@ class Subject:
 
     config: Phi3Config
     weights: dict[str, Tensor]
+    activations: str
     kind: str
     isa: str
     max_model_len: int = MAX_MODEL_LEN
 
     def network(self, num_threads: int = 1) -> QuantizedPhi3ForCausalLM:
-        return tiny.network(self.config, self.weights, self.kind, self.max_model_len, self.isa, num_threads)
+        return tiny.network(
+            self.config, self.weights, self.kind, self.max_model_len, self.isa, num_threads, self.activations
+        )
 
     def cache(self) -> KVCache:
         return tiny.new_cache(self.config, self.kind, self.max_model_len)
@@ -77,7 +80,7 @@ class Subject:
 
 def subject(variant: str, dtype: str, kind: str, isa: str) -> Subject:
     config = tiny.config(**VARIANTS[variant])
-    return Subject(config, tiny.weights(config, dtype), kind, isa)
+    return Subject(config, tiny.weights(config, dtype), tiny.activations(dtype), kind, isa)
 
 
 @dataclass(frozen=True, eq=False)
@@ -357,7 +360,7 @@ def test_weights_and_caches_may_lie_anywhere_and_networks_keep_their_weights(gqa
         room = torch.zeros(tensor.nbytes + 64, dtype=torch.uint8)
         first = (-room.data_ptr()) % 64 + tensor.itemsize
         moved[name] = room[first : first + tensor.nbytes].view(tensor.dtype).view(tensor.shape).copy_(tensor)
-    network = Subject(gqa.config, moved, gqa.kind, gqa.isa).network()
+    network = replace(gqa, weights=moved).network()
     del moved, tensor, room
     gc.collect()
     assert same_bits(network.forward_all(session.chunk(0, 30, gqa.cache())), session.logits)
@@ -370,5 +373,5 @@ def test_instruction_sets_with_fused_sums_agree(isa, kind, dtype):
     """A server may move between such CPUs."""
     for variant in VARIANTS:
         of = subject(variant, dtype, kind, isa)
-        sessions = make_sessions(Subject(of.config, of.weights, kind, "avx2"), [1, 5, 33, 70])
+        sessions = make_sessions(replace(of, isa="avx2"), [1, 5, 33, 70])
         Traffic(of, sessions, random.Random(variant)).run(of.network(2))

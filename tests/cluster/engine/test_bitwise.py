@@ -46,11 +46,17 @@ class Subject:
 
     config: Phi3Config
     weights: dict[str, torch.Tensor]
+    activations: str
     kv_cache_dtype: str
 
     def network(self, num_threads: int) -> QuantizedPhi3ForCausalLM:
         made: QuantizedPhi3ForCausalLM = tiny.network(
-            self.config, self.weights, self.kv_cache_dtype, MAX_MODEL_LEN, num_threads=num_threads
+            self.config,
+            self.weights,
+            self.kv_cache_dtype,
+            MAX_MODEL_LEN,
+            num_threads=num_threads,
+            activation_dtype=self.activations,
         )
         return made
 
@@ -62,7 +68,7 @@ class Subject:
 
 def subject(dtype: str, kv_cache_dtype: str, **changes: Any) -> Subject:
     config = tiny.config(original_max_position_embeddings=40, rope_scaling=LONGROPE, **changes)
-    return Subject(config, tiny.weights(config, dtype), kv_cache_dtype)
+    return Subject(config, tiny.weights(config, dtype), tiny.activations(dtype), kv_cache_dtype)
 
 
 class MemoryKV:
@@ -269,6 +275,7 @@ class Seen:
 CASES = [
     ("int8", "bfloat16", {}),
     ("int8", "int8", {}),
+    ("int8_int8", "bfloat16", {}),
     ("int4", "bfloat16", {"num_key_value_heads": 4, "sliding_window": 23}),
     ("int4", "int8", {"num_key_value_heads": 1}),
 ]

@@ -92,6 +92,13 @@ def test_a_library_is_loaded_and_tested_once():
     assert library.load("plain") is library.load("plain")
 
 
+@built
+def test_int16_unless_int8_is_much_quicker():
+    c = library.load().c
+    preferred = {isa: library.Ops(c, isa).activation_dtype for isa in ("amx", "avx512_vnni", "avx512", "avx2", "plain")}
+    assert preferred == dict.fromkeys(preferred, "int16") | {"avx512_vnni": "int8"}
+
+
 # The variable.
 
 
@@ -188,16 +195,17 @@ def test_after_a_refusal_it_can_be_tried_again(monkeypatch):
 
 @built
 @pytest.mark.parametrize("row", [0, 5, 12])
-@pytest.mark.parametrize("dtype", ["int8", "int4"])
+@pytest.mark.parametrize("dtype", ["int8", "int4", "int8 in groups"])
 def test_kernels_that_compute_something_else_are_refused(monkeypatch, dtype, row):
     """One bit of one number of one layer, in the call that is not plain C++'s (the second of each pair is)."""
     linear = library.linear
     calls = []
+    number = ["int8", "int4", "int8 in groups"].index(dtype) + 1
 
     def wrong(*arguments: Any) -> Any:
         y = linear(*arguments)
         calls.append(arguments[0].isa)
-        if len(calls) == {"int8": 1, "int4": 3}[dtype]:
+        if len(calls) == 2 * number - 1:
             y.view(np.int32)[row, -1] ^= 1
         return y
 
@@ -205,7 +213,7 @@ def test_kernels_that_compute_something_else_are_refused(monkeypatch, dtype, row
     isa = _best()
     with pytest.raises(OpsUnavailable, match=rf"self-test: the {isa} kernels .* plain C.. computes \({dtype}\)"):
         library.load()
-    assert calls == {"int8": [isa, "plain"], "int4": [isa, "plain"] * 2}[dtype]
+    assert calls == [isa, "plain"] * number
 
 
 @built
@@ -220,7 +228,7 @@ def test_the_check_covers_sums_that_would_saturate(monkeypatch):
 
     monkeypatch.setattr(library, "linear", spy)
     library.load()
-    assert [largest[:2] for largest in seen] == [(127, LARGEST_INT16)] * 2 + [(255, 127)] * 2
+    assert [largest[:2] for largest in seen] == [(127, LARGEST_INT16)] * 2 + [(255, 127)] * 2 + [(127, 127)] * 2
     for _, _, shape in seen:
         # More rows than one tile has, more inputs than one block.
         assert shape[0] > 16

@@ -1,4 +1,4 @@
-"""The compiled linear layers against torch: int8 bit by bit, int4 to within float32's rounding."""
+"""The compiled linear layers against torch: int8 bit by bit, int4 and rows in groups to within float32's rounding."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Layer:
     scale: Tensor
     x: Tensor
     x_scale: Tensor
-    group_sums: Tensor | None
+    group_sums: Tensor | None = None
 
     def __call__(self, ops: Ops, rows: slice | list[int] = slice(None)) -> Tensor:
         """float32 [m, n]"""
@@ -56,7 +56,12 @@ class Layer:
         return torch.from_numpy(y)
 
     def expected(self) -> Tensor:
-        compute = reference.linear_int8 if self.group_sums is None else reference.linear_int4
+        kind = self.weight.dtype, self.x.dtype
+        compute = {
+            (torch.int8, torch.int16): reference.linear_int8,
+            (torch.int8, torch.int8): reference.linear_int8_groups,
+            (torch.uint8, torch.int8): reference.linear_int4,
+        }[kind]
         return compute(self.weight, self.scale, self.n, self.x, self.x_scale)
 
 
@@ -80,7 +85,16 @@ def int8_layer(n: int, k: int, m: int, seed: int = 0) -> Layer:
     scale[:n] = torch.rand(n, generator=generator) * 0.01
     x = torch.zeros(m, ceil32(k), dtype=torch.int16)
     x[:, :k] = torch.randint(-LARGEST_INT16, LARGEST_INT16 + 1, (m, k), generator=generator)
-    return Layer(n, weight, scale, x, torch.rand(m, generator=generator) * 1e-3, None)
+    return Layer(n, weight, scale, x, torch.rand(m, generator=generator) * 1e-3)
+
+
+def int8_groups_layer(n: int, k: int, m: int, seed: int = 0) -> Layer:
+    """int8 weights, and rows with a scale of its own for each group."""
+    layer = int8_layer(n, k, m, seed)
+    generator = torch.Generator().manual_seed(seed + n + k)
+    layer.x = layer.x.remainder(255).sub(127).mul(torch.arange(ceil32(k)) < k).char()
+    layer.x_scale = torch.rand(m, ceil32(k) // 32, generator=generator) * 1e-3
+    return layer
 
 
 def int4_layer(n: int, k: int, m: int, seed: int = 0) -> Layer:
@@ -199,10 +213,43 @@ def test_int4_bits_depend_on_nothing_but_the_row(ops, n, k):
     assert_same_bits(layer(ops, [3] * 9), together[[3] * 9])
 
 
-# Both.
+# int8 rows in groups.
 
 
-@pytest.mark.parametrize("make", [int8_layer, int4_layer])
+@pytest.mark.parametrize(("n", "k"), SHAPES)
+@pytest.mark.parametrize("m", [1, 2, 5, 12, 13, 17, 33])
+def test_int8_groups_give_the_bits_of_the_reference(ops, n, k, m):
+    layer = int8_groups_layer(n, k, m)
+    if ops.isa == "plain":
+        # It rounds a fused multiply and add twice.
+        torch.testing.assert_close(layer(ops), layer.expected(), rtol=1e-5, atol=1e-6)
+    else:
+        assert_same_bits(layer(ops), layer.expected())
+
+
+@pytest.mark.parametrize(("n", "k"), [(19, 70), (40, 600)])
+def test_int8_groups_of_any_number_of_rows(ops, n, k):
+    layer = int8_groups_layer(n, k, 40)
+    together = layer(ops)
+    for m in range(1, 41):
+        assert_same_bits(layer(ops, slice(m)), together[:m])
+
+
+@pytest.mark.parametrize("weight", [127, -127])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_int8_groups_do_not_overflow(ops, weight, sign):
+    layer = int8_groups_layer(32, 8192, 13)
+    layer.weight.fill_(weight)
+    layer.x.fill_(127 * sign)
+    layer.scale.fill_(1)
+    layer.x_scale.fill_(1)
+    assert (layer(ops) == sign * weight * 127.0 * 8192).all()
+
+
+# All.
+
+
+@pytest.mark.parametrize("make", [int8_layer, int4_layer, int8_groups_layer])
 def test_instruction_sets_agree(ops, make):
     layer = make(37, 200, 9)
     if make is int8_layer or ops.isa.startswith(("avx512", "amx")):
@@ -212,7 +259,7 @@ def test_instruction_sets_agree(ops, make):
         torch.testing.assert_close(layer(ops), layer(library.load("plain")), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("make", [int8_layer, int4_layer])
+@pytest.mark.parametrize("make", [int8_layer, int4_layer, int8_groups_layer])
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
 def test_a_row_that_is_not_finite_spoils_only_itself(ops, make, wrong):
     layer = make(40, 70, 11)
@@ -226,13 +273,15 @@ def test_a_row_that_is_not_finite_spoils_only_itself(ops, make, wrong):
     assert_same_bits(actual[others], expected[others])
 
 
-@pytest.mark.parametrize("make", [int8_layer, int4_layer])
+@pytest.mark.parametrize("make", [int8_layer, int4_layer, int8_groups_layer])
 @pytest.mark.parametrize("n", [16, 19, 1])
 def test_outputs_are_added_to_and_nothing_beside_them_is_written(ops, make, n):
     m, ld_y = 9, n + 5
     layer = make(n, 70, m)
     product = layer(ops)
     x = library.in_order_of(ops, layer.x.numpy())
+    offsets = -128 * layer.x.unflatten(1, (-1, 32)).sum(-1, dtype=torch.int32)
+    kind = {int8_layer: 0, int4_layer: 1, int8_groups_layer: 2}[make]
     before = torch.randn(m + 1, ld_y, generator=torch.Generator().manual_seed(n))
     for add in (False, True):
         y = before.clone()
@@ -244,12 +293,13 @@ def test_outputs_are_added_to_and_nothing_beside_them_is_written(ops, make, n):
             x=x.ctypes.data,
             x_scale=layer.x_scale.data_ptr(),
             group_sums=None if layer.group_sums is None else layer.group_sums.data_ptr(),
+            offsets=offsets.data_ptr(),
             m=m,
             y=y.data_ptr(),
             ld_y=ld_y,
             add=add,
         )
-        ops.c.phi_linear(ops.isa.encode(), int(make is int4_layer), ctypes.byref(arguments))
+        ops.c.phi_linear(ops.isa.encode(), kind, ctypes.byref(arguments))
         assert_same_bits(y[:m, :n].contiguous(), before[:m, :n] + product if add else product)
         assert torch.equal(y[:m, n:], before[:m, n:])
         assert torch.equal(y[m], before[m])

@@ -87,6 +87,8 @@ def assert_is_reference(actual: QuantizedRows, rows: Tensor) -> None:
     else:
         x, scale, sums = reference.round_groups(padded(rows))
         assert_same_bits(torch.from_numpy(actual.group_sums), sums)
+        assert actual.offsets is not None
+        assert torch.equal(torch.from_numpy(actual.offsets), -128 * x.unflatten(1, (-1, 32)).sum(-1, dtype=torch.int32))
     assert torch.equal(torch.from_numpy(actual.x), x)
     assert_same_bits(torch.from_numpy(actual.scale), scale)
 
