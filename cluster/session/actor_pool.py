@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import sys
 import uuid
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from phi_cluster.cluster.processes import is_alive, kill_for_sure
 from phi_cluster.cluster.session.actor import SessionActor
 from phi_cluster.cluster.session.journals import JournalPlace
 from phi_cluster.cluster.session.segment import SegmentLayout
+from phi_cluster.cluster.session.signal_timer import find_library, rare_signal_checks
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +68,10 @@ class RayActors:
 
     def create(self) -> Any:
         options = detached_options(f"{self._prefix}{uuid.uuid4().hex}", self._node_id)
-        options["runtime_env"] = {"py_executable": _PRIORITY}
+        options["runtime_env"] = {
+            "py_executable": _PRIORITY,
+            "env_vars": rare_signal_checks(os.environ, find_library()),
+        }
         return create(SessionActor, options, *self._arguments)
 
     def names(self) -> list[str]:

@@ -9,6 +9,7 @@ import re
 import socket
 import threading
 import time
+from pathlib import Path
 
 import httpx
 import openai
@@ -335,6 +336,19 @@ def test_clear_recycle_and_delete(client, refused):
     client._until(lambda: not process.lives, "the end of the deleted session's actor")
     for path in client.server.state_dir.rglob("*.sqlite*"):
         assert b"7341" not in path.read_bytes()
+
+
+def test_an_idle_session_actor_hardly_wakes_up(client):
+    client.conversation("idle").say("Hello.", max_tokens=2)
+    main_thread = Path(f"/proc/{client.with_actor('idle')['actor_pid']}/status")
+
+    def wake_ups() -> int:
+        return int(main_thread.read_text().split("\nvoluntary_ctxt_switches:")[1].split()[0])
+
+    before = wake_ups()
+    time.sleep(2)
+    # As Ray has it, 200.
+    assert wake_ups() - before < 50
 
 
 def test_a_second_turn_waits_its_turn_or_gets_409(client, refused):
