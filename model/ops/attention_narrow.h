@@ -144,8 +144,13 @@ struct NarrowBlock {
       for (int d = 0; d < ld; d += kChainedDims) {
         const int last = d + kChainedDims < ld ? d + kChainedDims : ld;
         Lanes even[kGroups][R], odd[kGroups][R];
-        chain_of_scores<R, 0, kGroups>(queries, d, last, j, scale, even);
-        chain_of_scores<R, 1, kGroups>(queries, d, last, j, scale, odd);
+        if (Lanes::kNum == 16) {
+          chains_of_scores<R, true, true, kGroups>(queries, d, last, j, scale, even, odd);
+        } else {
+          // Registers hold one of them.
+          chains_of_scores<R, true, false, kGroups>(queries, d, last, j, scale, even, odd);
+          chains_of_scores<R, false, true, kGroups>(queries, d, last, j, scale, even, odd);
+        }
         for (int g = 0; g < kGroups; g++) {
           for (int r = 0; r < R; r++) sums[g][r] = sums[g][r] + (even[g][r] + odd[g][r]);
         }
@@ -172,22 +177,27 @@ struct NarrowBlock {
     for (; kPieces > 1 && d < dim(); d += 16) weigh_pieces<R, 1>(v, weights, factor, d, acc);
   }
 
-  // The chain of dimensions d + I, d + I + 2, .. (I 0 or 1), for groups of keys from the j-th on.
-  template <int R, int I, int Groups>
-  PHI_INLINE void chain_of_scores(const float* queries, int d, int last, int j, const Lanes (&scale)[Groups],
-                                  Lanes (&chain)[Groups][R]) const {
+  // The chains of dimensions d, d + 2, .. and d + 1, d + 3, .. (or one of them), for groups of keys from the j-th on.
+  template <int R, bool Even, bool Odd, int Groups>
+  PHI_INLINE void chains_of_scores(const float* queries, int d, int last, int j, const Lanes (&scale)[Groups],
+                                   Lanes (&even)[Groups][R], Lanes (&odd)[Groups][R]) const {
     constexpr int kNumbers = Kind == KV_BF16 ? 2 : 4;
     const float* column = columns + j + d / kNumbers * kKeyBlock;
     for (int g = 0; g < Groups; g++) {
-      for (int r = 0; r < R; r++) chain[g][r] = Lanes::zero();
+      for (int r = 0; r < R; r++) {
+        if (Even) even[g][r] = Lanes::zero();
+        if (Odd) odd[g][r] = Lanes::zero();
+      }
     }
     for (; d < last; d += kNumbers, column += kKeyBlock) {
-      if (I == 0 && j == 0) {
+      if (Even && j == 0) {
         // So that all of a block was asked for when all heads of one are done.
         for (int i = 0; i < (Kind == KV_BF16 ? 2 : 3); i++) ahead.ask();
       }
-      add_column<R, I, Groups>(column, scale, queries + d, dim(), chain);
-      if (Kind == KV_INT8) add_column<R, I + 2, Groups>(column, scale, queries + d, dim(), chain);
+      if (Even) add_column<R, 0, Groups>(column, scale, queries + d, dim(), even);
+      if (Odd) add_column<R, 1, Groups>(column, scale, queries + d, dim(), odd);
+      if (Even && Kind == KV_INT8) add_column<R, 2, Groups>(column, scale, queries + d, dim(), even);
+      if (Odd && Kind == KV_INT8) add_column<R, 3, Groups>(column, scale, queries + d, dim(), odd);
     }
   }
 
