@@ -61,7 +61,9 @@ void phi_network_sample(void* network, phi::SampleArgs* rows, int num_rows) {
 // be there.
 void phi_linear(const char* isa, int kind, const phi::LinearArgs* args) {
   const phi::Kernels& kernels = *phi::find_kernels(isa);
-  kernels.linear[kind](*args, 0, (args->n + 15) / 16);
+  // Whole cache lines: tiles are loaded by them.
+  std::vector<double> memory(phi::linear_scratch(args->k32) / sizeof(double));
+  kernels.linear[kind](*args, 0, (args->n + 15) / 16, memory.data());
 }
 
 void phi_sample(const char* isa, phi::SampleArgs* rows, int num_rows) {

@@ -15,7 +15,7 @@ namespace phi {
 struct Kernels {
   const char* isa;
   // By LinearKind.
-  void (*linear[3])(const LinearArgs&, int first_panel, int last_panel);
+  void (*linear[3])(const LinearArgs&, int first_panel, int last_panel, void* memory);
   void (*norm_quantize)(const float* x, const float* weight, float eps, int k, int k32, float* scratch, QuantizedRow);
   void (*silu_mul_quantize)(const float* gate_up, int k, int k32, float* scratch, QuantizedRow);
   void (*copy_quantize)(const float* x, int k, int k32, float* scratch, QuantizedRow);

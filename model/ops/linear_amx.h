@@ -216,8 +216,8 @@ inline void tiles_int4_rows(const LinearArgs& a, int first_panel, int last_panel
   }
 }
 
-inline void linear_int4_tiles(const LinearArgs& a, int first_panel, int last_panel) {
-  if (a.m < kLeastRowsInt4) return linear_int4(a, first_panel, last_panel);
+inline void linear_int4_tiles(const LinearArgs& a, int first_panel, int last_panel, void* memory) {
+  if (a.m < kLeastRowsInt4) return linear_int4(a, first_panel, last_panel, memory);
   for (int row = 0; row < a.m;) {
     // What is left is cut in halves rather than leave a few rows.
     const int left = a.m - row, rows = left <= kTile ? left : left < kTile + kLeastRowsInt4 ? left / 2 : kTile;
@@ -227,7 +227,7 @@ inline void linear_int4_tiles(const LinearArgs& a, int first_panel, int last_pan
   PHI_TILES_RELEASE();
 }
 
-inline void linear_int8_tiles(const LinearArgs& a, int first_panel, int last_panel) {
+inline void linear_int8_tiles(const LinearArgs& a, int first_panel, int last_panel, void*) {
   for (int row = 0; row < a.m; row += kTile) {
     const int rows = a.m - row < kTile ? a.m - row : kTile;
     TileShapes shapes;

@@ -28,4 +28,10 @@ struct LinearArgs {
   bool add;
 };
 
+// Rows that are multiplied at once, at most.
+constexpr int kMostTileRows = 12;
+
+// Bytes of memory for rows of k32 inputs: of int16, or of int8 with two numbers of four bytes for each group.
+static inline int64_t linear_scratch(int k32) { return int64_t{kMostTileRows} * 2 * k32; }
+
 }  // namespace phi

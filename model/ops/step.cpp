@@ -35,7 +35,8 @@ Network::Network(const PhiNetwork& description, const Kernels& kernels, int num_
   for (int i = 0; i < 2 * net_.num_layers + 1; i++) {
     std::copy(net_.norms[i], net_.norms[i] + net_.hidden_size, norms_.data() + static_cast<size_t>(i) * hidden_stride_);
   }
-  int64_t floats = std::max({static_cast<int64_t>(max_k32_), sample_scratch_floats(net_.vocab_size),
+  int64_t floats = std::max({static_cast<int64_t>(max_k32_), linear_scratch(max_k32_) / 4,
+                             sample_scratch_floats(net_.vocab_size),
                              attend_scratch(net_.head_dim, net_.num_heads, net_.num_kv_heads)});
   scratch_size_ = (floats + 15) / 16 * 8;  // whole lines
   scratch_.resize(scratch_size_ * pool_.num_threads());
@@ -203,8 +204,8 @@ void Network::linear(const PhiLinear& layer, int num_rows, float* y, int64_t ld_
   int64_t least = std::max<int64_t>(1, kLeastRangeNbytes / (panel_nbytes * num_rows));
   int64_t most = std::max<int64_t>(1, kRangeNbytes / panel_nbytes);
   int panels = static_cast<int>(std::min(std::max(shared, least), most));
-  pool_.run((num_panels + panels - 1) / panels, [&](int item, int) {
-    kernel(a, item * panels, std::min((item + 1) * panels, num_panels));
+  pool_.run((num_panels + panels - 1) / panels, [&](int item, int thread) {
+    kernel(a, item * panels, std::min((item + 1) * panels, num_panels), scratch(thread));
   });
 }
 
