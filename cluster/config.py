@@ -316,10 +316,10 @@ class Config(_Section):
     kv_cache_dtype: Literal["auto", "bfloat16", "int8"] = Field(
         "auto", description="of keys and values; auto is bfloat16 (float32 with dtype float32), int8 is half of that"
     )
-    activation_dtype: Literal["auto", "int16", "int8"] = Field(
-        "auto",
-        description="what meets int8 weights is rounded to int16, or to int8 with a scale for each 32 numbers; auto is "
-        "int8 if the CPU of the machine that starts the cluster has AVX-512 VNNI and no AMX, else int16",
+    activation_dtype: Literal["int16", "int8"] = Field(
+        "int16",
+        description="what meets int8 weights is rounded to int16, or to int8 with a scale for each 32 numbers, which "
+        "is less exact, and quicker on CPUs with AVX-512 VNNI and no AMX",
     )
     max_model_len: int | None = Field(
         None, ge=16, le=2**20, description="longest conversation in tokens; unset: what the model was trained for"

@@ -59,13 +59,6 @@ def compiled_ops_problem() -> str | None:
     return library.problem()
 
 
-def compiled_ops_activations() -> str:
-    """What the compiled kernels round activations to best, here. They must be usable."""
-    from phi_cluster.model.ops import library
-
-    return library.load().activation_dtype
-
-
 class Dtypes(NamedTuple):
     """As ServedModel has them."""
 
@@ -78,10 +71,9 @@ def choose_dtypes(
     config: Config,
     ops_problem: Callable[[], str | None] = compiled_ops_problem,
     noted: Callable[[str], None] = lambda text: None,
-    ops_activations: Callable[[], str] = compiled_ops_activations,
 ) -> Dtypes:
-    """`ops_problem` and `ops_activations` are asked only where the answer matters; `noted` is told, in one line, where
-    auto had to be less than it could. Raises StartError in one sentence.
+    """`ops_problem` is asked only where the answer matters; `noted` is told, in one line, where auto had to be less
+    than it could. Raises StartError in one sentence.
     """
     dtype = config.dtype
     if config.device != "cpu":
@@ -100,14 +92,11 @@ def choose_dtypes(
             noted(f"dtype is bfloat16, as {problem}; for int8, {_REMEDY}")
         if dtype == "auto":
             dtype = "bfloat16" if problem else "int8"
-    if dtype in _QUANTISED:
-        activations = ops_activations() if config.activation_dtype == "auto" else config.activation_dtype
-    elif config.activation_dtype == "auto":
-        activations = dtype
-    else:
+    activations = config.activation_dtype if dtype in _QUANTISED else dtype
+    if config.activation_dtype == "int8" and dtype not in _QUANTISED:
         raise StartError(
-            f"activation_dtype: {config.activation_dtype} does not go with dtype {dtype}, whose activations are "
-            f"{dtype}; leave it at auto or set dtype: int8"
+            f"activation_dtype: int8 does not go with dtype {dtype}, whose activations are {dtype}; leave it out or "
+            "set dtype: int8"
         )
     natural = "float32" if dtype == "float32" else "bfloat16"
     if config.kv_cache_dtype in ("auto", natural):
@@ -125,7 +114,6 @@ def describe_model(
     folder: Path,
     ops_problem: Callable[[], str | None] = compiled_ops_problem,
     noted: Callable[[str], None] = lambda text: None,
-    ops_activations: Callable[[], str] = compiled_ops_activations,
 ) -> ServedModel:
     """Reads the checkpoint's config and settles dtypes (as `choose_dtypes`) and limits. Raises StartError in one
     sentence."""
@@ -134,7 +122,7 @@ def describe_model(
         fingerprint = model_fingerprint(folder)
     except UnsupportedModel as error:
         raise StartError(f"{config.model}: {error}") from None
-    dtypes = choose_dtypes(config, ops_problem, noted, ops_activations)
+    dtypes = choose_dtypes(config, ops_problem, noted)
     max_model_len = min(config.max_model_len or DEFAULT_MAX_MODEL_LEN, model.max_position_embeddings)
     if config.max_model_len and config.max_model_len > model.max_position_embeddings:
         raise StartError(

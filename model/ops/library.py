@@ -113,12 +113,6 @@ class Ops:
     c: ctypes.CDLL
     isa: str
 
-    @property
-    def activation_dtype(self) -> str:
-        """What rows that meet int8 weights are best rounded to here: int16, which is more exact, except where products
-        of int8 are twice as fast (with VNNI; AMX's int16 rows are quicker still)."""
-        return "int8" if self.isa == "avx512_vnni" else "int16"
-
 
 def find_library() -> Path | None:
     """Where the compiled library lies, or None if it was not built."""

@@ -142,7 +142,7 @@ def start(parsed: argparse.Namespace) -> dict[str, PeerProcess]:
     for label in parsed.dtype:
         dtype, _, activations = label.partition(":")
         arguments = ["--model", parsed.model, "--dtype", dtype, "--kv-cache-dtype", parsed.kv_cache_dtype]
-        arguments += ["--activation-dtype", activations or "auto"]
+        arguments += ["--activation-dtype", activations or "int16"]
         arguments += ["--chunk", str(parsed.chunk), "--max-model-len", str(longest)]
         if parsed.cache_dir:
             arguments += ["--cache-dir", str(parsed.cache_dir.absolute())]
@@ -246,7 +246,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--dtype",
         nargs="*",
         default=["auto"],
-        help="of ours, as int8, or as int8:int16 with that of activations; none: peers only",
+        help="of ours, as int8, or as int8:int8 with that of activations; none: peers only",
     )
     parser.add_argument("--kv-cache-dtype", default="auto")
     parser.add_argument("--isa", nargs="*", default=[], help="beside the best instruction set, e.g. avx512_vnni avx2")

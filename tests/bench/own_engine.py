@@ -160,7 +160,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--kv-cache-dtype", default="auto")
-    parser.add_argument("--activation-dtype", default="auto")
+    parser.add_argument("--activation-dtype", default="int16")
     parser.add_argument("--chunk", type=int, default=256)
     parser.add_argument("--max-model-len", type=int, default=4096)
     parser.add_argument("--cache-dir", type=Path)

@@ -85,17 +85,19 @@ def test_the_layout_follows_from_network_and_dtypes(
 
 
 @pytest.mark.parametrize("dtype", ["auto", "int8", "int4"])
-@pytest.mark.parametrize("best", ["int16", "int8"])
-def test_activations_are_what_the_kernels_are_best_at_unless_they_are_named(
-    dtype: Any, best: str, tmp_path: Path
-) -> None:
+def test_activations_are_int16_unless_int8_is_asked_for(dtype: Any, tmp_path: Path) -> None:
     folder = checkpoint(tmp_path)
 
-    def activations(wanted: Any) -> str:
-        config = Config(dtype=dtype, activation_dtype=wanted)
-        return describe_model(config, folder, works, ops_activations=lambda: best).activation_dtype
+    def activations(**fields: Any) -> str:
+        return describe_model(Config(dtype=dtype, **fields), folder, works).activation_dtype
 
-    assert [activations(wanted) for wanted in ("auto", "int16", "int8")] == [best, "int16", "int8"]
+    assert [activations(), activations(activation_dtype="int8")] == ["int16", "int8"]
+
+
+def test_activations_of_other_networks_are_as_their_weights(tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path)
+    for dtype in ("float32", "bfloat16"):
+        assert describe_model(Config(dtype=dtype), folder, never_asked).activation_dtype == dtype
 
 
 def test_the_dtype_is_not_part_of_the_fingerprint_but_the_network_is(tmp_path: Path) -> None:
@@ -142,9 +144,9 @@ def test_kernels_that_are_not_needed_are_not_asked_for(dtype: Any) -> None:
         ),
         (
             {"dtype": "bfloat16", "activation_dtype": "int8"},
-            "activation_dtype: int8 does not go with dtype bfloat16, whose activations are bfloat16; leave it at auto",
+            "activation_dtype: int8 does not go with dtype bfloat16, whose activations are bfloat16; leave it out",
         ),
-        ({"activation_dtype": "int16"}, "activation_dtype: int16 does not go with dtype bfloat16, whose activations"),
+        ({"activation_dtype": "int8"}, "activation_dtype: int8 does not go with dtype bfloat16, whose activations"),
         ({"dtype": "bfloat16", "kv_cache_dtype": "int8"}, "kv_cache_dtype: int8 does not go with dtype bfloat16, "),
         ({"device": "cuda", "kv_cache_dtype": "int8"}, "kv_cache_dtype: int8 does not go with dtype bfloat16, "),
         ({"dtype": "float32", "kv_cache_dtype": "int8"}, "kv_cache_dtype: int8 does not go with dtype float32, "),

@@ -92,13 +92,6 @@ def test_a_library_is_loaded_and_tested_once():
     assert library.load("plain") is library.load("plain")
 
 
-@built
-def test_int16_unless_int8_is_much_quicker():
-    c = library.load().c
-    preferred = {isa: library.Ops(c, isa).activation_dtype for isa in ("amx", "avx512_vnni", "avx512", "avx2", "plain")}
-    assert preferred == dict.fromkeys(preferred, "int16") | {"avx512_vnni": "int8"}
-
-
 # The variable.
 
 
