@@ -61,8 +61,7 @@ void phi_network_sample(void* network, phi::SampleArgs* rows, int num_rows) {
 // be there.
 void phi_linear(const char* isa, int kind, const phi::LinearArgs* args) {
   const phi::Kernels& kernels = *phi::find_kernels(isa);
-  // Whole cache lines: tiles are loaded by them.
-  std::vector<double> memory(phi::linear_scratch(args->k32) / sizeof(double));
+  std::vector<char> memory(phi::linear_scratch(args->k32));
   kernels.linear[kind](*args, 0, (args->n + 15) / 16, memory.data());
 }
 

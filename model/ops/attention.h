@@ -73,23 +73,16 @@ inline void attend_block(const AttendArgs& a, const AttendItem& it, int group, c
   const int base = (step.kv_head - it.first_head) * num_rows;
   const TileRows rows = {s.queries + base * dim, s.acc + base * dim, s.sums + base * 16, s.most + base, s.weights};
 
-  // Keys that some query of the item sees: others may not even be stored.
   const int position = a.start + it.first_query, first_position = step.block * kKeyBlock;
-  const int first_seen = first_key(a, position) - first_position;
-  const int last_seen = a.start + it.last_query - first_position;
-  const int first = first_seen > 0 ? first_seen : 0, last = last_seen < kKeyBlock ? last_seen : kKeyBlock;
+  const SeenBlock seen = seen_block(a, it, group, step.block);
   const int head_nbytes = stored_nbytes(Kind, a.head_dim);
   const int64_t at = first_position * a.row_nbytes + step.kv_head * head_nbytes;
   const int64_t next = step.next_block * kKeyBlock * a.row_nbytes + step.next_head * head_nbytes;
-  const StoredBlock keys = {a.keys + at, a.keys + next, a.row_nbytes, first, last, a.head_dim};
-  const StoredBlock values = {a.values + at, a.values + next, a.row_nbytes, first, last, a.head_dim};
+  const StoredBlock keys = {a.keys + at, a.keys + next, a.row_nbytes, seen.first, seen.last, a.head_dim};
+  const StoredBlock values = {a.values + at, a.values + next, a.row_nbytes, seen.first, seen.last, a.head_dim};
 
-  // Rows of queries that see some of these keys.
-  int row = first_position > position ? (first_position - position) * group : 0, end = num_rows;
-  if (a.window > 0) {
-    const int behind = (first_position + kKeyBlock - 1 + a.window - position) * group;
-    if (behind < end) end = behind;
-  }
+  int row = seen.first_row;
+  const int end = seen.last_row;
 #if defined(PHI_AMX)
   if (use_tiles(a, num_rows)) {
     uint32_t* pairs = reinterpret_cast<uint32_t*>(s.values);

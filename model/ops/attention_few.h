@@ -23,19 +23,8 @@ inline void attend_few(const AttendArgs& a, const AttendItem& it, int group, int
   const int dim = a.head_dim, num_rows = (it.last_query - it.first_query) * group;
   const int head_nbytes = stored_nbytes(Kind, dim), head_floats = kKeyBlock * (Kind == KV_BF16 ? 2 : 1) * dim / 4;
 
-  // Keys that some query of the item sees: others may not even be stored.
   const int position = a.start + it.first_query, first_position = block_index * kKeyBlock;
-  const int first_seen = first_key(a, position) - first_position;
-  const int last_seen = a.start + it.last_query - first_position;
-  const int first = first_seen > 0 ? first_seen : 0, last = last_seen < kKeyBlock ? last_seen : kKeyBlock;
-
-  // Rows of queries that see some of these keys.
-  const int first_row = first_position > position ? (first_position - position) * group : 0;
-  int end = num_rows;
-  if (a.window > 0) {
-    const int behind = (first_position + kKeyBlock - 1 + a.window - position) * group;
-    if (behind < end) end = behind;
-  }
+  const SeenBlock seen = seen_block(a, it, group, block_index);
 
   LinesAhead ahead = {};
   if (after != nullptr) {
@@ -47,17 +36,17 @@ inline void attend_few(const AttendArgs& a, const AttendItem& it, int group, int
   for (int head = it.first_head; head < it.last_head; head += most_heads) {
     const int heads = it.last_head - head < most_heads ? it.last_head - head : most_heads;
     const int64_t at = first_position * a.row_nbytes + head * head_nbytes;
-    turn_heads<Kind>({a.keys + at, nullptr, a.row_nbytes, first, last, dim}, heads, s.keys, s.scales);
+    turn_heads<Kind>({a.keys + at, nullptr, a.row_nbytes, seen.first, seen.last, dim}, heads, s.keys, s.scales);
     for (int h = 0; h < heads; h++) {
       const int base = (head + h - it.first_head) * num_rows;
       const TileRows rows = {s.queries + base * dim, s.acc + base * dim, s.sums + base * 16, s.most + base, s.weights};
-      const StoredBlock values = {a.values + at + h * head_nbytes, nullptr, a.row_nbytes, first, last, dim};
+      const StoredBlock values = {a.values + at + h * head_nbytes, nullptr, a.row_nbytes, seen.first, seen.last, dim};
       const NarrowBlock<Kind> block = {s.keys + h * head_floats, s.scales + h * kKeyBlock, values, ahead};
-      int row = first_row;
-      attend_rows<4>(a, rows, group, position, block_index, block, row, end);
-      attend_rows<3>(a, rows, group, position, block_index, block, row, end);
-      attend_rows<2>(a, rows, group, position, block_index, block, row, end);
-      attend_rows<1>(a, rows, group, position, block_index, block, row, end);
+      int row = seen.first_row;
+      attend_rows<4>(a, rows, group, position, block_index, block, row, seen.last_row);
+      attend_rows<3>(a, rows, group, position, block_index, block, row, seen.last_row);
+      attend_rows<2>(a, rows, group, position, block_index, block, row, seen.last_row);
+      attend_rows<1>(a, rows, group, position, block_index, block, row, seen.last_row);
     }
   }
 }

@@ -26,6 +26,24 @@ constexpr int tile_pieces() {
 #endif
 }
 
+// What an item sees of a block of keys; "last" is one behind.
+struct SeenBlock {
+  // Keys that some query sees: others may not even be stored.
+  int first, last;
+  // Rows of queries, of one kv head, that see some of the keys.
+  int first_row, last_row;
+};
+PHI_INLINE SeenBlock seen_block(const AttendArgs& a, const AttendItem& it, int group, int block) {
+  const int position = a.start + it.first_query, first_position = block * kKeyBlock;
+  const int first = first_key(a, position) - first_position, last = a.start + it.last_query - first_position;
+  SeenBlock seen = {first > 0 ? first : 0, last < kKeyBlock ? last : kKeyBlock, 0,
+                    (it.last_query - it.first_query) * group};
+  if (first_position > position) seen.first_row = (first_position - position) * group;
+  const int behind = (first_position + kKeyBlock - 1 + a.window - position) * group;
+  if (a.window > 0 && behind < seen.last_row) seen.last_row = behind;
+  return seen;
+}
+
 // What R rows see of a block: each row its own range of keys.
 template <int R>
 struct Visible {

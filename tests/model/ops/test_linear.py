@@ -201,18 +201,6 @@ def test_int4_with_scales_among_float16s_extremes(ops):
     assert_near(layer(ops), layer)
 
 
-@pytest.mark.parametrize(("n", "k"), [(19, 70), (40, 600)])
-def test_int4_bits_depend_on_nothing_but_the_row(ops, n, k):
-    layer = int4_layer(n, k, 40)
-    together = layer(ops)
-    for m in range(1, 41):
-        assert_same_bits(layer(ops, slice(m)), together[:m])
-        assert_same_bits(layer(ops, slice(40 - m, None)), together[40 - m :])
-    order = torch.randperm(40, generator=torch.Generator().manual_seed(1)).tolist()
-    assert_same_bits(layer(ops, order), together[order])
-    assert_same_bits(layer(ops, [3] * 9), together[[3] * 9])
-
-
 # int8 rows in groups.
 
 
@@ -227,14 +215,6 @@ def test_int8_groups_give_the_bits_of_the_reference(ops, n, k, m):
         assert_same_bits(layer(ops), layer.expected())
 
 
-@pytest.mark.parametrize(("n", "k"), [(19, 70), (40, 600)])
-def test_int8_groups_of_any_number_of_rows(ops, n, k):
-    layer = int8_groups_layer(n, k, 40)
-    together = layer(ops)
-    for m in range(1, 41):
-        assert_same_bits(layer(ops, slice(m)), together[:m])
-
-
 @pytest.mark.parametrize("weight", [127, -127])
 @pytest.mark.parametrize("sign", [1, -1])
 def test_int8_groups_do_not_overflow(ops, weight, sign):
@@ -247,6 +227,19 @@ def test_int8_groups_do_not_overflow(ops, weight, sign):
 
 
 # All.
+
+
+@pytest.mark.parametrize(("n", "k"), [(19, 70), (40, 600)])
+@pytest.mark.parametrize("make", [int4_layer, int8_groups_layer])
+def test_bits_of_groups_depend_on_nothing_but_the_row(ops, make, n, k):
+    layer = make(n, k, 40)
+    together = layer(ops)
+    for m in range(1, 41):
+        assert_same_bits(layer(ops, slice(m)), together[:m])
+        assert_same_bits(layer(ops, slice(40 - m, None)), together[40 - m :])
+    order = torch.randperm(40, generator=torch.Generator().manual_seed(1)).tolist()
+    assert_same_bits(layer(ops, order), together[order])
+    assert_same_bits(layer(ops, [3] * 9), together[[3] * 9])
 
 
 @pytest.mark.parametrize("make", [int8_layer, int4_layer, int8_groups_layer])
